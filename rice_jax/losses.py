@@ -1,0 +1,274 @@
+"""The three losses of RICE and their sum over the global batch.
+
+First the equations (arrays in, a number out), then what feeds them on each device of a mesh. Scores, softmax and
+means are float32. Letters: B rows of this device, G of the global batch (B = G on one device), N frame slots,
+T tokens a picture, D width, E embedding, S = N*T, K candidates.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+
+from rice_jax import pairs, sharding
+from rice_jax.model import Rice, clip_embedding, normalise, unit
+
+# --- the equations --------------------------------------------------------------------------------------------------------
+
+
+def icl_loss(
+    clips: Float[Array, "B E"],
+    images: Float[Array, "B E"],
+    all_clips: Float[Array, "G E"],
+    all_images: Float[Array, "G E"],
+    scale: Float[Array, ""],
+    own: Int[Array, " B"],
+    same_product: Bool[Array, "B G"] | None = None,
+    *,
+    same_product_is: str = "negative",
+) -> Float[Array, ""]:
+    """Instance-level contrastive loss of unit embeddings (SPEC 3): the mean of both directions, mean over this device's rows.
+
+    Args:
+      scale: on both sides, so logits are scale^2 cos; plain, neither a logarithm nor squared.
+      own: position of each row in the global batch; its partner there is the positive.
+      same_product: pairs of the batch that show one product. None: nobody knows.
+      same_product_is: "negative" as in the official code, "masked" (left out), or "positive" (the mean of -log p over
+        all of them, SupCon's outer form).
+    """
+
+    def cross_entropy(anchors: Array, partners: Array) -> Array:
+        logits = jnp.square(scale) * jnp.einsum("be,ge->bg", anchors, partners, precision="highest")
+        positive = own[:, None] == jnp.arange(partners.shape[0])
+        if same_product_is != "negative" and same_product is not None:
+            also = same_product & ~positive
+            if same_product_is == "masked":
+                logits = jnp.where(also, -jnp.inf, logits)
+            else:
+                positive = positive | also
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        return -jnp.mean(jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1))
+
+    return (cross_entropy(clips, all_images) + cross_entropy(images, all_clips)) / 2
+
+
+def pmd_loss(positive: Float[Array, " B"], negatives: Float[Array, "B k"], found: Bool[Array, "B k"]) -> Float[Array, ""]:
+    """Pairwise matching loss: mean over rows of -log softmax of the positive among its candidates (SPEC 5.7).
+
+    A hard partner that was not found takes no part; with none the row's loss is 0.
+    """
+    logits = jnp.concatenate([positive[:, None], jnp.where(found, negatives, -jnp.inf)], axis=1)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
+
+
+def pfr_loss(
+    coefficients: Float[Array, "*B T S"],
+    image_tokens: Float[Array, "*B T D"],
+    clip_tokens: Float[Array, "*B S D"],
+    key_mask: Bool[Array, "*B S"],
+    *,
+    with_class_token: bool = True,
+) -> Float[Array, ""]:
+    """Patch feature reconstruction: mean squared error of image tokens rebuilt from clip tokens (SPEC 6.5-6.6).
+
+    Tokens carry no gradient: the loss teaches where to look, not what to see. Padding is a source of zeros.
+    Without class tokens (SPEC 11, row 29) rows, sources and targets are patches only.
+    """
+    image_tokens, clip_tokens = jax.lax.stop_gradient((image_tokens, clip_tokens))
+    sources = jnp.where(key_mask[..., None], clip_tokens, 0).astype(coefficients.dtype)
+    if not with_class_token:
+        patch = jnp.arange(sources.shape[-2]) % image_tokens.shape[-2] != 0
+        coefficients = jnp.where(patch, coefficients, 0)[..., 1:, :]
+        coefficients = coefficients / jnp.maximum(coefficients.sum(axis=-1, keepdims=True), 1e-12)
+        image_tokens = image_tokens[..., 1:, :]
+    rebuilt = coefficients @ sources
+    return jnp.mean(jnp.square(rebuilt - image_tokens.astype(rebuilt.dtype)))
+
+
+# --- what feeds them ------------------------------------------------------------------------------------------------------
+
+
+def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
+    """f over chunks of the leading axis, each recomputed in the backward pass; 0: all at once, nothing recomputed.
+
+    With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
+    """
+    n = jax.tree.leaves(rows)[0].shape[0]
+    if not chunk or n <= chunk:
+        return f(rows)
+    chunk = math.gcd(n, chunk)
+    split = jax.tree.map(lambda a: a.reshape(n // chunk, chunk, *a.shape[1:]), rows)
+    out = jax.lax.map(jax.checkpoint(f), split)
+    return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), out)
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of this device's rows."""
+
+    image_tokens: Float[Array, "B T D"]
+    clip_tokens: Float[Array, "B S D"]  # frame-major, padding slots included
+    images: Float[Array, "B E"]  # unit vectors
+    clips: Float[Array, "B E"]
+    key_mask: Bool[Array, "B S"]  # clip tokens of real frames
+
+
+def encode_rows(model: Rice, params: Any, batch: dict[str, Array], micro_batch: int) -> Encoded:
+    """Every picture of the rows through the shared encoder (SPEC 2), `micro_batch` pictures at a time."""
+    mask = batch["mask"]
+    n, slots = mask.shape
+    pictures = jnp.concatenate([batch["image"][:, None], batch["frames"]], axis=1)
+    shown = jnp.concatenate([jnp.ones((n, 1), mask.dtype), mask], axis=1)
+
+    def encode(rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        return model.encoder.apply({"params": params["encoder"]}, normalise(*rows))
+
+    flat = jax.tree.map(lambda a: a.reshape(n * (slots + 1), *a.shape[2:]), (pictures, shown))
+    tokens, pooled = in_chunks(encode, flat, micro_batch)
+    tokens, pooled = jax.tree.map(lambda a: a.reshape(n, slots + 1, *a.shape[1:]), (tokens, pooled))
+    return Encoded(
+        image_tokens=tokens[:, 0],
+        clip_tokens=tokens[:, 1:].reshape(n, -1, tokens.shape[-1]),
+        images=unit(pooled[:, 0]),
+        clips=clip_embedding(pooled[:, 1:], mask),
+        key_mask=jnp.repeat(mask > 0, tokens.shape[2], axis=1),
+    )
+
+
+class Positives(NamedTuple):
+    """What decoding the pairs (image i, clip i) leaves for PMD and PFR: done once for both (SPEC 11, row 13)."""
+
+    logit: Float[Array, " B"]
+    keys_values: Float[Array, "B S 2D"]
+    class_token: Float[Array, "B D"]  # of the image, after the decoder's self layer
+    pfr: Float[Array, " B"]
+
+
+def decode_positives(
+    model: Rice, options: Any, params: Any, key: Array, rows: tuple[Encoded, Int[Array, " B"]]
+) -> Positives:
+    encoded, position = rows
+    decoder = functools.partial(model.decoder.apply, {"params": params["decoder"]})
+    keys_values = decoder(encoded.clip_tokens, method="keys_values")
+    x = decoder(encoded.image_tokens, method="image_tokens")
+    scores = decoder(x, keys_values, encoded.key_mask, method="scores")
+    weights = jax.nn.softmax(scores[:, :, :1], axis=-1)
+    if options.cross_dropout:
+        keys = pairs.pair_keys(key, position[:, None], position[:, None])
+        weights = pairs.dropped(weights, keys, options.cross_dropout)
+    logit = decoder(x[:, :1], weights, keys_values, method="logit")[:, 0]
+    pfr = jnp.zeros_like(logit)
+    if model.reconstruction is not None:
+        coefficients = model.reconstruction.apply({"params": params["reconstruction"]}, scores, encoded.key_mask)
+        one = functools.partial(pfr_loss, with_class_token=options.pfr_with_class_token)
+        pfr = jax.vmap(one)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
+    return Positives(logit, keys_values, x[:, 0], pfr)
+
+
+def hard_pair_loss(
+    model: Rice,
+    options: Any,
+    params: Any,
+    key: Array,
+    encoded: Encoded,
+    positives: Positives,
+    everyone: tuple[Float[Array, "G E"], Float[Array, "G E"]],
+    excluded: Bool[Array, "B G"],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """PMD over the hard pairs of the global batch (SPEC 4-5): the mean of the directions asked for.
+
+    Args:
+      everyone: all images' and all clips' embeddings.
+      excluded: pairs that are no negatives: each row's own, and the same product if so asked.
+    """
+    all_images, all_clips = everyone
+    rows = encoded.images.shape[0]
+    class_tokens = sharding.gather_rows(positives.class_token)  # [G, D]: all of the decoder that travels
+    cross = {name: part for name, part in params["decoder"].items() if name != "self_layer"}
+    context = (encoded.key_mask, sharding.first_row(rows), jax.random.key_data(key))
+
+    def decode(cross: Any, x: Array, keys_values: Array, context: Any, image: Array, clip: Array) -> Array:
+        key_mask, first, key_data = context
+        decoder = functools.partial(model.decoder.apply, {"params": cross})
+        weights = jax.nn.softmax(decoder(x, keys_values, key_mask[clip], method="scores"), axis=-1)
+        if options.cross_dropout:
+            where = jnp.broadcast_to((first + clip)[:, None], image.shape)
+            keys = pairs.pair_keys(jax.random.wrap_key_data(key_data), image, where)
+            weights = pairs.dropped(weights, keys, options.cross_dropout)
+        return decoder(x, weights, keys_values, method="logit")
+
+    inputs = (decode, cross, class_tokens, positives.keys_values, context)
+    losses, missing, units = [], sharding.varying(jnp.int32(0)), sharding.varying(jnp.int32(0))
+    if options.mining_direction in ("image_to_clip", "both"):
+        hard, found = pairs.hardest(encoded.images, all_clips, excluded)
+        logits, units = pairs.image_to_clip_logits(*inputs, hard, found, slots=options.unit_slots, chunk=options.unit_chunk)
+        losses.append(pmd_loss(positives.logit, logits, found))
+        missing += jnp.sum(~found)
+    if options.mining_direction in ("clip_to_image", "both"):
+        hard, found = pairs.hardest(encoded.clips, all_images, excluded)
+        chunk = math.gcd(rows, options.unit_chunk)
+        logits = pairs.clip_to_image_logits(*inputs, hard, chunk=chunk)
+        losses.append(pmd_loss(positives.logit, logits, found))
+        missing += jnp.sum(~found)
+    return sum(losses) / len(losses), {"negatives_missing": missing, "busiest_device_units": units}
+
+
+def local_losses(
+    model: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Array], key: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The losses of the global batch on one device of the mesh, inside shard_map: (losses, counts), equal on all."""
+    params = jax.tree.map(sharding.whole, params, specs)
+    encoded = encode_rows(model, params, batch, options.micro_batch)
+    rows = encoded.images.shape[0]
+    own = sharding.first_row(rows) + jnp.arange(rows)
+    everyone = sharding.gather_rows(encoded.images), sharding.gather_rows(encoded.clips)
+    same_product = batch["product"][:, None] == sharding.gather_rows(batch["product"])[None]
+
+    images_clips = (encoded.clips, encoded.images, everyone[1], everyone[0])
+    losses = {"icl": icl_loss(*images_clips, params["logit_scale"], own, same_product, same_product_is=options.icl_same_product)}
+    counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), sharding.varying(jnp.int32(0)))
+    if model.decoder is not None:
+        key = sharding.varying(key)
+        decode = functools.partial(decode_positives, model, options, params, key)
+        positives = in_chunks(decode, (encoded, own), options.pair_chunk)
+        if options.pmd:
+            excluded = own[:, None] == jnp.arange(same_product.shape[1])
+            if options.exclude_same_product:
+                excluded = excluded | same_product
+            losses["pmd"], counts = hard_pair_loss(model, options, params, key, encoded, positives, everyone, excluded)
+        if options.pfr:
+            losses["pfr"] = jnp.mean(positives.pfr)
+    return sharding.mean_over_devices(losses), {
+        "negatives_missing": sharding.sum_over_devices(counts["negatives_missing"]),
+        "busiest_device_units": sharding.max_over_devices(counts["busiest_device_units"]),
+    }
+
+
+def make_loss(model: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """loss(params, batch, key) -> (total, parts) over a global batch that lies on `mesh`. Differentiate it from outside.
+
+    Args:
+      options: the config's `loss` section.
+      specs: PartitionSpecs of the parameters.
+
+    `batch` holds frames uint8 [G,N,px,px,3], mask int32 [G,N], image uint8 [G,px,px,3] and product int32 [G];
+    `parts` the unweighted losses and the counts of what mining missed.
+    """
+    batch_spec = sharding.P(sharding.BATCH)
+    losses = jax.shard_map(
+        functools.partial(local_losses, model, options, specs),
+        mesh=mesh,
+        in_specs=(specs, batch_spec, sharding.P()),
+        out_specs=(sharding.P(), sharding.P()),
+    )
+
+    def loss(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        parts, counts = losses(params, {name: batch[name] for name in ("frames", "mask", "image", "product")}, key)
+        total = sum(options[name] * value for name, value in parts.items())
+        return total, {**parts, **counts}
+
+    return loss

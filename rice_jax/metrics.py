@@ -1,0 +1,429 @@
+"""Ranks of query clips within their livestreams' galleries, and Recall@k: arrays in, numbers out (SPEC 10).
+
+Axes: `Q` query clips, `I` shop images, `E` embedding, `L` places of a gallery padded to a common size, `M` true entries of
+a query (padded with -1), `K` best entries shown, `S` galleries ("shelves") of one size class.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+# The rank of a query without a true image in its gallery. I + 1 would pass for a hit at 10 in a gallery of three.
+NEVER = int(np.iinfo(np.int32).max)
+
+# Queries scored together. A shelf's last block is filled up with other shelves' queries, whose results are thrown away:
+# larger wastes more of them, smaller makes narrower matrix products.
+_BLOCK = 64
+
+# Shelves whose size is at least this part of the largest one's share its padded size, so padding costs at most a third.
+_SIZE_RATIO = 0.75
+_SIZE_MULTIPLE = 8
+# Shelves up to this size share one class: they cost next to nothing, and every class is a loop to compile.
+_SMALLEST_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """What `rank_queries` gives back, one row a query clip, on the host.
+
+    Attributes:
+        rank: int32 [Q], 1-based official rank of the best true entry (SPEC 10.1); NEVER where the gallery has none.
+        strict_rank: int32 [Q], the same with ties and NaN counted against the true entry; at least `rank`.
+        top_images: int32 [Q, K], rows of the shop images ranked first, best first; -1 past the end of the gallery.
+        top_scores: float32 [Q, K], their scores; -inf for a NaN and past the end.
+        true_entries: int32 [Q], entries of the query's gallery that are true, duplicates counted.
+        gallery_size: int32 [Q], entries of the query's gallery.
+    """
+
+    rank: Int32[np.ndarray, " Q"]
+    strict_rank: Int32[np.ndarray, " Q"]
+    top_images: Int32[np.ndarray, "Q K"]
+    top_scores: Float32[np.ndarray, "Q K"]
+    true_entries: Int32[np.ndarray, " Q"]
+    gallery_size: Int32[np.ndarray, " Q"]
+
+
+def rank_queries(
+    query_qe: Float32[np.ndarray | Array, "Q E"],
+    image_ie: Float32[np.ndarray | Array, "I E"],
+    *,
+    galleries: Sequence[Int[np.ndarray, " _"]],
+    gallery_of: Int[np.ndarray, " Q"],
+    image_ids: Sequence[Hashable],
+    truth: Sequence[Collection[Hashable]],
+    top_k: int = 10,
+) -> Ranking:
+    """Ranks every query clip's true images within the gallery of its own livestream (SPEC 10.1, 10.2, 10.5).
+
+    One compiled call for all galleries; the same shapes compile once, whatever the embeddings.
+
+    Args:
+        query_qe: float32 [Q, E], embeddings of the query clips; the score is the plain dot product, so unit vectors give
+            the cosine.
+        image_ie: float32 [I, E], embeddings of the shop images.
+        galleries: for each livestream the rows of `image_ie` that it shows, in file order, duplicates kept: equal scores
+            rank in this order.
+        gallery_of: int [Q], which of `galleries` a query is ranked in.
+        image_ids: I ids; an entry is true when its id is among the query's `truth`.
+        truth: for each query its true image ids. Ids that its gallery does not show are allowed, and no use.
+        top_k: how many of the best entries to give back for showing; 0 for none.
+
+    Returns:
+        A `Ranking`.
+
+    Raises:
+        ValueError: arguments whose sizes or rows do not fit together.
+    """
+    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
+    _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth, top_k)
+    true_qm, true_entries = _true_places(galleries, gallery_of, image_ids, truth)
+    size_s = np.array([len(rows) for rows in galleries], np.int32)
+    gallery_size = size_s[gallery_of] if num_queries else np.zeros(0, np.int32)
+    if num_queries == 0 or num_images == 0:
+        never, top = np.full(num_queries, NEVER, np.int32), (num_queries, top_k)
+        return Ranking(
+            rank=never,
+            strict_rank=never,
+            top_images=np.full(top, -1, np.int32),
+            top_scores=np.full(top, -np.inf, np.float32),
+            true_entries=true_entries,
+            gallery_size=gallery_size,
+        )
+
+    # Queries of a gallery side by side, galleries in the order in which the compiled loop visits them.
+    count_s = np.bincount(gallery_of, minlength=len(galleries)).astype(np.int32)
+    classes = _size_classes(size_s, count_s, at_least=max(top_k, 1))
+    visit_of_s = np.full(len(galleries), -1)
+    visited = np.concatenate([members for members, _ in classes])
+    visit_of_s[visited] = np.arange(len(visited))
+    order_q = np.argsort(visit_of_s[gallery_of], kind="stable")
+    first_s = np.zeros(len(galleries), np.int32)
+    first_s[visited] = np.cumsum(count_s[visited]) - count_s[visited]
+    shelves = []
+    for members, padded_size in classes:
+        row_sl = np.zeros((len(members), padded_size), np.int32)
+        for place, gallery in enumerate(members):
+            row_sl[place, : size_s[gallery]] = galleries[gallery]
+        shelves.append(_Shelves(row_sl, size_s[members], first_s[members], count_s[members]))
+
+    rank, strict_rank, top_images, top_scores = jax.device_get(
+        _rank_shelves(query_qe[order_q], true_qm[order_q], image_ie, tuple(shelves), top_k=top_k)
+    )
+    back_q = np.argsort(order_q)
+    return Ranking(
+        rank=rank[back_q],
+        strict_rank=strict_rank[back_q],
+        top_images=top_images[back_q],
+        top_scores=top_scores[back_q],
+        true_entries=true_entries,
+        gallery_size=gallery_size,
+    )
+
+
+def rank_scores(
+    score_ql: Float32[Array, "Q L"],
+    is_real_l: Bool[Array, " L"],
+    true_qm: Int32[Array, "Q M"],
+    *,
+    top_k: int,
+) -> tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]:
+    """Official and strict rank of the best true entry of each row, and the best entries (SPEC 10.1; pure, for jit).
+
+    Entries 0.90 0.70 0.70 0.10 with the second 0.70 true: official rank 3 (the first 0.70 stands before it in the file),
+    strict rank 3; with the first 0.70 true: official 2, strict 3.
+
+    Args:
+        score_ql: float32 [Q, L], higher is better. NaN ranks as -inf, last.
+        is_real_l: bool [L], False for padding, which must stand at the end.
+        true_qm: int32 [Q, M], places of the true entries, -1 for none.
+        top_k: how many of the best entries to give back, at most L.
+
+    Returns:
+        Official rank int32 [Q]; strict rank int32 [Q], in which entries that are not lower count as higher and a NaN
+        among the true entries is a miss; both NEVER for a row without a true entry. Places int32 [Q, K] of the best
+        entries, -1 for padding, and their scores float32 [Q, K].
+    """
+    place_l = jnp.arange(score_ql.shape[1], dtype=jnp.int32)
+    is_true_qm = true_qm >= 0
+    has_true_q = is_true_qm.any(axis=1)
+
+    # top_k orders -0.0 below 0.0; a sort of floats, as the official one, holds them equal.
+    sortable_ql = jnp.where(score_ql == 0, 0.0, jnp.where(jnp.isnan(score_ql), -jnp.inf, score_ql))
+    true_score_qm = jnp.where(is_true_qm, jnp.take_along_axis(sortable_ql, jnp.maximum(true_qm, 0), axis=1), -jnp.inf)
+    best_q1 = true_score_qm.max(axis=1, keepdims=True, initial=-jnp.inf)
+    is_best_qm = is_true_qm & (true_score_qm == best_q1)
+    first_q1 = jnp.where(is_best_qm, true_qm, NEVER).min(axis=1, keepdims=True, initial=NEVER)
+    is_before_ql = (sortable_ql > best_q1) | ((sortable_ql == best_q1) & (place_l[None, :] < first_q1))
+    rank_q = 1 + jnp.sum(is_before_ql & is_real_l[None, :], axis=1, dtype=jnp.int32)
+
+    # "Not lower", rather than "higher": ties and NaN count against us, so that a constant or a diverged model cannot look
+    # perfect. The true entries themselves are taken out again.
+    raw_true_qm = jnp.take_along_axis(score_ql, jnp.maximum(true_qm, 0), axis=1)
+    has_nan_q = (is_true_qm & jnp.isnan(raw_true_qm)).any(axis=1)
+    not_lower_q = jnp.sum(~(score_ql < best_q1) & is_real_l[None, :], axis=1, dtype=jnp.int32)
+    true_not_lower_q = jnp.sum(~(raw_true_qm < best_q1) & is_true_qm, axis=1, dtype=jnp.int32)
+    strict_q = 1 + not_lower_q - true_not_lower_q
+
+    # Of equal scores top_k takes the first, which is the file order; padding stands behind every real -inf.
+    top_score_qk, top_place_qk = lax.top_k(jnp.where(is_real_l[None, :], sortable_ql, -jnp.inf), top_k)
+    top_place_qk = jnp.where(is_real_l[top_place_qk], top_place_qk, -1)
+    return (
+        jnp.where(has_true_q, rank_q, NEVER),
+        jnp.where(has_true_q & ~has_nan_q, strict_q, NEVER),
+        top_place_qk,
+        top_score_qk,
+    )
+
+
+def recall_at(rank_q: Int[np.ndarray, " Q"], ks: Sequence[int], *, denominator: int) -> dict[int, float]:
+    """Recall@k in percent: queries ranked k or better, among all entries of the truth list (SPEC 10.2).
+
+    Args:
+        rank_q: int [Q], 1-based ranks, NEVER for a miss.
+        ks: the k's wanted.
+        denominator: entries of the truth list, whether predicted or not; at least Q.
+
+    Returns:
+        k -> percent, not rounded.
+
+    Raises:
+        ValueError: a denominator below Q or of 0.
+    """
+    _check_denominator(denominator, len(rank_q))
+    return {k: 100.0 * int(np.count_nonzero(rank_q <= k)) / denominator for k in ks}
+
+
+def chance_recall(
+    true_entries: Int[np.ndarray, " Q"],
+    gallery_size: Int[np.ndarray, " Q"],
+    ks: Sequence[int],
+    *,
+    denominator: int,
+) -> dict[int, float]:
+    """Expected Recall@k in percent of a random order of each gallery, exact.
+
+    With t true among n entries the first k hold none of them with probability C(n - t, k) / C(n, k).
+
+    Args:
+        true_entries: int [Q], true entries of each query's gallery, duplicates counted.
+        gallery_size: int [Q], entries of each query's gallery.
+        ks: the k's wanted.
+        denominator: as in `recall_at`; a query that was not predicted hits with probability 0.
+
+    Returns:
+        k -> percent, not rounded.
+
+    Raises:
+        ValueError: a denominator below Q or of 0.
+    """
+    _check_denominator(denominator, len(true_entries))
+    chance = {}
+    for k in ks:
+        drawn_1k = np.arange(k)[None, :]
+        false_left_qk = np.maximum((gallery_size - true_entries)[:, None] - drawn_1k, 0)
+        left_qk = np.maximum(gallery_size[:, None] - drawn_1k, 1)
+        hit_q = np.where(true_entries > 0, 1.0 - np.prod(false_left_qk / left_qk, axis=1), 0.0)
+        chance[k] = 100.0 * float(hit_q.sum()) / denominator
+    return chance
+
+
+def mean_gallery_size(gallery_size: Int[np.ndarray, " Q"]) -> float:
+    """Mean over the queries (not the livestreams) of the entries that a query is ranked among; 0 without queries."""
+    return float(np.mean(gallery_size)) if len(gallery_size) else 0.0
+
+
+def wilson_interval(recall_percent: float, denominator: int) -> tuple[float, float]:
+    """95 % interval of a Recall figure by Wilson's score, in percent.
+
+    It takes the queries for independent. Queries of few products are not: then the true interval is wider.
+
+    Args:
+        recall_percent: the figure, 0 to 100.
+        denominator: the entries it was taken over.
+
+    Returns:
+        Lower and upper end in percent, within 0 to 100.
+
+    Raises:
+        ValueError: a denominator below 1 or a figure outside 0 to 100.
+    """
+    _check_denominator(denominator, 0)
+    if not 0.0 <= recall_percent <= 100.0:
+        raise ValueError(f"wilson_interval: found a recall of {recall_percent}, needs 0 to 100 percent.")
+    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+    share = recall_percent / 100.0
+    shrink = 1.0 / (1.0 + z * z / denominator)
+    centre = shrink * (share + z * z / (2 * denominator))
+    half = shrink * z * math.sqrt(share * (1.0 - share) / denominator + (z / (2 * denominator)) ** 2)
+    return 100.0 * max(0.0, centre - half), 100.0 * min(1.0, centre + half)
+
+
+class _Shelves(NamedTuple):
+    """Galleries of one size class; queries `first` to `first + count` of the sorted queries are theirs."""
+
+    row_sl: Int32[np.ndarray | Array, "S L"]
+    size_s: Int32[np.ndarray | Array, " S"]
+    first_s: Int32[np.ndarray | Array, " S"]
+    count_s: Int32[np.ndarray | Array, " S"]
+
+
+@functools.partial(jax.jit, static_argnames=("top_k",))
+def _rank_shelves(
+    query_qe: Float32[Array, "Q E"],
+    true_qm: Int32[Array, "Q M"],
+    image_ie: Float32[Array, "I E"],
+    classes: tuple[_Shelves, ...],
+    *,
+    top_k: int,
+) -> tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]:
+    num_queries = query_qe.shape[0]
+    # The last block of a shelf reads and writes past its queries, the very last one past all of them.
+    query_qe = jnp.pad(query_qe, ((0, _BLOCK), (0, 0)))
+    true_qm = jnp.pad(true_qm, ((0, _BLOCK), (0, 0)), constant_values=-1)
+    rows = num_queries + _BLOCK
+    results = (
+        jnp.full((rows,), NEVER, jnp.int32),
+        jnp.full((rows,), NEVER, jnp.int32),
+        jnp.full((rows, top_k), -1, jnp.int32),
+        jnp.full((rows, top_k), -jnp.inf, jnp.float32),
+    )
+
+    def rank_shelf(results, shelf):
+        row_l, size, first, count = shelf
+        image_le = image_ie[row_l]
+        is_real_l = jnp.arange(row_l.shape[0], dtype=jnp.int32) < size
+
+        def rank_block(block, results):
+            start = first + block * _BLOCK
+            score_ql = jnp.einsum(
+                "qe,le->ql",
+                lax.dynamic_slice_in_dim(query_qe, start, _BLOCK),
+                image_le,
+                precision=lax.Precision.HIGHEST,
+            )
+            block_true_qm = lax.dynamic_slice_in_dim(true_qm, start, _BLOCK)
+            rank_q, strict_q, top_place_qk, top_score_qk = rank_scores(
+                score_ql, is_real_l, block_true_qm, top_k=top_k
+            )
+            top_image_qk = jnp.where(top_place_qk >= 0, row_l[top_place_qk], -1)
+            # What this writes past the shelf's own queries, the shelves to come overwrite: queries are sorted by visit.
+            return tuple(
+                lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+                for whole, part in zip(results, (rank_q, strict_q, top_image_qk, top_score_qk), strict=True)
+            )
+
+        return lax.fori_loop(0, (count + _BLOCK - 1) // _BLOCK, rank_block, results), None
+
+    for shelves in classes:
+        results, _ = lax.scan(rank_shelf, results, shelves)
+    rank_q, strict_q, top_image_qk, top_score_qk = (whole[:num_queries] for whole in results)
+    return rank_q, strict_q, top_image_qk, top_score_qk
+
+
+def _size_classes(
+    size_s: Int32[np.ndarray, " S"], count_s: Int32[np.ndarray, " S"], *, at_least: int
+) -> list[tuple[Int[np.ndarray, " _"], int]]:
+    """Galleries that have queries, largest first, in runs of similar size: (galleries, padded size) of each run."""
+    members_s = np.flatnonzero(count_s)
+    members_s = members_s[np.argsort(-size_s[members_s], kind="stable")]
+
+    classes = []
+    start = 0
+    while start < len(members_s):
+        largest = max(int(size_s[members_s[start]]), at_least)
+        smallest = 0 if largest <= _SMALLEST_SIZE else math.ceil(largest * _SIZE_RATIO)
+        stop = start + int(np.count_nonzero(size_s[members_s[start:]] >= smallest))
+        classes.append((members_s[start:stop], math.ceil(largest / _SIZE_MULTIPLE) * _SIZE_MULTIPLE))
+        start = stop
+    return classes
+
+
+def _true_places(
+    galleries: Sequence[Int[np.ndarray, " _"]],
+    gallery_of: Int[np.ndarray, " Q"],
+    image_ids: Sequence[Hashable],
+    truth: Sequence[Collection[Hashable]],
+) -> tuple[Int32[np.ndarray, "Q M"], Int32[np.ndarray, " Q"]]:
+    """Places of each query's true entries within its gallery, padded with -1, and their number: a join on (gallery, id)."""
+    code_of_id: dict[Hashable, int] = {}
+    code_i = np.array([code_of_id.setdefault(image_id, len(code_of_id)) for image_id in image_ids], np.int64)
+    codes = max(len(code_of_id), 1)
+
+    size_s = np.array([len(rows) for rows in galleries], np.int64)
+    entry_row = np.concatenate([np.zeros(0, np.int64), *galleries]).astype(np.int64)
+    entry_place = np.concatenate([np.zeros(0, np.int64), *(np.arange(size) for size in size_s)])
+    entry_key = np.repeat(np.arange(len(galleries)), size_s) * codes + code_i[entry_row]
+    order = np.argsort(entry_key, kind="stable")
+    entry_key, entry_place = entry_key[order], entry_place[order]
+
+    known = [[code_of_id[image_id] for image_id in set(ids) if image_id in code_of_id] for ids in truth]
+    known_q = np.array([len(codes_of_query) for codes_of_query in known], np.int64)
+    truth_query = np.repeat(np.arange(len(truth)), known_q)
+    truth_code = np.fromiter(itertools.chain.from_iterable(known), np.int64, int(known_q.sum()))
+    truth_key = np.asarray(gallery_of, np.int64)[truth_query] * codes + truth_code
+    begin = np.searchsorted(entry_key, truth_key, side="left")
+    found = np.searchsorted(entry_key, truth_key, side="right") - begin
+
+    pair_query = np.repeat(truth_query, found)
+    pair_place = entry_place[np.repeat(begin, found) + _count_within_groups(found)]
+    entries_q = np.bincount(pair_query, minlength=len(truth))
+    true_qm = np.full((len(truth), max(int(entries_q.max(initial=0)), 1)), -1, np.int32)
+    true_qm[pair_query, _count_within_groups(entries_q)] = pair_place
+    return true_qm, entries_q.astype(np.int32)
+
+
+def _count_within_groups(sizes: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
+    """0, 1, ... for each group in turn: sizes 2 and 3 give 0 1 0 1 2."""
+    return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _check_denominator(denominator: int, queries: int) -> None:
+    if denominator < max(queries, 1):
+        raise ValueError(
+            f"Recall: found a denominator of {denominator} for {queries} ranked queries, needs at least {max(queries, 1)}; "
+            "give the number of entries of the truth list."
+        )
+
+
+def _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth, top_k) -> None:  # type: ignore[no-untyped-def]
+    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
+    if query_qe.ndim != 2 or image_ie.ndim != 2 or query_qe.shape[1] != image_ie.shape[1]:
+        raise ValueError(
+            f"rank_queries: found query embeddings {query_qe.shape} and image embeddings {image_ie.shape}, "
+            "needs [Q, E] and [I, E]; encode both with the same model."
+        )
+    if query_qe.dtype != np.float32 or image_ie.dtype != np.float32:
+        raise ValueError(
+            f"rank_queries: found embeddings of {query_qe.dtype} and {image_ie.dtype}, needs float32: "
+            "narrower types make ties; convert after normalising in float32."
+        )
+    for name, found, needed in (
+        ("gallery_of", len(gallery_of), num_queries),
+        ("truth", len(truth), num_queries),
+        ("image_ids", len(image_ids), num_images),
+    ):
+        if found != needed:
+            raise ValueError(f"rank_queries: {name} has {found} entries, needs {needed}, one a row of the embeddings.")
+    if num_queries and not (0 <= int(np.min(gallery_of)) and int(np.max(gallery_of)) < len(galleries)):
+        query = int(np.flatnonzero((gallery_of < 0) | (gallery_of >= len(galleries)))[0])
+        raise ValueError(
+            f"rank_queries: query {query} has gallery {gallery_of[query]}, needs 0 to {len(galleries) - 1}; "
+            "every query is ranked in the gallery of its livestream."
+        )
+    for gallery, rows in enumerate(galleries):
+        if len(rows) and not (0 <= int(np.min(rows)) and int(np.max(rows)) < num_images):
+            raise ValueError(
+                f"rank_queries: gallery {gallery} has image rows {np.min(rows)} to {np.max(rows)}, "
+                f"needs rows from 0 to {num_images - 1}."
+            )
+    if top_k < 0:
+        raise ValueError(f"rank_queries: top_k is {top_k}, needs 0 or more.")

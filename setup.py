@@ -1,0 +1,60 @@
+"""RICE in JAX: livestreaming product recognition, from a folder of clips to a searchable shelf."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "rice_jax" / "version.py").read_text().split('"')[-2]
+
+# Lower bounds are the versions whose API the code was run against; each upper bound names what breaks.
+CORE = [
+    "jax>=0.10",  # jax.shard_map, lax.pcast, AxisType
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",  # CheckpointManager with args.Composite
+    "grain>=0.2.18",
+    "numpy>=2.0",
+    "ml_collections>=1.1",
+    "absl-py>=2.1",
+    "pillow>=11",
+    "google-crc32c>=1.6",
+    "tqdm>=4.66",
+    "tensorboardX>=2.6.2",  # writes event files without TensorFlow
+    "jaxtyping>=0.3",
+    "safetensors>=0.5",
+    "flatbuffers>=24",  # jax.export's serialize() imports it, and jax does not list it
+]
+FAST = ["simplejpeg>=1.8"]
+PARQUET = ["pyarrow>=17"]
+EXTRAS = {
+    "cuda": ["jax[cuda12]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "fast": FAST,
+    "parquet": PARQUET,
+    "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],  # the second is needed and not declared by the first
+    "test": [
+        *FAST,
+        *PARQUET,
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "beartype>=0.20",
+        "tensorboard>=2.18",  # reads back the event files that tensorboardX wrote
+        "ruff>=0.9",
+        "mypy>=1.14",
+    ],
+}
+
+setup(
+    name="rice_jax",
+    version=VERSION,
+    description=__doc__,
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["rice_jax", "configs", "data_pipeline", "data_pipeline.layouts"],
+    package_data={"rice_jax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
