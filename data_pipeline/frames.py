@@ -25,7 +25,7 @@ Words = NDArray[np.uint64]
 
 MAX_PIXELS = 2**26  # 8192 x 8192: a decompression bomb declares more, a photograph less
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # the suffixes that the official loader tries (SPEC 8.9)
-# What Pillow's readers were seen to raise on damaged files.
+# Pillow's readers raise more than OSError on damaged files.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 AUGMENT_STREAM = int.from_bytes(b"augment")  # second half of the Philox key: no other use of the seed gets these words
@@ -63,7 +63,7 @@ class FrameOptions:
             raise ValueError(f"image_size: found {self.image_size}, needs 1 to resize, which is {self.resize}.")
         if self.num_frames < 1:
             raise ValueError(f"num_frames: found {self.num_frames}, needs at least 1.")
-        if not 0 < self.min_scale <= 1 or not 1 <= self.max_aspect or not 0 <= self.colour_jitter <= 1:
+        if not 0 < self.min_scale <= 1 or self.max_aspect < 1 or not 0 <= self.colour_jitter <= 1:
             raise ValueError(
                 f"min_scale, max_aspect, colour_jitter: found {self.min_scale}, {self.max_aspect}, "
                 f"{self.colour_jitter}; needs 0 < min_scale <= 1 <= max_aspect and 0 <= colour_jitter <= 1."
@@ -163,7 +163,7 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"declares more than {max_pixels} pixels, which no frame or shop image has") from err
     except Image.UnidentifiedImageError as err:
-        raise ValueError(f"is no picture that can be read (starts with {data[:8]!r}), needs {', '.join(FORMATS)}") from err
+        raise ValueError(f"is not a picture (starts with {data[:8]!r}), needs {', '.join(FORMATS)}") from err
     except UNREADABLE as err:
         raise ValueError(f"cannot be decoded ({err}), needs a whole picture") from err
 
@@ -218,8 +218,16 @@ def augment(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixe
     crop = random_scale_crop if options.crops_at_random_scale else random_crop
     pixels = crop(pixels, options, picture_words)
     if options.flip and below(picture_words[FLIP], 2):
-        pixels = pixels[:, ::-1]
+        pixels = mirror(pixels)
     return jitter(pixels, options.colour_jitter, picture_words) if options.colour_jitter else pixels
+
+
+def mirror(pixels: Pixels) -> Pixels:
+    """pixels[:, ::-1], copied channel by channel: NumPy takes five times as long for runs of three bytes."""
+    mirrored = np.empty(pixels.shape, np.uint8)
+    for channel in range(3):
+        mirrored[..., channel] = pixels[:, ::-1, channel]
+    return mirrored
 
 
 def random_crop(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixels:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,9 @@ class Plan:
         if self.keep is not None:
             keep = np.array(self.keep, np.int64)  # a copy: the caller's array may change, a plan may not
             if keep.ndim != 1 or np.any(np.diff(keep) <= 0) or np.any((keep < 0) | (keep >= self.num_examples)):
-                raise ValueError(f"keep: needs sorted, distinct rows of 0 to {self.num_examples - 1}; use rows_without.")
+                raise ValueError(
+                    f"keep: needs sorted, distinct rows of 0 to {self.num_examples - 1}; use rows_without."
+                )
             keep.setflags(write=False)
             object.__setattr__(self, "keep", keep)
         if self.num_kept < self.batch_size:
@@ -91,7 +93,7 @@ def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[
 
     Raises ValueError for an id that the split does not have: a mistyped one would leave the bad clip in.
     """
-    skip: Collection[str] = frozenset(skip_clips)
+    skip = frozenset(skip_clips)
     rows = np.fromiter((i for i, clip_id in enumerate(clip_ids) if clip_id not in skip), np.int64)
     if len(clip_ids) - len(rows) != len(skip):
         unknown = sorted(skip - frozenset(clip_ids))

@@ -44,7 +44,7 @@ def icl_loss(
 
     def cross_entropy(anchors: Array, partners: Array) -> Array:
         logits = jnp.square(scale) * jnp.einsum("be,ge->bg", anchors, partners, precision="highest")
-        positive = own[:, None] == jnp.arange(partners.shape[0])
+        positive = own[:, None] == jnp.arange(partners.shape[0])[None]
         if same_product_is != "negative" and same_product is not None:
             also = same_product & ~positive
             if same_product_is == "masked":
@@ -143,7 +143,7 @@ class Positives(NamedTuple):
     """What decoding the pairs (image i, clip i) leaves for PMD and PFR: done once for both (SPEC 11, row 13)."""
 
     logit: Float[Array, " B"]
-    keys_values: Float[Array, "B S 2D"]
+    keys_values: Float[Array, "B S 2*D"]
     class_token: Float[Array, "B D"]  # of the image, after the decoder's self layer
     pfr: Float[Array, " B"]
 
@@ -236,7 +236,7 @@ def local_losses(
         decode = functools.partial(decode_positives, model, options, params, key)
         positives = in_chunks(decode, (encoded, own), options.pair_chunk)
         if options.pmd:
-            excluded = own[:, None] == jnp.arange(same_product.shape[1])
+            excluded = own[:, None] == jnp.arange(same_product.shape[1])[None]
             if options.exclude_same_product:
                 excluded = excluded | same_product
             losses["pmd"], counts = hard_pair_loss(model, options, params, key, encoded, positives, everyone, excluded)

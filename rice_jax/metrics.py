@@ -1,7 +1,7 @@
 """Ranks of query clips within their livestreams' galleries, and Recall@k: arrays in, numbers out (SPEC 10).
 
-Axes: `Q` query clips, `I` shop images, `E` embedding, `L` places of a gallery padded to a common size, `M` true entries of
-a query (padded with -1), `K` best entries shown, `S` galleries ("shelves") of one size class.
+Axes: `Q` query clips, `I` shop images, `E` embedding, `L` places of a gallery padded to a common size, `M` true entries
+of a query (padded with -1), `K` best entries shown, `S` galleries ("shelves") of one size class.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 # The rank of a query without a true image in its gallery. I + 1 would pass for a hit at 10 in a gallery of three.
 NEVER = int(np.iinfo(np.int32).max)
@@ -67,11 +67,11 @@ def rank_queries(
     One compiled call for all galleries; the same shapes compile once, whatever the embeddings.
 
     Args:
-        query_qe: float32 [Q, E], embeddings of the query clips; the score is the plain dot product, so unit vectors give
-            the cosine.
+        query_qe: float32 [Q, E], embeddings of the query clips; the score is the plain dot product, so unit vectors
+            give the cosine.
         image_ie: float32 [I, E], embeddings of the shop images.
-        galleries: for each livestream the rows of `image_ie` that it shows, in file order, duplicates kept: equal scores
-            rank in this order.
+        galleries: for each livestream the rows of `image_ie` that it shows, in file order, duplicates kept: equal
+            scores rank in this order.
         gallery_of: int [Q], which of `galleries` a query is ranked in.
         image_ids: I ids; an entry is true when its id is among the query's `truth`.
         truth: for each query its true image ids. Ids that its gallery does not show are allowed, and no use.
@@ -83,8 +83,8 @@ def rank_queries(
     Raises:
         ValueError: arguments whose sizes or rows do not fit together.
     """
-    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
     _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth, top_k)
+    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
     true_qm, true_entries = _true_places(galleries, gallery_of, image_ids, truth)
     size_s = np.array([len(rows) for rows in galleries], np.int32)
     gallery_size = size_s[gallery_of] if num_queries else np.zeros(0, np.int32)
@@ -138,8 +138,8 @@ def rank_scores(
 ) -> tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]:
     """Official and strict rank of the best true entry of each row, and the best entries (SPEC 10.1; pure, for jit).
 
-    Entries 0.90 0.70 0.70 0.10 with the second 0.70 true: official rank 3 (the first 0.70 stands before it in the file),
-    strict rank 3; with the first 0.70 true: official 2, strict 3.
+    Entries 0.90 0.70 0.70 0.10 with the second 0.70 true: official rank 3, as the first 0.70 stands before it in the
+    file, strict rank 3; with the first 0.70 true: official 2, strict 3.
 
     Args:
         score_ql: float32 [Q, L], higher is better. NaN ranks as -inf, last.
@@ -165,8 +165,8 @@ def rank_scores(
     is_before_ql = (sortable_ql > best_q1) | ((sortable_ql == best_q1) & (place_l[None, :] < first_q1))
     rank_q = 1 + jnp.sum(is_before_ql & is_real_l[None, :], axis=1, dtype=jnp.int32)
 
-    # "Not lower", rather than "higher": ties and NaN count against us, so that a constant or a diverged model cannot look
-    # perfect. The true entries themselves are taken out again.
+    # "Not lower", rather than "higher": ties and NaN count against us, so that a constant or a diverged model cannot
+    # look perfect. The true entries themselves are taken out again.
     raw_true_qm = jnp.take_along_axis(score_ql, jnp.maximum(true_qm, 0), axis=1)
     has_nan_q = (is_true_qm & jnp.isnan(raw_true_qm)).any(axis=1)
     not_lower_q = jnp.sum(~(score_ql < best_q1) & is_real_l[None, :], axis=1, dtype=jnp.int32)
@@ -264,7 +264,12 @@ def wilson_interval(recall_percent: float, denominator: int) -> tuple[float, flo
     shrink = 1.0 / (1.0 + z * z / denominator)
     centre = shrink * (share + z * z / (2 * denominator))
     half = shrink * z * math.sqrt(share * (1.0 - share) / denominator + (z / (2 * denominator)) ** 2)
-    return 100.0 * max(0.0, centre - half), 100.0 * min(1.0, centre + half)
+    # At 0 and at 100 percent rounding would leave the figure itself a hair outside.
+    return 100.0 * max(0.0, min(share, centre - half)), 100.0 * min(1.0, max(share, centre + half))
+
+
+# Official rank, strict rank, best images, their scores.
+_Results = tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]
 
 
 class _Shelves(NamedTuple):
@@ -284,7 +289,7 @@ def _rank_shelves(
     classes: tuple[_Shelves, ...],
     *,
     top_k: int,
-) -> tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]:
+) -> _Results:
     num_queries = query_qe.shape[0]
     # The last block of a shelf reads and writes past its queries, the very last one past all of them.
     query_qe = jnp.pad(query_qe, ((0, _BLOCK), (0, 0)))
@@ -297,12 +302,12 @@ def _rank_shelves(
         jnp.full((rows, top_k), -jnp.inf, jnp.float32),
     )
 
-    def rank_shelf(results, shelf):
+    def rank_shelf(results: _Results, shelf: _Shelves) -> tuple[_Results, None]:
         row_l, size, first, count = shelf
         image_le = image_ie[row_l]
         is_real_l = jnp.arange(row_l.shape[0], dtype=jnp.int32) < size
 
-        def rank_block(block, results):
+        def rank_block(block: Array, results: _Results) -> _Results:
             start = first + block * _BLOCK
             score_ql = jnp.einsum(
                 "qe,le->ql",
@@ -311,14 +316,13 @@ def _rank_shelves(
                 precision=lax.Precision.HIGHEST,
             )
             block_true_qm = lax.dynamic_slice_in_dim(true_qm, start, _BLOCK)
-            rank_q, strict_q, top_place_qk, top_score_qk = rank_scores(
-                score_ql, is_real_l, block_true_qm, top_k=top_k
-            )
+            rank_q, strict_q, top_place_qk, top_score_qk = rank_scores(score_ql, is_real_l, block_true_qm, top_k=top_k)
             top_image_qk = jnp.where(top_place_qk >= 0, row_l[top_place_qk], -1)
             # What this writes past the shelf's own queries, the shelves to come overwrite: queries are sorted by visit.
-            return tuple(
-                lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
-                for whole, part in zip(results, (rank_q, strict_q, top_image_qk, top_score_qk), strict=True)
+            return jax.tree.map(
+                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
+                results,
+                (rank_q, strict_q, top_image_qk, top_score_qk),
             )
 
         return lax.fori_loop(0, (count + _BLOCK - 1) // _BLOCK, rank_block, results), None
@@ -353,7 +357,7 @@ def _true_places(
     image_ids: Sequence[Hashable],
     truth: Sequence[Collection[Hashable]],
 ) -> tuple[Int32[np.ndarray, "Q M"], Int32[np.ndarray, " Q"]]:
-    """Places of each query's true entries within its gallery, padded with -1, and their number: a join on (gallery, id)."""
+    """Places of each query's true entries in its gallery, -1 for none, and their number: a join on gallery and id."""
     code_of_id: dict[Hashable, int] = {}
     code_i = np.array([code_of_id.setdefault(image_id, len(code_of_id)) for image_id in image_ids], np.int64)
     codes = max(len(code_of_id), 1)
@@ -383,28 +387,36 @@ def _true_places(
 
 def _count_within_groups(sizes: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
     """0, 1, ... for each group in turn: sizes 2 and 3 give 0 1 0 1 2."""
-    return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _check_denominator(denominator: int, queries: int) -> None:
     if denominator < max(queries, 1):
         raise ValueError(
-            f"Recall: found a denominator of {denominator} for {queries} ranked queries, needs at least {max(queries, 1)}; "
-            "give the number of entries of the truth list."
+            f"Recall: found a denominator of {denominator} for {queries} ranked queries, "
+            f"needs at least {max(queries, 1)}; give the number of entries of the truth list."
         )
 
 
-def _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth, top_k) -> None:  # type: ignore[no-untyped-def]
-    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
+def _check_arguments(
+    query_qe: np.ndarray | Array,
+    image_ie: np.ndarray | Array,
+    galleries: Sequence[Int[np.ndarray, " _"]],
+    gallery_of: Int[np.ndarray, " _"],
+    image_ids: Sequence[Hashable],
+    truth: Sequence[Collection[Hashable]],
+    top_k: int,
+) -> None:
     if query_qe.ndim != 2 or image_ie.ndim != 2 or query_qe.shape[1] != image_ie.shape[1]:
         raise ValueError(
             f"rank_queries: found query embeddings {query_qe.shape} and image embeddings {image_ie.shape}, "
             "needs [Q, E] and [I, E]; encode both with the same model."
         )
+    num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
     if query_qe.dtype != np.float32 or image_ie.dtype != np.float32:
         raise ValueError(
             f"rank_queries: found embeddings of {query_qe.dtype} and {image_ie.dtype}, needs float32: "
-            "narrower types make ties; convert after normalising in float32."
+            "narrower types make ties; encode in float32."
         )
     for name, found, needed in (
         ("gallery_of", len(gallery_of), num_queries),
@@ -413,14 +425,14 @@ def _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth
     ):
         if found != needed:
             raise ValueError(f"rank_queries: {name} has {found} entries, needs {needed}, one a row of the embeddings.")
-    if num_queries and not (0 <= int(np.min(gallery_of)) and int(np.max(gallery_of)) < len(galleries)):
+    if num_queries and not (np.min(gallery_of) >= 0 and np.max(gallery_of) < len(galleries)):
         query = int(np.flatnonzero((gallery_of < 0) | (gallery_of >= len(galleries)))[0])
         raise ValueError(
             f"rank_queries: query {query} has gallery {gallery_of[query]}, needs 0 to {len(galleries) - 1}; "
             "every query is ranked in the gallery of its livestream."
         )
     for gallery, rows in enumerate(galleries):
-        if len(rows) and not (0 <= int(np.min(rows)) and int(np.max(rows)) < num_images):
+        if len(rows) and not (np.min(rows) >= 0 and np.max(rows) < num_images):
             raise ValueError(
                 f"rank_queries: gallery {gallery} has image rows {np.min(rows)} to {np.max(rows)}, "
                 f"needs rows from 0 to {num_images - 1}."

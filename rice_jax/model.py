@@ -23,6 +23,11 @@ REMAT = {
 }
 
 
+def _as(x: Array, row: Array) -> Array:
+    """`row` repeated to x's shape; said, since tests refuse broadcasts that nobody wrote down."""
+    return jnp.broadcast_to(row, x.shape).astype(x.dtype)
+
+
 def normalise(
     pictures: UInt8[Array, "*n px px 3"] | Float[Array, "*n px px 3"], mask: Int[Array, "*n"] | None = None
 ) -> Float[Array, "*n px px 3"]:
@@ -32,7 +37,8 @@ def normalise(
     """
     x = pictures
     if pictures.dtype == jnp.uint8:
-        x = (pictures.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+        x = pictures.astype(jnp.float32) / 255
+        x = (x - _as(x, jnp.array(MEAN))) / _as(x, jnp.array(STD))
     return x if mask is None else jnp.where(mask[..., None, None, None] > 0, x, 0)
 
 
@@ -70,7 +76,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * scale + bias).astype(x.dtype)
+        return (y * _as(y, scale) + _as(y, bias)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -92,7 +98,8 @@ class Attention(nn.Module):
     def project(self, x: Float[Array, "*n D"], start: int, stop: int) -> Float[Array, "*n c"]:
         """Parts start..stop of (q, k, v), side by side."""
         columns = slice(start * self.width, stop * self.width)
-        return x @ self.in_proj_kernel[:, columns].astype(self.dtype) + self.in_proj_bias[columns].astype(self.dtype)
+        out = x @ self.in_proj_kernel[:, columns].astype(self.dtype)
+        return out + _as(out, self.in_proj_bias[columns])
 
     def split_heads(self, x: Float[Array, "n t D"]) -> Float[Array, "n t heads d"]:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
@@ -191,7 +198,7 @@ class VisionTransformer(nn.Module):
         x = x.reshape(n, -1, width)
         class_token = self.param("class_embedding", small, (width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (n, 1, width)), x], axis=1)
-        x = x + self.param("positional_embedding", small, x.shape[1:]).astype(self.dtype)
+        x = x + _as(x, self.param("positional_embedding", small, x.shape[1:]))
         tokens = self.resblocks(LayerNorm(self.eps, name="ln_pre")(x))
         pooled = LayerNorm(self.eps, name="ln_post")(tokens[:, 0])
         proj = self.param("proj", small, (width, self.embedding))
@@ -237,13 +244,13 @@ class MatchingDecoder(nn.Module):
         """The self layer: all that happens to an image before it meets a clip (5.3)."""
         return self.self_layer(tokens)
 
-    def keys_values(self, tokens: Float[Array, "n S D"]) -> Float[Array, "n S 2D"]:
+    def keys_values(self, tokens: Float[Array, "n S D"]) -> Float[Array, "n S 2*D"]:
         """A clip's keys and values side by side, of raw tokens unless kv_norm (5.4; SPEC 11, row 4)."""
         tokens = self.cross_layer.ln_1(tokens) if self.kv_norm else tokens
         return self.cross_layer.attn.project(tokens, 1, 3)
 
     def scores(
-        self, x: Float[Array, "n r D"], keys_values: Float[Array, "n S 2D"], key_mask: Bool[Array, "n S"]
+        self, x: Float[Array, "n r D"], keys_values: Float[Array, "n S 2*D"], key_mask: Bool[Array, "n S"]
     ) -> Float[Array, "n H r S"]:
         """q k^T / sqrt(D/H), float32, the most negative number at padding: its softmax weight is exactly 0."""
         query = self.cross_layer.attn.project(self.cross_layer.ln_1(x), 0, 1)
@@ -251,7 +258,7 @@ class MatchingDecoder(nn.Module):
         return jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
 
     def cross_tokens(
-        self, x: Float[Array, "n r D"], weights: Float[Array, "n H r S"], keys_values: Float[Array, "n S 2D"]
+        self, x: Float[Array, "n r D"], weights: Float[Array, "n H r S"], keys_values: Float[Array, "n S 2*D"]
     ) -> Float[Array, "n r D"]:
         """The cross layer after its softmax (5.4)."""
         x = x + self.cross_layer.attn.mix(weights, keys_values[..., self.width :])
@@ -262,11 +269,11 @@ class MatchingDecoder(nn.Module):
         return jax.nn.relu(self.dense(self.pooler_norm(x))).astype(jnp.float32)
 
     def logit(
-        self, x: Float[Array, "n r D"], weights: Float[Array, "n H r S"], keys_values: Float[Array, "n S 2D"]
+        self, x: Float[Array, "n r D"], weights: Float[Array, "n H r S"], keys_values: Float[Array, "n S 2*D"]
     ) -> Float[Array, "n r"]:
         """10 cos(h, w) of image class tokens x against the clip (5.6)."""
         pooled = self.pooled(self.cross_tokens(x, weights, keys_values))
-        return 10 * jnp.sum(unit(pooled) * unit(self.match), axis=-1)
+        return 10 * unit(pooled) @ unit(self.match)
 
     def __call__(
         self, image_tokens: Float[Array, "n T D"], clip_tokens: Float[Array, "n S D"], key_mask: Bool[Array, "n S"]
@@ -300,8 +307,8 @@ class PatchReconstruction(nn.Module):
         kernel_1, bias_1 = self.param("conv1_kernel", ones, (self.heads, hidden)), self.param("conv1_bias", zeros, (hidden,))
         kernel_2, bias_2 = self.param("conv2_kernel", ones, (hidden,)), self.param("conv2_bias", zeros, (1,))
         # jax.nn.relu has derivative 0 at 0, as SPEC 6.3 wants; jnp.maximum has 1/2.
-        mixed = jax.nn.relu(jnp.einsum("nhts,hk->nkts", attention, kernel_1) + bias_1[:, None, None])
-        mixed = jax.nn.relu(jnp.einsum("nkts,k->nts", mixed, kernel_2) + bias_2)
+        mixed = jax.nn.relu(jnp.einsum("nhts,hk->nkts", attention, kernel_1) + bias_1[None, :, None, None])
+        mixed = jax.nn.relu(jnp.einsum("nkts,k->nts", mixed, kernel_2) + bias_2[0])
         if self.mask_padding:
             mixed = jnp.where(real[:, 0], mixed, -jnp.inf)
         return jax.nn.softmax(mixed, axis=-1)

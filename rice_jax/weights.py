@@ -78,11 +78,11 @@ def convert(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...] = OFFICIAL) -
     layers: dict[str, dict[int, Tensor]] = {}
     faults = []
     for name, tensor in tensors.items():
-        matches = [(rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, name))]
-        if len(matches) != 1:
-            faults.append(f"{name} {tensor.shape}: {'no rule matches' if not matches else 'several rules match'}")
+        try:
+            rule, found = match(name, rules)
+        except ValueError as error:
+            faults.append(f"{error} (shape {tensor.shape})")
             continue
-        rule, found = matches[0]
         if rule.path is None:
             continue
         if found.groups():
@@ -97,6 +97,14 @@ def convert(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...] = OFFICIAL) -
     if faults:
         raise ValueError("these tensors are not of the official RICE model:\n  " + "\n  ".join(faults))
     return nested(flat)
+
+
+def match(name: str, rules: tuple[Rule, ...] = OFFICIAL) -> tuple[Rule, re.Match[str]]:
+    """The one rule for a source's tensor; ValueError when there is none or more than one."""
+    matches = [(rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, name))]
+    if len(matches) != 1:
+        raise ValueError(f"{name}: {'several rules match' if matches else 'no rule matches'}")
+    return matches[0]
 
 
 def nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:

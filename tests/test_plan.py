@@ -72,7 +72,11 @@ def test_batch_is_a_function_of_the_step_alone():
     assert [plan.batch(step).tolist() for step in reversed(range(20))] == forward[::-1]
     code = "from data_pipeline.plan import Plan; print([Plan(50, 8, 1).batch(s).tolist() for s in range(20)])"
     fresh = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert fresh.stdout.strip() == str(forward)
 
@@ -80,7 +84,9 @@ def test_batch_is_a_function_of_the_step_alone():
 def test_an_epochs_order_is_computed_once_for_all_threads(monkeypatch):
     calls = []
     argsort = np.argsort
-    monkeypatch.setattr(plan_module.np, "argsort", lambda *args, **kwargs: (calls.append(1), argsort(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        plan_module.np, "argsort", lambda *args, **kwargs: (calls.append(1), argsort(*args, **kwargs))[1]
+    )
     plan = Plan(100_000, 10, 987)
     with ThreadPoolExecutor(8) as pool:
         batches = list(pool.map(plan.batch, range(32)))

@@ -1,0 +1,108 @@
+"""Checkpoints: one Orbax item a step, holding the state and what is needed to know that it belongs to this run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rice_jax.step import State
+from rice_jax.version import __version__
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, saved asynchronously; step N means N updates done, which is the data's position."""
+
+    def __init__(self, workdir: str | Path, *, kept: int | None = None) -> None:
+        self.path = epath.Path(workdir).absolute() / "checkpoints"  # epath: object stores too
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=kept is not None, create=kept is not None)
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        """Newest complete step. An interrupted save leaves a folder of another name, which does not count."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Starts a save and returns; the state may be donated at once. A step that is there already is left alone.
+
+        Raises:
+          ValueError: Orbax would not save this step (its own answer is a silent False).
+        """
+        if step == self.latest():
+            return
+        items = {name: ocp.args.StandardSave(part) for name, part in _split(state).items()}
+        items["meta"] = ocp.args.JsonSave({"step": step, "version": __version__, **meta})
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise ValueError(f"{self.path}: step {step} was not saved, because a newer step is there.")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract: State) -> State:
+        """The state of a step in the shardings of `abstract`, whatever mesh it was saved from.
+
+        Raises:
+          ValueError: a leaf of another shape or dtype, or one too many or too few, each named.
+        """
+        parts = self._restore(step, _split(abstract))
+        return State(**parts["weights"], **parts["optimizer"])
+
+    def restore_params(self, step: int, abstract: State) -> Any:
+        """The parameters to use, without the optimiser's: their average, where the run keeps one. Errors as above."""
+        weights = self._restore(step, {"weights": _split(abstract)["weights"]})["weights"]
+        return weights["average"] or weights["params"]
+
+    def _restore(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
+        self._check(step, parts)
+        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _check(self, step: int, parts: dict[str, Any]) -> None:
+        # Orbax casts another dtype in silence, and names no leaf when shapes differ.
+        metadata = self._manager.item_metadata(step)
+        found = _shapes({name: metadata[name] for name in parts})
+        wanted = _shapes(parts)
+        faults = [
+            f"{name}: checkpoint {found.get(name, 'has none')}, config {wanted.get(name, 'has none')}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if faults:
+            shown = "\n  ".join(faults[:20])
+            raise ValueError(f"{self.path}/{step} is of another model ({len(faults)} leaves differ):\n  {shown}")
+
+    def wait(self) -> None:
+        """Until what was started is on disk; raises what went wrong on the way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _split(state: State) -> dict[str, Any]:
+    """In two items, so that whoever only encodes reads a third of the bytes."""
+    weights = {"params": state.params, "average": state.average}
+    return {"weights": weights, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """{path: 'shape dtype'}; Orbax' metadata spells containers otherwise than the state, names are what agrees."""
+
+    def name(path: tuple[Any, ...]) -> str:
+        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return {name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
+
+
+def write_config(workdir: Path, text: str) -> None:
+    """The config beside the checkpoints, for people; the one in the checkpoint is what is read."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(text)
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "config.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,63 @@
+"""Evaluate a run: python -m rice_jax.evaluate --workdir RUN --data DIR [--split test] [--subset FILE] [--output DIR]
+
+Prints Recall@k by the official definition and writes metrics.json and rankings.jsonl to --output. DIR may be another
+converted set than the one trained on. Started again after an interruption it goes on with what is not encoded yet.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+from data_pipeline.records import open_dataset
+from rice_jax import config as configuration
+from rice_jax import retrieval
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    model = retrieval.load(arguments.workdir, step=arguments.step)
+    dataset = open_dataset(arguments.data)
+    split = dataset.split(arguments.split)
+    subset = read_ids(arguments.subset) if arguments.subset else None
+    output = arguments.output or arguments.workdir / f"evaluation-{arguments.split}"
+
+    # All that decides an embedding or its place names the folder: another checkpoint never finds this one's.
+    identity = [model.fingerprint, dataset.content_hash, split.name, configuration.to_json(model.config.data), subset]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    store = retrieval.EmbeddingStore(output / "embeddings" / key)
+    result = retrieval.evaluate(model, split, subset=subset, store=store, show_progress=not arguments.json)
+
+    (output / "rankings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in retrieval.rankings(result, split)))
+    (output / "metrics.json").write_text(json.dumps(result.figures, indent=2) + "\n")
+    print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
+
+
+def read_ids(path: Path) -> list[str]:
+    """Clip ids, one a line.
+
+    Raises:
+      ValueError: not UTF-8 text, or no id in it.
+    """
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; give a text file with one clip id a line.") from error
+    if not any(ids):
+        raise ValueError(f"{path}: holds no clip id; give a text file with one a line.")
+    return [clip for clip in ids if clip]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="the training run")
+    parser.add_argument("--data", type=Path, required=True, help="a converted data set")
+    parser.add_argument("--split", default="test", help="which of its splits (default: test)")
+    parser.add_argument("--subset", type=Path, help="file of clip ids, one a line: only these queries count")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT)")
+    parser.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    configuration.run(evaluate, parse())

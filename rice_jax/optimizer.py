@@ -1,0 +1,93 @@
+"""The official optimiser from optax's parts: parameter groups, AdamW of old Hugging Face, warm-up and cosine (SPEC 7)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from rice_jax.sharding import path_name
+
+
+def schedule(config: Any) -> optax.Schedule:
+    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, then a cosine to 0 at num_updates (SPEC 7.4)."""
+    o = config.optimizer
+    if not 0 <= o.warmup_updates < config.num_updates:
+        raise ValueError(
+            f"optimizer.warmup_updates {o.warmup_updates} must lie below num_updates {config.num_updates}; shorten the warm-up."
+        )
+    cosine = optax.cosine_decay_schedule(o.learning_rate, config.num_updates - o.warmup_updates)
+    return optax.join_schedules([optax.linear_schedule(0, o.learning_rate, o.warmup_updates), cosine], [o.warmup_updates])
+
+
+def lr_multiplier(name: str, config: Any) -> float:
+    """By which a parameter's rate is multiplied (SPEC 7.1)."""
+    if name == "logit_scale":
+        return config.optimizer.logit_scale_lr_multiplier
+    return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
+
+
+def decays(name: str, ndim: int, config: Any) -> bool:
+    """Whether a parameter decays (SPEC 7.2). "official": all but biases, since its other exemption matches nothing.
+
+    A stack of blocks has one axis more than the tensors it stands for.
+    """
+    if config.optimizer.decay_rule == "no_1d":
+        return ndim - ("resblocks" in name) > 1
+    return not name.endswith("bias")
+
+
+def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with eps on the uncorrected sqrt(v), as transformers 4.10 has it (SPEC 7.3).
+
+    Early steps are smaller than Adam's: its eps is eps / sqrt(1 - b2^t) to us.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
+        _, state = adam.update(grads, state, params)
+        t = state.count.astype(jnp.float32)
+        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+class ScheduleState(NamedTuple):
+    count: Int[Array, ""]
+
+
+def step_then_decay(config: Any) -> optax.GradientTransformation:
+    """theta <- theta - lr u, and only then theta <- theta - lr wd theta, at each parameter's own rate (SPEC 7.3)."""
+    rate = schedule(config)
+
+    def init(params: optax.Params) -> ScheduleState:
+        del params
+        return ScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(updates: optax.Updates, state: ScheduleState, params: Any = None) -> tuple[optax.Updates, ScheduleState]:
+        lr = rate(state.count)
+
+        def one(path: tuple[Any, ...], u: Array, theta: Array) -> Array:
+            name = path_name(path)
+            step = lr * lr_multiplier(name, config)
+            decay = step * config.optimizer.weight_decay if decays(name, theta.ndim, config) else 0.0
+            return -step * u - decay * (theta - step * u)
+
+        updates = jax.tree_util.tree_map_with_path(one, updates, params)
+        return updates, ScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """The optimiser of a config: gradients in, changes of the parameters out."""
+    o = config.optimizer
+    adam = {"uncorrected": scale_by_uncorrected_adam, "corrected": optax.scale_by_adam}[o.eps_placing]
+    clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    return optax.chain(*clip, adam(o.b1, o.b2, o.eps), step_then_decay(config))
+
+
+def learning_rate(config: Any, update: Int[Array, ""]) -> Float[Array, ""]:
+    return jnp.asarray(schedule(config)(update))

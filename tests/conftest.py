@@ -1,0 +1,30 @@
+"""Eight CPU devices, so that every test may ask for a mesh; fixed before jax is imported."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # a broadcast nobody meant is an error
+jax.config.update("jax_default_matmul_precision", "highest")
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", type=Path, default=HERE / "golden", help="folder of golden rice_*.npz files")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a golden file: those with inputs, and those of updates, which belong to one of them."""
+    folder = metafunc.config.getoption("--golden")
+    for name, pattern in (("golden_file", "rice_*.npz"), ("updates_file", "rice_*_updates.npz")):
+        if name in metafunc.fixturenames:
+            files = sorted(folder.glob(pattern))
+            if name == "golden_file":
+                files = [path for path in files if not path.stem.endswith("_updates")]
+            metafunc.parametrize(name, files, ids=[path.stem for path in files])

@@ -1,0 +1,438 @@
+"""Batches: the same whatever carries them, every row where it belongs, nothing on a device, nothing left running."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import frames
+from data_pipeline.batches import ELEMENT_EXAMPLES, Batches, clip_batches, image_batches, train_batches
+from data_pipeline.frames import FrameOptions
+from data_pipeline.plan import Plan, rows_without
+
+NUM_CLIPS, NUM_IMAGES = 23, 7
+OPTIONS = FrameOptions(image_size=12, resize=16)
+PLAIN = FrameOptions(image_size=16, resize=16, flip=False, tail_cut=False)  # nothing random but the order
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    id: str
+    frames: list[bytes]
+    encoded: bytes = b""
+
+
+class TinySplit:
+    """Clip i has 1 + i % 13 frames; each picture is of one colour, which tells whose it is."""
+
+    name = "train"
+    num_clips, num_images = NUM_CLIPS, NUM_IMAGES
+
+    def __init__(self) -> None:
+        rows = np.arange(NUM_CLIPS, dtype=np.int32)
+        count = 1 + rows % 13
+        self.columns = {"image": rows % NUM_IMAGES, "product": rows % 5, "frames": count, "original_frames": count}
+        self.clip_ids = [f"clip{row}" for row in rows]
+        self.image_ids = [f"image{row}" for row in range(NUM_IMAGES)]
+
+    def clip(self, row: int) -> Record:
+        return Record(self.clip_ids[row], [png((row, 10 + k, 0)) for k in range(self.columns["frames"][row])])
+
+    def image(self, row: int) -> Record:
+        return Record(self.image_ids[row], [], png((200, row, 0)))
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.full((16, 16, 3), colour, np.uint8)
+    pixels[:, :, 2] = np.add.outer(np.arange(16), 16 * np.arange(16))  # blue tells where a crop was taken
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def split() -> TinySplit:
+    return TinySplit()
+
+
+def take(batches: Batches, count: int) -> list[dict[str, np.ndarray]]:
+    with batches:
+        return [next(batches) for _ in range(count)]
+
+
+def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+            assert one[name].dtype == other[name].dtype
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_what_the_plan_says_in_its_order(split):
+    plan = Plan(NUM_CLIPS, 5, 3)
+    for step, batch in enumerate(take(train_batches(split, plan, range(5), PLAIN), 9)):
+        rows = plan.batch(step)
+        assert batch["index"].tolist() == rows.tolist()
+        assert batch["product"].tolist() == (rows % 5).tolist()
+        assert batch["image"][:, 0, 0, 1].tolist() == (rows % NUM_IMAGES).tolist()
+        assert batch["frames"][:, 0, 0, 0, 0].tolist() == rows.tolist()
+        assert batch["mask"].sum(axis=1).tolist() == np.minimum(10, 1 + rows % 13).tolist()
+
+
+def test_shapes_and_types_are_as_promised(split):
+    batch = take(train_batches(split, Plan(NUM_CLIPS, 5, 3), [4, 0, 2], OPTIONS), 1)[0]
+    shapes = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    assert shapes == {
+        "frames": ((3, 10, 12, 12, 3), "uint8"),
+        "mask": ((3, 10), "int32"),
+        "image": ((3, 12, 12, 3), "uint8"),
+        "product": ((3,), "int32"),
+        "index": ((3,), "int32"),
+    }
+
+
+def test_empty_slots_are_zero_and_masked_and_come_last(split):
+    for batch in take(train_batches(split, Plan(NUM_CLIPS, 23, 0), range(23), OPTIONS), 4):
+        assert np.all(np.diff(batch["mask"], axis=1) <= 0)
+        assert np.all(batch["mask"][:, 0] == 1)
+        assert not batch["frames"][batch["mask"] == 0].any()
+        assert batch["frames"][batch["mask"] == 1].any(axis=(1, 2, 3)).all()
+
+
+def test_a_clip_longer_than_the_slots_shows_sampled_frames_from_both_ends(split):
+    batch = take(clip_batches(split, [12], PLAIN, 1), 1)[0]
+    shown = (batch["frames"][0, :, 0, 0, 1] - 10).tolist()
+    assert shown == frames.sample_frames(13, 10).tolist()
+    few = dataclasses.replace(PLAIN, num_frames=4)
+    assert (take(clip_batches(split, [12], few, 1), 1)[0]["frames"][0, :, 0, 0, 1] - 10).tolist() == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(1, 0), (4, 0), (0, 2), (2, 1)])
+def test_batches_are_the_same_for_any_number_of_threads_and_workers(split, threads, workers):
+    plan = Plan(NUM_CLIPS, 23, 1)
+    rows = np.tile(np.arange(23), 4)[:80]  # three elements a batch
+    assert len(rows) > 2 * ELEMENT_EXAMPLES
+    expected = take(train_batches(split, plan, rows, OPTIONS, threads=0), 3)
+    actual = take(train_batches(split, plan, rows, OPTIONS, threads=threads, workers=workers), 3)
+    assert_same(actual, expected)
+
+
+def test_processes_rows_make_up_the_global_batch_also_when_not_contiguous(split):
+    plan = Plan(NUM_CLIPS, 8, 5)
+    whole = take(train_batches(split, plan, range(8), OPTIONS), 4)
+    for shares in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[6], [3, 0], [7, 5, 4, 2, 1]]):
+        for share in shares:
+            part = take(train_batches(split, plan, share, OPTIONS), 4)
+            assert_same(part, [{name: array[share] for name, array in batch.items()} for batch in whole])
+
+
+def test_starting_in_mid_epoch_equals_an_undisturbed_run(split):
+    plan = Plan(NUM_CLIPS, 5, 2)
+    undisturbed = take(train_batches(split, plan, range(5), OPTIONS), 13)
+    for start in (1, 3, 4, 9):
+        resumed = take(train_batches(split, plan, range(5), OPTIONS, start_step=start, threads=3), 13 - start)
+        assert_same(resumed, undisturbed[start:])
+
+
+def test_an_epoch_trains_on_every_clip_once_but_n_mod_g(split):
+    plan = Plan(NUM_CLIPS, 5, 2)
+    batches = take(train_batches(split, plan, range(5), OPTIONS), 8)
+    for epoch in range(2):
+        seen = np.concatenate([batch["index"] for batch in batches[4 * epoch : 4 * epoch + 4]]).tolist()
+        assert len(set(seen)) == 20
+        assert sorted(seen + plan.left_out(epoch).tolist()) == list(range(NUM_CLIPS))
+
+
+def test_augmentation_changes_with_the_epoch_and_with_the_seed_only(split):
+    def first_clip(seed: int, step: int) -> np.ndarray:
+        plan = Plan(NUM_CLIPS, NUM_CLIPS, seed)
+        batch = take(train_batches(split, plan, range(NUM_CLIPS), OPTIONS, start_step=step), 1)[0]
+        return batch["frames"][batch["index"] == 0]
+
+    assert np.array_equal(first_clip(0, 0), first_clip(0, 0))
+    assert not np.array_equal(first_clip(0, 0), first_clip(0, 1))
+    assert not np.array_equal(first_clip(0, 0), first_clip(1, 0))
+
+
+def test_skipping_a_clip_leaves_the_augmentation_of_the_others_alone(split):
+    def by_clip(plan: Plan) -> dict[int, np.ndarray]:
+        batch = take(train_batches(split, plan, range(plan.batch_size), OPTIONS), 1)[0]
+        return dict(zip(batch["index"].tolist(), batch["frames"], strict=True))
+
+    whole = by_clip(Plan(NUM_CLIPS, NUM_CLIPS, 0))
+    keep = rows_without(split.clip_ids, ["clip4", "clip20"])
+    rest = by_clip(Plan(NUM_CLIPS, NUM_CLIPS - 2, 0, keep=keep))
+    assert rest.keys() == whole.keys() - {4, 20}
+    for row, clip in rest.items():
+        np.testing.assert_array_equal(clip, whole[row])
+
+
+def test_frames_of_a_clip_are_augmented_alike_only_when_asked_for(split):
+    def crops(consistent: bool) -> list[int]:
+        """How many different crops and flips the frames of each clip got: blue tells."""
+        options = dataclasses.replace(OPTIONS, consistent_augment=consistent, tail_cut=False)
+        batch = take(train_batches(split, Plan(NUM_CLIPS, NUM_CLIPS, 0), range(NUM_CLIPS), options), 1)[0]
+        return [
+            len({frame[..., 2].tobytes() for frame in clip[mask == 1]})
+            for clip, mask in zip(batch["frames"], batch["mask"], strict=True)
+        ]
+
+    assert set(crops(True)) == {1}
+    assert max(crops(False)) > 5
+
+
+def test_cached_pictures_are_the_same_pixels_within_the_bytes_allowed(split):
+    plan = Plan(NUM_CLIPS, 5, 2)
+    expected = take(train_batches(split, plan, range(5), OPTIONS), 12)
+    assert_same(take(train_batches(split, plan, range(5), OPTIONS, cache_bytes=10**6, threads=3), 12), expected)
+    assert_same(take(train_batches(split, plan, range(5), OPTIONS, cache_bytes=5000), 12), expected)
+
+
+def test_a_cached_record_is_not_read_again(split):
+    class Counting(TinySplit):
+        reads = 0
+
+        def clip(self, row: int) -> Record:
+            self.reads += 1
+            return super().clip(row)
+
+    counting = Counting()
+    options = dataclasses.replace(OPTIONS, tail_cut=False)
+    take(train_batches(counting, Plan(NUM_CLIPS, 23, 2), range(23), options, cache_bytes=10**7, threads=0), 5)
+    assert counting.reads == NUM_CLIPS
+    counting.reads = 0
+    take(
+        train_batches(counting, Plan(NUM_CLIPS, 23, 2), range(23), options, cache_bytes=16 * 16 * 3 * 20, threads=0), 2
+    )
+    assert NUM_CLIPS < counting.reads < 2 * NUM_CLIPS
+
+
+@pytest.mark.parametrize("rows", [[], [5], [-1], [[0, 1]]])
+def test_rows_outside_the_batch_are_refused(split, rows):
+    with pytest.raises(ValueError, match="needs positions of 0 to 4"):
+        train_batches(split, Plan(NUM_CLIPS, 5, 0), rows, OPTIONS)
+
+
+def test_more_slots_than_stored_frames_name_the_option_to_convert_with(split):
+    longer = TinySplit()
+    longer.columns["original_frames"] = longer.columns["frames"] * 3
+    message = r"clip clip0: found 1 stored frames of 3, needs num_frames = 10; convert again with --frames all"
+    with pytest.raises(ValueError, match=message):
+        clip_batches(longer, range(NUM_CLIPS), OPTIONS, 4)
+    with pytest.raises(ValueError, match=message):
+        train_batches(longer, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS)
+    clip_batches(longer, [12], OPTIONS, 4).close()  # 13 stored frames are enough for ten slots
+
+
+def test_a_clip_without_shop_image_cannot_be_trained_on_unless_skipped(split):
+    lonely = TinySplit()
+    lonely.columns["image"] = np.where(np.arange(NUM_CLIPS) == 6, -1, lonely.columns["image"])
+    with pytest.raises(ValueError, match=r"clip clip6: found no shop image .* list them in skip_clips"):
+        train_batches(lonely, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS)
+    keep = rows_without(lonely.clip_ids, ["clip6"])
+    train_batches(lonely, Plan(NUM_CLIPS, 5, 0, keep=keep), range(5), OPTIONS).close()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 40, 70])
+def test_every_clip_is_given_exactly_once_and_padding_is_marked(split, batch_size):
+    rows = np.random.default_rng(0).permutation(NUM_CLIPS)
+    batches = clip_batches(split, rows, OPTIONS, batch_size)
+    assert batches.num_batches == -(-NUM_CLIPS // batch_size)
+    batches = list(batches)
+    assert all(len(array) == batch_size for batch in batches for array in batch.values())
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    given = np.concatenate([batch["row"] for batch in batches])
+    assert valid.sum() == NUM_CLIPS
+    assert given[valid].tolist() == rows.tolist()
+    assert set(given[~valid].tolist()) <= {-1}
+    for batch in batches:
+        assert batch["frames"][batch["valid"], 0, 0, 0, 0].tolist() == batch["row"][batch["valid"]].tolist()
+        assert not batch["frames"][~batch["valid"]].any()
+        assert np.all(batch["mask"][~batch["valid"]].sum(axis=1) == 1)  # no mean over no frames
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 40])
+def test_every_shop_image_is_given_exactly_once(split, batch_size):
+    batches = list(image_batches(split, range(NUM_IMAGES), OPTIONS, batch_size))
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    assert np.concatenate([batch["row"] for batch in batches])[valid].tolist() == list(range(NUM_IMAGES))
+    assert np.concatenate([batch["image"] for batch in batches])[valid, 0, 0, 1].tolist() == list(range(NUM_IMAGES))
+
+
+def test_no_rows_give_no_batches(split):
+    assert list(clip_batches(split, [], OPTIONS, 4)) == []
+
+
+def test_evaluation_takes_the_centre_of_every_sampled_frame_and_nothing_random(split):
+    batches = list(clip_batches(split, range(NUM_CLIPS), OPTIONS, 5))
+    assert_same(list(clip_batches(split, range(NUM_CLIPS), OPTIONS, 5, seed=9, threads=0, workers=0)), batches)
+    mask = np.concatenate([batch["mask"] for batch in batches])[:NUM_CLIPS]
+    assert mask.sum(axis=1).tolist() == [min(10, 1 + row % 13) for row in range(NUM_CLIPS)]
+    expected = np.add.outer(np.arange(16), 16 * np.arange(16))[2:14, 2:14]
+    np.testing.assert_array_equal(batches[0]["frames"][0, 0, :, :, 2], expected)
+
+
+def test_tail_cut_in_evaluation_depends_on_the_seed_and_the_clip_alone(split):
+    options = dataclasses.replace(OPTIONS, test_tail_cut=True)
+    long = [row for row in range(NUM_CLIPS) if row % 13 >= 9]
+
+    def kept(rows: list[int], seed: int) -> dict[int, int]:
+        batches = list(clip_batches(split, rows, options, 3, seed=seed))
+        return {
+            int(r): int(m.sum()) for b in batches for r, m, v in zip(b["row"], b["mask"], b["valid"], strict=True) if v
+        }
+
+    drawn = [kept(long, seed) for seed in range(6)]
+    assert drawn == [kept(long[::-1], seed) for seed in range(6)]
+    assert len({tuple(sorted(of_seed.items())) for of_seed in drawn}) > 1
+    assert any(count < 10 for of_seed in drawn for count in of_seed.values())
+
+
+@pytest.mark.parametrize("rows", [[NUM_CLIPS], [-1], [[0]]])
+def test_rows_outside_the_split_are_refused(split, rows):
+    with pytest.raises(ValueError, match="needs 0 to 22"):
+        clip_batches(split, rows, OPTIONS, 4)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class OneBadPicture(TinySplit):
+    def clip(self, row: int) -> Record:
+        record = super().clip(row)
+        if row == 8:
+            record.frames[6] = record.frames[6][:40]
+        return record
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(0, 0), (2, 0), (1, 1)])
+def test_a_bad_picture_stops_the_run_with_its_name(threads, workers):
+    plan = Plan(NUM_CLIPS, 23, 0)
+    options = dataclasses.replace(OPTIONS, tail_cut=False)
+    with train_batches(OneBadPicture(), plan, range(23), options, threads=threads, workers=workers) as batches:
+        with pytest.raises(ValueError, match=r"clip 8 \(clip clip8\): frame 7 of 9 .*needs.*skip_clips"):
+            next(batches)
+        with pytest.raises(ValueError, match="were closed"):  # what comes after a bad record is never handed out
+            next(batches)
+
+
+def test_skip_clips_goes_on_without_the_bad_one():
+    bad = OneBadPicture()
+    plan = Plan(NUM_CLIPS, 22, 0, keep=rows_without(bad.clip_ids, ["clip8"]))
+    assert 8 not in take(train_batches(bad, plan, range(22), OPTIONS), 1)[0]["index"].tolist()
+
+
+def test_closed_batches_say_so(split):
+    batches = train_batches(split, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS)
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises(ValueError, match="were closed"):
+        next(batches)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": -1}, {"workers": -1}, {"prefetch_batches": 0}])
+def test_impossible_numbers_of_threads_workers_or_batches_are_refused(split, wrong):
+    with pytest.raises(ValueError, match="needs 0 or more threads and workers"):
+        train_batches(split, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS, **wrong)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+PROGRAM = textwrap.dedent(
+    """
+    import multiprocessing, os, sys
+    import jax
+    from data_pipeline.batches import train_batches
+    from data_pipeline.plan import Plan
+    from tests.test_batches import NUM_CLIPS, OPTIONS, TinySplit
+    from jax._src import xla_bridge
+
+    class NoBackend(TinySplit):
+        def clip(self, row):
+            assert not xla_bridge._backends, xla_bridge._backends
+            in_worker = multiprocessing.parent_process() is not None
+            assert in_worker == (sys.argv[1] != "0")
+            assert not in_worker or (jax.config.jax_platforms, os.environ["JAX_PLATFORMS"]) == ("cpu", "cpu")
+            return super().clip(row)
+
+    if __name__ == "__main__":
+        batches = train_batches(NoBackend(), Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS, workers=int(sys.argv[1]))
+        next(batches)
+        assert not xla_bridge._backends, xla_bridge._backends
+        print("ready", flush=True)
+        if sys.argv[2] == "wait":
+            sys.stdin.read()
+        if sys.argv[2] == "raise":
+            raise KeyError("planned")
+    """
+)
+
+
+def start(folder: Path, workers: int, ending: str) -> subprocess.Popen[str]:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    root = str(Path(__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    return subprocess.Popen(
+        [sys.executable, str(program), str(workers), ending],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PYTHONPATH": root},
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_jax_backend_is_touched_and_unclosed_batches_end_without_a_word(tmp_path, workers):
+    output, errors = start(tmp_path, workers, "leave").communicate(timeout=120)
+    assert (output, errors) == ("ready\n", "")
+
+
+def test_an_error_elsewhere_is_the_only_traceback(tmp_path):
+    process = start(tmp_path, 1, "raise")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyError: 'planned'")
+
+
+def children(parent: int) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.add(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_workers_die_with_their_parent_even_after_kill_9(tmp_path):
+    with start(tmp_path, 2, "wait") as process:
+        assert process.stdout.readline() == "ready\n"
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
