@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.patch_size = 32  # px
+    c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 that take the place of the patch embedding, one a halving
     c.model.width = 768  # D
     c.model.layers = 12
     c.model.heads = 12

@@ -15,115 +15,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Self
 
 import grain.python as grain
 import numpy as np
 from absl import flags
 from numpy.typing import NDArray
 
-from data_pipeline import frames
-from data_pipeline.frames import FrameOptions, Pixels
+from data_pipeline.examples import PADDING, Arrays, Examples, PictureCache
+from data_pipeline.frames import FrameOptions
 from data_pipeline.plan import Plan
+from data_pipeline.records import Split
 
-if TYPE_CHECKING:
-    from data_pipeline.records import Split
-
-Batch = dict[str, NDArray[Any]]
 Rows = Sequence[int] | NDArray[np.integer]
 
 ELEMENT_EXAMPLES = 32  # at most: a host's 1,024 clips are 1.7 GB, and one element is decoded by one thread
 ENDLESS = 2**48  # elements: training stops asking before that
-PADDING = -1  # the row of an example that only fills a batch
-
-
-# --- the pictures of a split ------------------------------------------------------------------------------------------
-
-
-class _Cache:
-    """Pictures by key, first come, up to `limit` bytes; none is ever thrown out, none is stored above the limit."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-        self.pictures: dict[tuple[str, int, int], Pixels] = {}
-        self.lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type["_Cache"], tuple[int]]:
-        return _Cache, (self.limit,)  # each worker fills its own
-
-    def add(self, key: tuple[str, int, int], pixels: Pixels) -> None:
-        with self.lock:
-            if key not in self.pictures and self.used + pixels.nbytes <= self.limit:
-                self.pictures[key] = pixels
-                self.used += pixels.nbytes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pictures:
-    """The pictures of a split as the network sees them."""
-
-    split: "Split"
-    options: FrameOptions
-    seed: int
-    train: bool
-    cache: _Cache
-
-    def clips(self, rows: NDArray[np.integer], epoch: int) -> Batch:
-        """frames uint8 [b, N, px, px, 3] and mask int32 [b, N] of b clips; a PADDING row is one black frame."""
-        slots, side = self.options.num_frames, self.options.image_size
-        clips, mask = np.zeros((len(rows), slots, side, side, 3), np.uint8), np.zeros((len(rows), slots), np.int32)
-        for place, row in enumerate(rows.tolist()):
-            mask[place, : 1 if row == PADDING else self._fill(clips[place], row, epoch)] = 1
-        return {"frames": clips, "mask": mask}
-
-    def shop_images(self, rows: NDArray[np.integer], examples: NDArray[np.integer], epoch: int) -> Batch:
-        """image uint8 [b, px, px, 3]: shop images by row, with the random words of the examples that show them."""
-        images = np.zeros((len(rows), self.options.image_size, self.options.image_size, 3), np.uint8)
-        for place, (row, example) in enumerate(zip(rows.tolist(), examples.tolist(), strict=True)):
-            if row != PADDING:
-                images[place] = self._finished(self._loaded("image", row, [0])[0], example, epoch, frames.SHOP_IMAGE)
-        return {"image": images}
-
-    def _fill(self, slots: Pixels, row: int, epoch: int) -> int:
-        """Puts a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
-        clip_words = frames.words(self.seed, epoch, row, frames.WHOLE_CLIP, 2 + self.options.num_frames)
-        count = int(self.split.columns["frames"][row])
-        chosen = frames.choose_frames(count, self.options, clip_words, train=self.train).tolist()
-        for slot, pixels in enumerate(self._loaded("clip", row, chosen)):
-            picture = frames.FIRST_FRAME + (0 if self.options.consistent_augment else slot)
-            slots[slot] = self._finished(pixels, row, epoch, picture)
-        return len(chosen)
-
-    def _finished(self, pixels: Pixels, example: int, epoch: int, picture: int) -> Pixels:
-        if not self.train:
-            return frames.centre_crop(pixels, self.options)
-        return frames.augment(pixels, self.options, frames.words(self.seed, epoch, example, picture))
-
-    def _loaded(self, kind: Literal["clip", "image"], row: int, positions: Sequence[int]) -> list[Pixels]:
-        """Pictures of one record, decoded and resized; the record is read only for what the cache does not hold."""
-        encoded: Sequence[bytes] = ()
-        loaded = []
-        for position in positions:
-            pixels = self.cache.pictures.get((kind, row, position))
-            if pixels is None:
-                encoded = encoded or (
-                    self.split.clip(row).frames if kind == "clip" else [self.split.image(row).encoded]
-                )
-                try:
-                    pixels = frames.load(encoded[position], self.options, train=self.train)
-                except ValueError as err:
-                    raise ValueError(self._complaint(kind, row, position, len(encoded), err)) from err
-                self.cache.add((kind, row, position), pixels)
-            loaded.append(pixels)
-        return loaded
-
-    def _complaint(self, kind: str, row: int, position: int, count: int, err: ValueError) -> str:
-        """FILE record N (clip ID): found X, needs Y; do Z."""
-        name = (self.split.clip_ids if kind == "clip" else self.split.image_ids)[row]
-        what = f"frame {position + 1} of {count}" if kind == "clip" else "the picture"
-        return (
-            f"split {self.split.name} {kind} {row} ({kind} {name}): {what} {err}; convert again, or list in skip_clips."
-        )
 
 
 # --- parts of a batch, by index ---------------------------------------------------------------------------------------
@@ -135,7 +42,11 @@ class _Elements:
 
     batch_size: int  # examples of this process in a batch
     num_batches: int
-    make: Callable[[int, slice], Batch]  # (number of the batch, which of its examples) -> those examples
+    blank: Callable[[int], Arrays]  # arrays of so many examples, to be filled
+    fill: Callable[[Arrays, int, slice], None]  # (arrays, number of the batch, which of its examples)
+    # Batches that threads are filling, each its own part: a copy of 1,024 clips in the caller's thread takes longer
+    # than the step on a TPU. None in workers, which can only send.
+    shared: dict[int, Arrays] | None
 
     @property
     def per_batch(self) -> int:
@@ -148,38 +59,45 @@ class _Elements:
     def __len__(self) -> int:
         return self.num_batches * self.per_batch
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.make(*self.part(index))
+    def __getitem__(self, index: int) -> Arrays:
+        batch, within = self.part(index)
+        if self.shared is None:
+            part = self.blank(within.stop - within.start)
+        else:
+            whole = self.shared.get(batch) or self.shared.setdefault(batch, self.blank(self.batch_size))
+            part = {name: array[within] for name, array in whole.items()}
+        self.fill(part, batch, within)
+        return part
 
 
-def _train_part(
-    pictures: _Pictures, plan: Plan, rows: NDArray[np.int64], start_step: int, batch: int, within: slice
-) -> Batch:
+def _fill_training(
+    source: Examples, plan: Plan, rows: NDArray[np.int64], start_step: int, part: Arrays, batch: int, within: slice
+) -> None:
     step = start_step + batch
     epoch, examples = plan.epoch(step), plan.batch(step)[rows[within]]
-    columns = pictures.split.columns
-    return {
-        **pictures.clips(examples, epoch),
-        **pictures.shop_images(columns["image"][examples], examples, epoch),
-        "product": columns["product"][examples].astype(np.int32),
-        "index": examples.astype(np.int32),
-    }
+    columns = source.split.columns
+    source.fill_clips(part, examples, epoch)
+    source.fill_images(part, columns["image"][examples], examples, epoch)
+    part["product"][:] = columns["product"][examples]
+    part["index"][:] = examples
 
 
-def _clip_part(pictures: _Pictures, padded: NDArray[np.int32], batch: int, within: slice) -> Batch:
-    rows = padded[batch, within]
-    return {**pictures.clips(rows, epoch=0), "row": rows, "valid": rows != PADDING}
+def _fill_clips(source: Examples, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice) -> None:
+    part["row"][:] = rows = padded[batch, within]
+    part["valid"][:] = rows != PADDING
+    source.fill_clips(part, rows, epoch=0)
 
 
-def _image_part(pictures: _Pictures, padded: NDArray[np.int32], batch: int, within: slice) -> Batch:
-    rows = padded[batch, within]
-    return {**pictures.shop_images(rows, rows, epoch=0), "row": rows, "valid": rows != PADDING}
+def _fill_images(source: Examples, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice) -> None:
+    part["row"][:] = rows = padded[batch, within]
+    part["valid"][:] = rows != PADDING
+    source.fill_images(part, rows, rows, epoch=0)
 
 
 # --- threads and workers ----------------------------------------------------------------------------------------------
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[Arrays]):
     """An iterator of batches that owns threads and processes; close it, or use it in a `with`.
 
     It closes itself at its end and after an error: no later call can return what comes after a bad record.
@@ -206,9 +124,9 @@ class Batches(Iterator[Batch]):
                 grain.MultiprocessingOptions(workers, per_worker_buffer_size=1), _start_worker
             )
         self._open = [iter(dataset)]  # emptied when closed
-        self._finalizer = weakref.finalize(self, _close, self._open)  # also at exit, while the interpreter is whole
+        self._finalizer = weakref.finalize(self, _close, self._open, workers)  # runs at exit too, if nobody closes
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Arrays:
         if self._served == self.num_batches:
             self.close()
             raise StopIteration
@@ -217,21 +135,23 @@ class Batches(Iterator[Batch]):
                 "these batches were closed, by close() or by an error; make new ones from the step to go on at."
             )
         try:
-            batch = self._joined(self._open[0])
+            batch = self._next()
         except BaseException:
             self.close()
             raise
         self._served += 1
         return batch
 
-    def _joined(self, elements: Iterator[Batch]) -> Batch:
-        """The next batch, copied together part by part, so that no more than one part is held twice."""
-        batch: Batch = {}
-        for index in range(self._elements.per_batch):
+    def _next(self) -> Arrays:
+        indices = range(self._served * self._elements.per_batch, (self._served + 1) * self._elements.per_batch)
+        if self._elements.shared is not None:
+            for _ in indices:
+                next(self._open[0])
+            return self._elements.shared.pop(self._served)
+        batch = self._elements.blank(self._elements.batch_size)
+        for index in indices:
             within = self._elements.part(index)[1]
-            for name, part in next(elements).items():
-                if name not in batch:
-                    batch[name] = np.empty((self._elements.batch_size, *part.shape[1:]), part.dtype)
+            for name, part in next(self._open[0]).items():
                 batch[name][within] = part
         return batch
 
@@ -246,12 +166,11 @@ class Batches(Iterator[Batch]):
         self._finalizer()
 
 
-def _close(iterators: list[Iterator[Batch]]) -> None:
+def _close(iterators: list[grain.DatasetIterator[Arrays]], workers: int) -> None:
     while iterators:
-        iterators.pop().close()  # type: ignore[attr-defined]
-    # Grain's iterators sit in reference cycles and close themselves again when these are collected: now, and not in
-    # the middle of the interpreter's end, where every one of them would print a traceback.
-    pass
+        iterators.pop().close()
+    if workers:
+        gc.collect()  # Grain's iterators are cycles that hold shared memory, which the interpreter's end would leave
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -275,7 +194,7 @@ def _exit_with_parent() -> None:
 
 
 def train_batches(
-    split: "Split",
+    split: Split,
     plan: Plan,
     rows: Rows,
     options: FrameOptions,
@@ -310,16 +229,16 @@ def train_batches(
             f"split {split.name} clip {split.clip_ids[row]}: found no shop image ({len(lonely)} such clips), "
             "needs one to train on; list them in skip_clips."
         )
-    cache = _Cache(cache_bytes // max(1, workers))
-    pictures = _Pictures(split=split, options=options, seed=plan.seed, train=True, cache=cache)
-    elements = _Elements(
-        len(batch_rows), ENDLESS, functools.partial(_train_part, pictures, plan, batch_rows, start_step)
-    )
+    cache = PictureCache(cache_bytes // max(1, workers))
+    source = Examples(split=split, options=options, seed=plan.seed, train=True, cache=cache)
+    blank = functools.partial(source.blank, names=("frames", "mask", "image", "product", "index"))
+    fill = functools.partial(_fill_training, source, plan, batch_rows, start_step)
+    elements = _Elements(len(batch_rows), ENDLESS, blank, fill, shared=None if workers else {})
     return Batches(elements, threads=threads, workers=workers, prefetch_batches=prefetch_batches)
 
 
 def clip_batches(
-    split: "Split",
+    split: Split,
     rows: Rows,
     options: FrameOptions,
     batch_size: int,
@@ -331,22 +250,21 @@ def clip_batches(
     """The clips `rows` of the split in this order, each exactly once, in ceil(len(rows) / batch_size) batches.
 
     Each batch: frames uint8 [b, N, px, px, 3], mask int32 [b, N], row int32 [b], valid bool [b], b = batch_size. The
-    last is filled up with examples that are not valid: row -1, black, one frame (so that no mean is 0 / 0).
+    last is filled up with examples that are not valid: row -1, black, one frame (so that no mean is 0 / 0). A host that
+    has its own part of each batch may put -1 among its rows where the batch has no more.
     seed: of the random tail cut, if options.test_tail_cut asks for it.
     """
     padded = _padded(rows, split.num_clips, split.name, batch_size)
     _check_stored_frames(split, padded[padded != PADDING], options)
-    return _evaluation(
-        _clip_part,
-        _Pictures(split=split, options=options, seed=seed, train=False, cache=_Cache(0)),
-        padded,
-        threads,
-        workers,
-    )
+    source = Examples(split=split, options=options, seed=seed, train=False, cache=PictureCache(0))
+    blank = functools.partial(source.blank, names=("frames", "mask", "row", "valid"))
+    fill = functools.partial(_fill_clips, source, padded)
+    elements = _Elements(batch_size, len(padded), blank, fill, shared=None if workers else {})
+    return Batches(elements, threads=threads, workers=workers, prefetch_batches=2)
 
 
 def image_batches(
-    split: "Split",
+    split: Split,
     rows: Rows,
     options: FrameOptions,
     batch_size: int,
@@ -356,19 +274,17 @@ def image_batches(
 ) -> Batches:
     """The shop images `rows` of the split as clip_batches gives clips: image uint8 [b, px, px, 3], row, valid."""
     padded = _padded(rows, split.num_images, split.name, batch_size)
-    return _evaluation(
-        _image_part,
-        _Pictures(split=split, options=options, seed=0, train=False, cache=_Cache(0)),
-        padded,
-        threads,
-        workers,
-    )
+    source = Examples(split=split, options=options, seed=0, train=False, cache=PictureCache(0))
+    blank = functools.partial(source.blank, names=("image", "row", "valid"))
+    fill = functools.partial(_fill_images, source, padded)
+    elements = _Elements(batch_size, len(padded), blank, fill, shared=None if workers else {})
+    return Batches(elements, threads=threads, workers=workers, prefetch_batches=2)
 
 
 def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDArray[np.int32]:
     """The rows as [batches, batch_size], filled up with PADDING."""
     wanted = np.asarray(rows, np.int64)
-    if wanted.ndim != 1 or np.any((wanted < 0) | (wanted >= num_rows)):
+    if wanted.ndim != 1 or np.any((wanted < PADDING) | (wanted >= num_rows)):
         raise ValueError(f"rows: found some outside split {split_name}, needs 0 to {num_rows - 1}.")
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, needs at least 1.")
@@ -376,19 +292,7 @@ def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDAr
     return padded.astype(np.int32).reshape(-1, batch_size)
 
 
-def _evaluation(
-    make: Callable[[_Pictures, NDArray[np.int32], int, slice], Batch],
-    pictures: _Pictures,
-    padded: NDArray[np.int32],
-    threads: int,
-    workers: int,
-) -> Batches:
-    num_batches, batch_size = padded.shape
-    elements = _Elements(batch_size, num_batches, functools.partial(make, pictures, padded))
-    return Batches(elements, threads=threads, workers=workers, prefetch_batches=2)
-
-
-def _check_stored_frames(split: "Split", rows: NDArray[np.int64], options: FrameOptions) -> None:
+def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOptions) -> None:
     stored, original = (np.asarray(split.columns[name])[rows] for name in ("frames", "original_frames"))
     short = np.flatnonzero((stored < original) & (stored < options.num_frames))
     if len(short):

@@ -23,14 +23,18 @@ class BadInputError(ValueError):
     """A part of the source that cannot be used; whoever knows where it stands catches it and makes it a Fault."""
 
     def __init__(self, reason: str, detail: str, file: str | None = None) -> None:
-        super().__init__(detail)
+        super().__init__(reason, detail, file)  # all of them, or it could not leave a worker
         self.reason = reason
         self.detail = detail
         self.file = file  # None: where the caller stands
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.detail}" if self.file else self.detail
+
     def at(self, file: str, line: int = 0, subject: str = "") -> Fault:
         if self.file is not None and self.file != file:  # the picture is at fault, the line only names it
-            return Fault(self.reason, self.file, f"{self.detail} Named by {file} line {line}." if line else self.detail, 0, subject)
+            named = f" (named by {file}{f' line {line}' if line else ''})"
+            return Fault(self.reason, self.file, self.detail + named, subject=subject)
         return Fault(self.reason, file, self.detail, line, subject)
 
 

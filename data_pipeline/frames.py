@@ -124,17 +124,17 @@ def frames_kept(count: int, slots: int, gate: int, fraction: int) -> int:
     return slots - slots * fraction // 10
 
 
-def choose_frames(count: int, options: FrameOptions, clip_words: Words | None, *, train: bool) -> NDArray[np.int64]:
+def choose_frames(count: int, options: FrameOptions, clip_words: Words, *, train: bool) -> NDArray[np.int64]:
     """Positions of the frames to show of a clip of `count`, in order, 1 to num_frames of them.
 
-    clip_words: 2 + num_frames words of the clip (gate, fraction, subset); None: nothing is random.
+    clip_words: 2 + num_frames words of the clip (gate, fraction, subset).
     """
     slots = options.num_frames
-    if clip_words is not None and train and options.frame_sampling == "random" and count > slots:
+    if train and options.frame_sampling == "random" and count > slots:
         indices = random_subset(count, slots, clip_words[2:])
     else:
         indices = sample_frames(count, slots)
-    if clip_words is not None and (options.tail_cut if train else options.test_tail_cut):
+    if options.tail_cut if train else options.test_tail_cut:
         gate, fraction = (below(word, 10) for word in clip_words[:2])
         indices = indices[: frames_kept(len(indices), slots, gate, fraction)]
     return indices

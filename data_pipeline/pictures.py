@@ -34,20 +34,19 @@ class PictureFolder:
         self.root = root
         self._real_root = os.path.realpath(root)
 
-    def find(self, path: str) -> Picture:
+    def find(self, path: str, *, missing: str) -> Picture:
         """The picture that `path` (relative to the folder) means: the first suffix that exists (SPEC 8.9).
 
-        BadInputError: the path or a link leaves the folder, or there is no such file.
+        BadInputError: the path leaves the folder, or there is no such file (`missing` says what that is).
         """
         self._refuse_leaving(path)
         stem, given = os.path.splitext(path)
         for suffix in (*SUFFIXES, given):
             candidate = os.path.join(self.root, stem + suffix)
             if os.path.isfile(candidate):
-                self._refuse_link_out(candidate, stem + suffix)
                 return Picture(os.path.basename(stem), stem + suffix)
         raise BadInputError(
-            "missing picture",
+            missing,
             f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
             "or leave the clip out with --on-error=skip.",
             path,
@@ -57,6 +56,7 @@ class PictureFolder:
         """The picture's bytes, as they are; BadInputError if they cannot be read."""
         self._refuse_leaving(picture.path)
         path = os.path.join(self.root, picture.path)
+        self._refuse_link_out(path, picture.path)
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
@@ -105,7 +105,7 @@ def _real_folder(folder: str) -> str:
 
 
 def check_picture(data: bytes, path: str) -> tuple[int, int]:
-    """Width and height of a picture that decodes as a whole and is what its suffix says.
+    """Width and height of a picture that decodes as a whole and is what the suffix of `path` says.
 
     Everything that is stored passes here once, so that training may trust it. BadInputError says what is wrong.
     """
@@ -119,10 +119,11 @@ def check_picture(data: bytes, path: str) -> tuple[int, int]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                if picture.format != expected:
+                found = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a second one behind it
+                if found != expected:
                     raise BadInputError(
                         "wrong suffix",
-                        f"found {picture.format} data in a file called {suffix or 'nothing'}, "
+                        f"found {found} data in a file called {suffix or 'nothing'}, "
                         f"needs {expected or 'a suffix of a picture'}; rename or replace the file.",
                         path,
                     )

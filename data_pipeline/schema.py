@@ -25,6 +25,7 @@ class Picture:
     path: str  # relative to the source folder
     offset: int = 0
     size: int | None = None  # None: the whole file
+    member: str = ""  # its name inside the tar
     original_size: tuple[int, int] | None = None  # width, height before the download shrank it; None: never shrunk
 
 

@@ -1,6 +1,5 @@
 """Checkpoints: one Orbax item a step, holding the state and what is needed to know that it belongs to this run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, *, kept: int | None = None) -> None:
         self.path = epath.Path(workdir).absolute() / "checkpoints"  # epath: object stores too
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=kept is not None, create=kept is not None)
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        # Named handlers: without them a fresh process cannot read the metadata of what an earlier one saved.
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for name in ("weights", "optimizer"):
+            handler = ocp.StandardCheckpointHandler()
+            registry.add(name, ocp.args.StandardSave, handler)
+            registry.add(name, ocp.args.StandardRestore, handler)
+        handler = ocp.JsonCheckpointHandler()
+        registry.add("meta", ocp.args.JsonSave, handler)
+        registry.add("meta", ocp.args.JsonRestore, handler)
+        self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=registry)
 
     def latest(self) -> int | None:
         """Newest complete step. An interrupted save leaves a folder of another name, which does not count."""
@@ -73,11 +81,12 @@ class Checkpoints:
             shown = "\n  ".join(faults[:20])
             raise ValueError(f"{self.path}/{step} is of another model ({len(faults)} leaves differ):\n  {shown}")
 
-    def wait(self) -> None:
-        """Until what was started is on disk; raises what went wrong on the way."""
-        self._manager.wait_until_finished()
+    def __enter__(self) -> "Checkpoints":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
+        """Waits until what was started is on disk, however the block ended; raises what went wrong on the way."""
+        self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -98,11 +107,13 @@ def _shapes(tree: Any) -> dict[str, str]:
 
 
 def write_config(workdir: Path, text: str) -> None:
-    """The config beside the checkpoints, for people; the one in the checkpoint is what is read."""
+    """The config beside the checkpoints: what a run is, from its first minute."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(text)
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(text)
+    temporary.rename(workdir / "config.json")
 
 
-def read_config(workdir: Path) -> dict[str, Any] | None:
+def read_config(workdir: Path) -> str | None:
     path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return path.read_text() if path.exists() else None

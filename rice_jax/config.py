@@ -1,10 +1,12 @@
 """Reading a config: a file or the name of a shipped one, then overrides; and comparing two.
 
-The commands' flags are ml_collections' own (`--config FILE[:ARG] --config.field=value`); what it reports unhelpfully,
-a mistyped field or a file that is not there, is said here.
+Written as ml_collections' own flags are (`--config FILE[:ARG] --config.field=value`), but with argparse: those flags
+report a mistyped field as its bare name, and a file that is not there at the first use of the config.
 """
 
+import argparse
 import difflib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 import configs
 
@@ -69,33 +69,60 @@ def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
         node = node[part]
 
 
-def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
-    """Flags of a command that takes --config; `define` adds its further ones. Wrong use exits with status 2."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "FILE[:ARG] or the name of a shipped config", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this text", short_name="h", flag_values=values)
-    define(values)
+def load(name: str) -> ml_collections.ConfigDict:
+    """The config of FILE[:ARG], FILE a path or the name of a shipped one."""
+    path, colon, argument = shipped_path(name).partition(":")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config {path}: is no Python file; give one with a function get_config().")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config {path}: has no function get_config(); see configs/default.py.")
+    return module.get_config(argument) if colon else module.get_config()
+
+
+def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
+    """Sets a field from text, which must read as the field's own type; tuples are lists of words, separated by commas."""
+    check_field(config, dotted)
+    *parents, leaf = dotted.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    kind = type(section[leaf])
     try:
-        argv = _with_shipped_paths(argv)
-        overrides = [arg for arg in argv[1:] if arg.startswith("--config.")]
-        values([arg for arg in argv if arg not in overrides])
-        if values.help:
-            print(f"usage: {sys.modules['__main__'].__doc__}\n{values.get_help()}")
-            raise SystemExit(0)
-        if values.config is None:
-            raise ValueError("--config FILE[:ARG] is required (a path or the name of a shipped config, e.g. grocery)")
-        for override in overrides:
-            if "=" not in override:
-                raise ValueError(f"{override}: write {override}=VALUE")
-            check_field(values.config, override.removeprefix("--config.").partition("=")[0])
-        values.unparse_flags()
-        rest = values([*argv])
-        if len(rest) > 1:
-            raise ValueError(f"{rest[1]}: not understood; fields of the config are set as --config.field=value")
-    except (flags.Error, ValueError, FileNotFoundError, TypeError) as error:
-        fail(str(error), status=2)
-    values.config.lock()
-    return values
+        if kind is bool:
+            value: Any = {"true": True, "false": False}[text.lower()]
+        elif kind is tuple:
+            words = [word for word in text.split(",") if word]
+            value = tuple(int(word) for word in words) if dotted == "model.stem_channels" else tuple(words)
+        elif kind in (int, float, str):
+            value = kind(text)
+        else:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"--config.{dotted}={text}: needs a value of type {kind.__name__}, such as {section[leaf]!r}.") from None
+    section[leaf] = value
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses a command that takes --config and --config.field=value; `config` is then the config, locked.
+
+    Wrong use is one line on stderr and exit status 2.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a path or the name of a shipped config; --config.field=value sets a field")
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        arguments.config = load(arguments.config)
+        for word in rest:
+            name, equals, text = word.removeprefix("--config.").partition("=")
+            if not word.startswith("--config.") or not equals:
+                raise ValueError(f"{word}: not understood; fields of the config are set as --config.field=value.")
+            override(arguments.config, name, text)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    arguments.config.lock()
+    return arguments
 
 
 CHOICES = {
@@ -128,20 +155,15 @@ def validate(config: Any) -> None:
     for name in ("batch_size", "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept"):
         if fields[name] < 1:
             faults.append(f"{name} is {fields[name]}, needs at least 1")
+    stem = fields["model.stem_channels"]
+    if stem and 2 ** len(stem) != fields["model.patch_size"]:
+        faults.append(f"model.stem_channels has {len(stem)} halvings, needs log2 of model.patch_size {fields['model.patch_size']}")
+    if any(int(channels) % 8 for channels in stem):
+        faults.append(f"model.stem_channels {stem}: each needs to divide by 8, the groups of its norm")
     if not fields["data.path"]:
         faults.append("data.path is not set; give --config.data.path=FOLDER, as data_pipeline.convert made it")
     if faults:
         raise ValueError("config: " + "; ".join(faults) + ".")
-
-
-def _with_shipped_paths(argv: Sequence[str]) -> list[str]:
-    out = list(argv)
-    for i, arg in enumerate(out):
-        if arg == "--config" and i + 1 < len(out):
-            out[i + 1] = shipped_path(out[i + 1])
-        elif arg.startswith("--config="):
-            out[i] = "--config=" + shipped_path(arg.removeprefix("--config="))
-    return out
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -162,13 +184,17 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(json.loads(text), convert_dict=True)
-    return config.lock()
+    def tuples(node: Any) -> Any:  # JSON has lists only
+        if isinstance(node, dict):
+            return {name: tuples(value) for name, value in node.items()}
+        return tuple(node) if isinstance(node, list) else node
+
+    return ml_collections.ConfigDict(tuples(json.loads(text))).lock()
 
 
 def differences(old: Any, new: Any, *, free: tuple[str, ...] = ()) -> list[str]:
     """Fields whose values differ, as 'field: old -> new'; those under a name in `free` may."""
-    a, b = flat(json.loads(to_json(old))), flat(json.loads(to_json(new)))
+    a, b = (flat(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
     return [
         f"{name}: {a.get(name)!r} -> {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())

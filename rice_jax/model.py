@@ -55,6 +55,7 @@ def clip_embedding(pooled: Float[Array, "n N E"], mask: Int[Array, "n N"]) -> Fl
     return unit((pooled * weight).sum(axis=-2) / jnp.maximum(weight.sum(axis=-2), 1))
 
 
+HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3)
 ACTIVATIONS = {
     "quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -174,6 +175,27 @@ class PatchEmbedding(nn.Module):
         return jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.astype(self.dtype))
 
 
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2 in place of one large patch: learns far faster from few pictures, without CLIP's weights.
+
+    One convolution, group norm and activation for each halving, then a linear map to the width.
+    """
+
+    channels: tuple[int, ...]
+    width: int
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n px px 3"]) -> Float[Array, "n g g D"]:
+        for i, channels in enumerate(self.channels):
+            conv = nn.Conv(channels, (3, 3), 2, ((1, 1), (1, 1)), use_bias=False, dtype=self.dtype, kernel_init=HE, name=f"conv_{i}")
+            # Group norm keeps no running statistics, so a picture's tokens never depend on its batch.
+            x = nn.GroupNorm(num_groups=8, dtype=jnp.float32, name=f"norm_{i}")(conv(x)).astype(self.dtype)
+            x = ACTIVATIONS[self.activation](x)
+        return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_width")(x)
+
+
 class VisionTransformer(nn.Module):
     """CLIP's ViT, shared by shop images and frames (SPEC 2.2-2.4)."""
 
@@ -187,6 +209,7 @@ class VisionTransformer(nn.Module):
     activation: str = "quick_gelu"
     eps: float = 1e-5
     remat: str = "none"
+    stem_channels: tuple[int, ...] = ()  # empty: CLIP's patch embedding
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -194,8 +217,11 @@ class VisionTransformer(nn.Module):
         """Normalised pictures to tokens (before ln_post, class token first) and pooled vectors (float32, not unit)."""
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
-        x = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")(pictures.astype(self.dtype))
-        x = x.reshape(n, -1, width)
+        if self.stem_channels:
+            embed = ConvStem(self.stem_channels, width, self.activation, self.dtype, name="stem")
+        else:
+            embed = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")
+        x = embed(pictures.astype(self.dtype)).reshape(n, -1, width)
         class_token = self.param("class_embedding", small, (width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (n, 1, width)), x], axis=1)
         x = x + _as(x, self.param("positional_embedding", small, x.shape[1:]))
@@ -374,6 +400,7 @@ def build(config: Any) -> Rice:
         embedding=c.embedding,
         activation=c.activation,
         remat=c.remat,
+        stem_channels=tuple(int(channels) for channels in c.stem_channels),
         dtype=dtype,
     )
     decoder = reconstruction = None

@@ -215,7 +215,7 @@ def evaluate(
     Raises:
       ValueError: the split has no truth, or `subset` holds an id that the truth list does not.
     """
-    truth = split.truth
+    truth = split.truth_by_clip
     if subset is not None:
         unknown = [clip for clip in subset if clip not in truth]
         if unknown:
@@ -224,10 +224,9 @@ def evaluate(
     if not truth:
         raise ValueError(f"split {split.name} has no queries with a truth; evaluate a split that has (val or test).")
     clip_rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
-    galleries = {name: rows for name, rows in split.galleries.items()}
-    names = [split.gallery_of(row) for row in clip_rows.tolist()]
+    names = [split.gallery_name(row) for row in clip_rows.tolist()]
     shown = sorted(set(names))
-    image_rows = np.unique(np.concatenate([galleries[name] for name in shown]))
+    image_rows = np.unique(np.concatenate([split.galleries[name] for name in shown]))
     place = np.full(split.num_images, -1)
     place[image_rows] = np.arange(len(image_rows))
 
@@ -236,7 +235,7 @@ def evaluate(
     ranking = metrics.rank_queries(
         clips,
         images,
-        galleries=[place[galleries[name]] for name in shown],
+        galleries=[place[split.galleries[name]] for name in shown],
         gallery_of=np.array([index[name] for name in names]),
         image_ids=[split.image_ids[row] for row in image_rows.tolist()],
         truth=[truth[split.clip_ids[row]] for row in clip_rows.tolist()],

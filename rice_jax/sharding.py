@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(in_proj_kernel|c_fc/kernel)$", P(None, "fsdp")),
     (r"(out_proj|c_proj|dense)/kernel$", P("fsdp", None)),
     (r"conv1/kernel$", P(None, None, None, "fsdp")),
+    (r"stem/\w+/kernel$", P()),
     # Small, hence whole everywhere: but named, so that a new parameter cannot slip in without a decision.
     (r"(class_embedding|positional_embedding|/proj|match|logit_scale)$", P()),
     (r"(^|/|_)(bias|scale)$", P()),

@@ -4,12 +4,11 @@ FILE is a path or the name of a shipped config (grocery, lpr750k, ...). The same
 of it stopped: after N updates the next batch is the plan's number N, whatever happened in between.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
 from data_pipeline.batches import train_batches
 from data_pipeline.plan import Plan, rows_without
@@ -75,7 +74,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
         workers=config.data.workers,
         cache_bytes=config.data.cache_bytes,
     )
-    with batches:
+    with checkpoints, batches:
         for step in range(start, config.num_updates):
             batch = sharding.to_global(next(batches), mesh)
             state, step_metrics = train_step(state, batch)
@@ -86,7 +85,8 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             if (step + 1) % config.log_every == 0 or last:
                 flush(log, pending if last else pending[:-1])  # waits, for all but the newest step
                 pending = [] if last else pending[-1:]
-                log.say(progress.line(step + 1, log.newest))
+                if log.newest:
+                    log.say(progress.line(step + 1, log.newest))
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 weights = state.average or state.params
                 encoder = retrieval.Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
@@ -96,8 +96,6 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 progress.pause()
             if last or (step + 1) % config.checkpoint_every == 0:
                 checkpoints.save(step + 1, state, meta)  # waits for the copy to the host, not for the disk
-    checkpoints.wait()
-    checkpoints.close()
     log.close()
     return figures
 
@@ -108,7 +106,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     if held is None:
         write_config(workdir, configuration.to_json(config))
         return
-    changed = configuration.differences(held, config, free=FREE)
+    changed = configuration.differences(configuration.from_json(held), config, free=FREE)
     if changed:
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
@@ -128,14 +126,17 @@ def flush(log: Log, metrics: list[tuple[int, Any]]) -> None:
         log.write(step, jax.device_get(values))
 
 
-def main(values: flags.FlagValues) -> None:
-    train_and_evaluate(values.config, Path(values.workdir))
+def main(arguments: argparse.Namespace) -> None:
+    train_and_evaluate(arguments.config, arguments.workdir)
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics.jsonl, TensorBoard", flag_values=values)
-    flags.mark_flag_as_required("workdir", flag_values=values)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard")
+    return configuration.parse(parser, argv)
 
 
 if __name__ == "__main__":
-    configuration.run(main, configuration.parse(sys.argv, _define))
+    configuration.run(main, parse())

@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +20,10 @@ from PIL import Image
 
 from data_pipeline import frames
 from data_pipeline.batches import ELEMENT_EXAMPLES, Batches, clip_batches, image_batches, train_batches
+from data_pipeline.convert import Options, convert
 from data_pipeline.frames import FrameOptions
 from data_pipeline.plan import Plan, rows_without
+from data_pipeline.records import Dataset, open_dataset
 
 NUM_CLIPS, NUM_IMAGES = 23, 7
 OPTIONS = FrameOptions(image_size=12, resize=16)
@@ -35,7 +40,7 @@ class Record:
 class TinySplit:
     """Clip i has 1 + i % 13 frames; each picture is of one colour, which tells whose it is."""
 
-    name = "train"
+    name, path = "train", Path("tiny")
     num_clips, num_images = NUM_CLIPS, NUM_IMAGES
 
     def __init__(self) -> None:
@@ -276,6 +281,13 @@ def test_every_shop_image_is_given_exactly_once(split, batch_size):
     assert np.concatenate([batch["image"] for batch in batches])[valid, 0, 0, 1].tolist() == list(range(NUM_IMAGES))
 
 
+def test_a_hosts_rows_may_hold_padding_already(split):
+    batches = list(clip_batches(split, [3, 4, -1, 5, -1, -1], OPTIONS, 3))
+    assert [batch["row"].tolist() for batch in batches] == [[3, 4, -1], [5, -1, -1]]
+    assert [batch["valid"].tolist() for batch in batches] == [[True, True, False], [True, False, False]]
+    assert all(batch["mask"].any(axis=1).all() for batch in batches)
+
+
 def test_no_rows_give_no_batches(split):
     assert list(clip_batches(split, [], OPTIONS, 4)) == []
 
@@ -305,7 +317,7 @@ def test_tail_cut_in_evaluation_depends_on_the_seed_and_the_clip_alone(split):
     assert any(count < 10 for of_seed in drawn for count in of_seed.values())
 
 
-@pytest.mark.parametrize("rows", [[NUM_CLIPS], [-1], [[0]]])
+@pytest.mark.parametrize("rows", [[NUM_CLIPS], [-2], [[0]]])
 def test_rows_outside_the_split_are_refused(split, rows):
     with pytest.raises(ValueError, match="needs 0 to 22"):
         clip_batches(split, rows, OPTIONS, 4)
@@ -327,10 +339,23 @@ def test_a_bad_picture_stops_the_run_with_its_name(threads, workers):
     plan = Plan(NUM_CLIPS, 23, 0)
     options = dataclasses.replace(OPTIONS, tail_cut=False)
     with train_batches(OneBadPicture(), plan, range(23), options, threads=threads, workers=workers) as batches:
-        with pytest.raises(ValueError, match=r"clip 8 \(clip clip8\): frame 7 of 9 .*needs.*skip_clips"):
+        with pytest.raises(ValueError, match=r"tiny train row 8 \(clip clip8\): frame 7 of 9 .*needs.*skip_clips"):
             next(batches)
         with pytest.raises(ValueError, match="were closed"):  # what comes after a bad record is never handed out
             next(batches)
+
+
+class Crash(TinySplit):
+    def clip(self, row: int) -> Record:
+        return os._exit(7) if row == 8 else super().clip(row)
+
+
+def test_a_worker_that_dies_ends_the_run_and_does_not_hang_it():
+    with (
+        train_batches(Crash(), Plan(NUM_CLIPS, 23, 0), range(23), OPTIONS, workers=1) as batches,
+        pytest.raises(RuntimeError, match="terminated unexpectedly with exit code 7"),
+    ):
+        next(batches)
 
 
 def test_skip_clips_goes_on_without_the_bad_one():
@@ -352,6 +377,113 @@ def test_closed_batches_say_so(split):
 def test_impossible_numbers_of_threads_workers_or_batches_are_refused(split, wrong):
     with pytest.raises(ValueError, match="needs 0 or more threads and workers"):
         train_batches(split, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS, **wrong)
+
+
+# --- from a download through records ----------------------------------------------------------------------------------
+
+SIZES = [(40, 30), (64, 64), (33, 50), (16, 16)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine clips of 1 to 33 JPEG, PNG and grey frames of many sizes, as a user has LPR750K; three shop images."""
+    root = tmp_path_factory.mktemp("lpr750k")
+    (root / "annotations").mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(path: str, number: int) -> str:
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        image = coarse.resize(SIZES[number % len(SIZES)]).convert("L" if number % 5 == 4 else "RGB")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / path)
+        return path
+
+    images = [write(f"training_image/{uuid(900 + i)}.jpg", i) for i in range(3)]
+    rows = []
+    for clip, count in enumerate([1, 2, 9, 10, 11, 12, 20, 33, 10]):
+        clip_id = f"{uuid(clip // 3)}-{10**12 + clip}-{10**12 + 5000 + clip}"
+        suffix = "png" if clip == 2 else "jpg"
+        listed = [write(f"training_video_00/{clip_id}/{clip_id}-{k:04d}.{suffix}", k) for k in range(count)]
+        image = images[clip % 3]
+        rows.append(
+            "\t".join([clip_id, repr(listed), "[]", Path(image).stem, image, "Tea", "7", "Food", "spu1", "Hello."])
+        )
+    (root / "annotations" / "training_videoinfo_641821.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def uuid(number: int) -> str:
+    return f"{number:08x}-0000-1000-8000-{number:012x}"
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    output = tmp_path_factory.mktemp("converted")
+    convert(Options("lpr750k", source, output, splits=("train",), clips_per_shard=4))
+    return open_dataset(output)
+
+
+def by_hand(path: Path, options: FrameOptions, words: np.ndarray | None) -> np.ndarray:
+    """One picture by Pillow alone, in the words of SPEC 9.5; without words: in evaluation."""
+    image = Image.open(path).convert("RGB").resize((options.resize, options.resize), Image.Resampling.BILINEAR)
+    spare = options.resize - options.image_size
+    y = x = spare // 2
+    flip = 0
+    if words is not None:
+        y, x, flip = (int(word) * below >> 64 for word, below in zip(words[:3], (spare + 1, spare + 1, 2), strict=True))
+    image = image.crop((x, y, x + options.image_size, y + options.image_size))
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_equal_pillow_on_the_files_of_the_download(source, converted, workers):
+    split = converted.split("train")
+    listed = {
+        row.split("\t")[0]: row.split("\t") for row in next((source / "annotations").iterdir()).read_text().splitlines()
+    }
+    options = FrameOptions(image_size=20, resize=24)
+    plan = Plan(9, 4, 5, content_hash=converted.content_hash)
+    for step, batch in enumerate(take(train_batches(split, plan, range(4), options, workers=workers), 4)):
+        epoch = plan.epoch(step)
+        for place, row in enumerate(plan.batch(step).tolist()):
+            fields = listed[split.clip_ids[row]]
+            paths = json.loads(fields[1].replace("'", '"'))
+            gate, fraction = (int(word) * 10 >> 64 for word in frames.words(5, epoch, row, frames.WHOLE_CLIP, 2))
+            chosen = np.linspace(0, len(paths) - 1, min(10, len(paths))).astype(int)
+            if len(chosen) == 10 and gate >= 5:
+                chosen = chosen[: 10 - fraction]
+            assert batch["mask"][place].tolist() == [1] * len(chosen) + [0] * (10 - len(chosen))
+            for slot, position in enumerate(chosen):
+                words = frames.words(5, epoch, row, frames.FIRST_FRAME + slot)
+                expected = by_hand(source / paths[position], options, words)
+                np.testing.assert_array_equal(batch["frames"][place, slot], expected)
+            expected = by_hand(source / fields[4], options, frames.words(5, epoch, row, frames.SHOP_IMAGE))
+            np.testing.assert_array_equal(batch["image"][place], expected)
+
+
+def test_evaluation_batches_equal_pillow_on_the_files_of_the_download(source, converted):
+    split = converted.split("train")
+    options = FrameOptions(image_size=20, resize=24)
+    for batch in image_batches(split, range(split.num_images), options, 2):
+        for row, valid, image in zip(batch["row"], batch["valid"], batch["image"], strict=True):
+            if valid:
+                path = source / "training_image" / f"{split.image_ids[row]}.jpg"
+                np.testing.assert_array_equal(image, by_hand(path, options, None))
+
+
+def test_a_damaged_record_is_named_with_shard_record_and_clip(converted, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(converted.path, path)
+    shard = sorted(path.glob("train-clips-*.tfrecord"))[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    split = open_dataset(path).split("train")
+    with pytest.raises(ValueError, match=r"skip_clips") as caught:
+        list(clip_batches(split, range(split.num_clips), OPTIONS, 4))
+    message = str(caught.value)
+    named = re.match(rf"clip (\S+): \S*{re.escape(shard.name)} record (\d): .*checksum", message)
+    assert named[1] == split.clip_ids[4 + int(named[2])]  # four clips a shard, and it is the second
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Frames: which are chosen, that every decoder gives Pillow's pixels, and that random ranges reach both ends."""
 
+import contextlib
 import io
 import json
 import struct
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipeline import frames
@@ -252,6 +255,26 @@ def test_every_truncation_of_a_jpeg_is_refused_or_pillows_pixels():
                 frames.decode(data[:length])
         else:
             np.testing.assert_array_equal(frames.decode(data[:length]), expected)
+
+
+SEEDS = [
+    WHOLE_JPEG,
+    WHOLE_PNG,
+    palette_with_alpha(),
+    *(encoded(picture(9, 7), kind) for kind in ("WEBP", "TIFF", "BMP")),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), min_size=1, max_size=4))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_pillows_pixels_or_a_value_error(seed, damages):
+    data = seed
+    for place, replacement in damages:
+        data = data[:place] + replacement + data[place + 2 :]
+    with contextlib.suppress(ValueError):  # any other error fails the test
+        pixels = frames.decode(data, max_pixels=10**6)
+        np.testing.assert_array_equal(pixels, as_pillow(data))
 
 
 def png_bomb(width: int, height: int) -> bytes:

@@ -95,9 +95,9 @@ def test_an_epochs_order_is_computed_once_for_all_threads(monkeypatch):
 
 
 def test_four_million_examples_take_less_than_two_seconds():
-    start = time.perf_counter()
+    start = time.process_time()
     Plan(4_013_617, 32_768, 12345).batch(0)
-    assert time.perf_counter() - start < 2.0  # half a second on a quiet core
+    assert time.process_time() - start < 2.0  # half a second on a quiet core
 
 
 def test_a_batch_handed_out_may_be_changed_without_changing_the_plan():

@@ -4,6 +4,7 @@ Everything here is text from a download: it is parsed as what it must be, with l
 """
 
 import ast
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.faults import BadInputError, WrongUseError
+from data_pipeline.frames import sample_frames
 from data_pipeline.pictures import SUFFIXES
-from data_pipeline.schema import Box
+from data_pipeline.schema import Box, Clip, Picture
 
+TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
+SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
+NO_IMAGE = "image id without an image"
 MAX_LINE_BYTES = 1 << 24  # a clip of one hour at a frame a second takes 0.5 MB
 MAX_JSON_BYTES = 1 << 30
 MAX_ID_BYTES = 200  # LPR4M's clip ids have 64
@@ -65,6 +70,46 @@ class Query:
     boxes: tuple[tuple[Box, ...], ...] | None
     speech: str
     file: str  # where it is listed
+
+
+# --- a clip -----------------------------------------------------------------------------------------------------------
+
+
+def stored_positions(count: int, stored_frames: int | None) -> tuple[int, ...]:
+    """Which of a clip's frames are stored: those that SPEC 9.1 reads, or (None) all."""
+    return tuple(sample_frames(count, stored_frames).tolist()) if stored_frames else tuple(range(count))
+
+
+def clip_of(
+    listed: Row | Query, frames: tuple[Picture, ...], positions: tuple[int, ...], num_frames: int, failed: int = 0
+) -> Clip:
+    """The clip of a training row or a query, with the frames that are to be stored.
+
+    positions: theirs in the list; num_frames: how many exist; failed: how many downloads are known to have failed.
+    """
+    clip = Clip(
+        id=listed.clip_id,
+        livestream=livestream_of(listed.clip_id),
+        frames=frames,
+        positions=positions,
+        original_frames=num_frames,
+        image_ids=listed.truth if isinstance(listed, Query) else (listed.image_id,),
+        boxes=None if listed.boxes is None else tuple(listed.boxes[position] for position in positions),
+        speech=listed.speech,
+        failed_downloads=failed,
+    )
+    if isinstance(listed, Query):
+        return clip
+    return dataclasses.replace(
+        clip,
+        product=listed.product,
+        category=listed.category,
+        category_name=listed.category_name,
+        title=listed.image_title,
+        scale=listed.scale,
+        duration=listed.duration,
+        number=listed.number,
+    )
 
 
 # --- a training row ---------------------------------------------------------------------------------------------------
@@ -123,6 +168,8 @@ def parse_frames(cell: str) -> tuple[str, ...]:
         raise _not_a_list(cell, "frame")
     if not frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the line.")
+    if not "".join(frames).isprintable():
+        raise BadInputError("bad id", f"found unprintable characters in {cell!r:.80}, needs names; correct the cell.")
     return tuple(frames)
 
 
@@ -269,8 +316,22 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
     )
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name on what is wrong with it as a whole."""
+    try:
+        yield
+    except BadInputError as err:
+        raise BadInputError(err.reason, err.detail, f"annotations/{path.name}") from err
+
+
 def load_json_object(path: Path) -> dict[str, Any]:
     """A JSON object whose repeated keys are a fault, not an overwriting."""
+    with naming(path):
+        return _load_json_object(path)
+
+
+def _load_json_object(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise BadInputError("oversized file", f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file.")
     try:
@@ -298,33 +359,44 @@ def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def load_id_lists(path: Path) -> dict[str, tuple[str, ...]]:
     """A JSON object of lists of ids: truth, galleries (SPEC 8.6)."""
     lists = load_json_object(path)
-    for key, ids in lists.items():
-        if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
-            raise BadInputError("not a list", f"found {ids!r:.80} for {key}, needs a list of image ids; correct it.")
-    return {checked_id(key, "clip or livestream"): tuple(ids) for key, ids in lists.items()}
+    with naming(path):
+        for key, ids in lists.items():
+            if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+                raise BadInputError(
+                    "not a list", f"found {ids!r:.80} for {key}, needs a list of image ids; correct it."
+                )
+        return {
+            checked_id(key, "clip or livestream"): tuple(checked_id(each, "image") for each in ids)
+            for key, ids in lists.items()
+        }
 
 
 def load_texts(path: Path | None) -> dict[str, str]:
     """id TAB text, one a line: titles, speech (SPEC 8.6). No file: no texts."""
     texts: dict[str, str] = {}
-    for number, _, line in lines(path) if path else ():
-        try:
-            key, _, text = line.decode("utf-8").partition("\t")
-        except UnicodeDecodeError as err:
-            raise BadInputError(
-                "not UTF-8", f"line {number}: found byte {line[err.start]:#04x}, needs UTF-8; convert its encoding."
-            ) from err
+    if path is None:
+        return texts
+    for number, _, line in lines(path):
+        key, _, text = decode_line(path, number, line).partition("\t")
         texts[key] = text
     return texts
 
 
+def decode_line(path: Path, number: int, line: bytes) -> str:
+    """The text of a line of a small list, which is wrong as a whole when a line is."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise BadInputError(
+            "not UTF-8",
+            f"found byte {line[err.start]:#04x} in line {number}, needs UTF-8; convert the file's encoding.",
+            f"annotations/{path.name}",
+        ) from err
+
+
 def load_boxes(path: Path | None) -> dict[str, tuple[Box, ...]]:
     """Boxes by frame id (SPEC 8.6). No file: no boxes."""
-    boxes = {}
-    for frame_id, value in (load_json_object(path) if path else {}).items():
-        try:
-            boxes[frame_id] = boxes_of_frame(value)
-        except BadInputError as err:
-            raise BadInputError(err.reason, f"frame {frame_id}: {err.detail}") from err
-    return boxes
-
+    if path is None:
+        return {}
+    with naming(path):
+        return {frame_id: boxes_of_frame(value) for frame_id, value in load_json_object(path).items()}

@@ -1,0 +1,23 @@
+"""The smallest RICE that has every part: what tests and a first try on any machine run. Set data.path."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    c = default.get_config(arg)
+    c.unlock()
+    c.batch_size = 8
+    c.num_updates = 6
+    c.data.num_frames = 3
+    c.data.eval_num_frames = 3
+    c.data.image_size, c.data.resize = 32, 36
+    c.model.patch_size = 16
+    c.model.width, c.model.layers, c.model.heads, c.model.hidden, c.model.embedding = 32, 2, 2, 64, 16
+    c.model.decoder_heads = 4
+    c.optimizer.learning_rate, c.optimizer.decoder_lr_multiplier = 1e-3, 1.0  # no pretrained weights to preserve
+    c.optimizer.warmup_updates = 2
+    c.log_every, c.eval_every, c.checkpoint_every = 2, 0, 3
+    c.eval_batch_size = 16
+    return c.lock()

@@ -1,0 +1,373 @@
+"""From a download to records: python -m data_pipeline.convert --layout lpr750k --source DIR --output DIR
+
+Reads the lists, finds the pictures, checks every one, writes shards, columns and, last, the manifest. Killed or failed,
+the same command goes on where it stopped. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
+"""
+
+import argparse
+import concurrent.futures.process
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.columns import Converted, encode_json, make_manifest
+from data_pipeline.faults import BadInputError, WrongUseError
+from data_pipeline.layouts.lpr4m import Lpr4m
+from data_pipeline.layouts.lpr750k import Lpr750k
+from data_pipeline.listing import NONE, Layout, Listing
+from data_pipeline.records import MANIFEST, shard_name
+from data_pipeline.report import make_report, print_report
+from data_pipeline.schema import SCHEMA_VERSION
+from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.survey import list_splits
+from data_pipeline.tfrecord import file_crc, write_file
+from data_pipeline.workers import Workers
+
+LAYOUTS: dict[str, Callable[[Path, str | None, int | None], Layout]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m}
+SPLITS = ("train", "val", "test")
+SAMPLED_FRAMES = 10  # all that SPEC 9.1 ever reads
+IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
+WORK, FAULTS, REPORT = ".work", "faults.txt", "report.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHOWN_FAULTS = 20
+MAX_FAULTS = 10_000  # then the reading stops: it is not single clips that are wrong
+
+
+class ConversionError(Exception):
+    """The conversion failed, and the message says all: exit status 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    layout: str
+    source: Path
+    output: Path
+    splits: tuple[str, ...] | None = None  # None: those that the source has
+    train_annotation: str | None = None
+    frames: str = "sampled"
+    on_error: str = "fail"
+    max_skip_rate: float = 0.01
+    workers: int = 1
+    clips_per_shard: int | None = None  # None: by the number of clips
+
+
+def convert(options: Options) -> dict[str, Any]:
+    """Converts, unless it is done already; the report. Errors as the module says."""
+    layout, splits = open_source(options)
+    identity = identity_of(options, layout, splits)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with locked(options.output):
+        if (options.output / MANIFEST).exists():
+            refuse_other_conversion(options.output, identity)
+            print(f"{options.output}: already converted, nothing to do.")
+            report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
+            return report
+        begin_work(options.output, identity)
+        return _convert(options, layout, splits, identity)
+
+
+def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: dict[str, Any]) -> dict[str, Any]:
+    work = options.output / WORK
+    with Workers(options.workers, layout) as workers:
+        listings, tables = list_splits(layout, splits, workers.run)
+        refuse_empty(options, listings)
+        remarks = layout.locate(listings, workers.run, work)
+    with Workers(options.workers, layout) as workers:  # anew, as the layout now knows where the pictures are
+        converted = [convert_split(workers, options, listing, tables["product"]) for listing in listings]
+    judge_faults(options, converted)
+    manifest = make_manifest(options.output, identity, converted, tables)
+    report = make_report(options.layout, converted, remarks, manifest["content_hash"])
+    write_file(options.output / REPORT, encode_json(report))
+    write_file(options.output / MANIFEST, encode_json(manifest))
+    shutil.rmtree(work)
+    print_report(report)
+    return report
+
+
+# --- before anything is written ---------------------------------------------------------------------------------------
+
+
+def open_source(options: Options) -> tuple[Layout, tuple[str, ...]]:
+    """The layout of the source and the splits to convert."""
+    if not (options.source / "annotations").is_dir():
+        raise WrongUseError(
+            f"{options.source}: found no folder annotations/, needs the unpacked download of {options.layout}; "
+            "correct --source."
+        )
+    stored = SAMPLED_FRAMES if options.frames == "sampled" else None
+    layout: Layout = LAYOUTS[options.layout](options.source, options.train_annotation, stored)
+    there = layout.splits()
+    splits = tuple(split for split in SPLITS if split in (options.splits or there))
+    if missing := [split for split in splits if split not in there]:
+        raise WrongUseError(
+            f"{options.source}: found no list for {', '.join(missing)} (lists for {', '.join(there) or 'no split'}), "
+            "needs it in annotations/; leave the split out with --splits."
+        )
+    if not splits:
+        raise WrongUseError(
+            f"{options.source / 'annotations'}: found no list of train, val or test, needs at least one; "
+            "correct --source or --layout."
+        )
+    if left_out := [split for split in SPLITS if split not in splits and not options.splits]:
+        print(f"{options.source}: no list for {', '.join(left_out)}; converting {', '.join(splits)}.", file=sys.stderr)
+    return layout, splits
+
+
+def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
+    """What makes a conversion this one: options that change its records, and the lists by name, size and checksum."""
+    lists = [
+        path for split in splits for path in (layout.test_files() if split == "test" else layout.training_lists(split))
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "layout": options.layout,
+        "splits": list(splits),
+        "frames": options.frames,
+        "stored_frames": SAMPLED_FRAMES if options.frames == "sampled" else None,
+        "clips_per_shard": options.clips_per_shard,
+        "lists": {path.name: [path.stat().st_size, file_crc(path)] for path in lists},
+    }
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps a second converter out of the folder; the system lets go when this process ends, however it ends."""
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise WrongUseError(
+                f"{output}: found another conversion at work in it, needs it alone; wait for it, or take another "
+                "--output."
+            ) from err
+        yield
+    finally:
+        os.close(folder)
+
+
+def refuse_other_conversion(output: Path, identity: dict[str, Any]) -> None:
+    try:
+        found = json.loads((output / MANIFEST).read_bytes())["identity"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise WrongUseError(f"{output / MANIFEST}: found no manifest of a conversion; take another --output.") from err
+    _refuse_difference(output, found, identity)
+
+
+def begin_work(output: Path, identity: dict[str, Any]) -> None:
+    """Marks the folder as this conversion's; WrongUseError if it holds anything else.
+
+    The lists may change between the runs of an unfinished conversion (a fault mended): each shard knows its own inputs.
+    """
+    mark = output / WORK / "identity.json"
+    if mark.exists():
+        found = json.loads(mark.read_bytes())
+        _refuse_difference(output, {**found, "lists": None}, {**identity, "lists": None})
+    elif strangers := sorted(path.name for path in output.iterdir() if path.name != WORK):
+        raise WrongUseError(
+            f"{output}: found {', '.join(strangers[:3])}, needs an empty folder or an unfinished conversion; "
+            "take another --output."
+        )
+    mark.parent.mkdir(exist_ok=True)
+    for left_over in (*output.glob(".*.tmp"), *mark.parent.glob(".*.tmp")):
+        left_over.unlink(missing_ok=True)  # of a writer that was killed
+    write_file(mark, encode_json(identity))
+
+
+def _refuse_difference(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if names:
+        name = names[0]
+        raise WrongUseError(
+            f"{output}: found another conversion, which differs in {', '.join(names)} "
+            f"({name} {json.dumps(found.get(name))[:200]}, needs {json.dumps(wanted.get(name))[:200]}); "
+            "take another --output, or delete it."
+        )
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    workers: Workers, options: Options, listing: Listing, kind: str, entry: Callable[[int], Entry | None]
+) -> list[ShardNote]:
+    """All shards of one kind. Which entry goes to which shard depends on the sorted ids alone.
+
+    entry: what to write for an ordinal, None: nothing. Made when its shard's turn comes: LPR4M has 4 million.
+    """
+    size = options.clips_per_shard or min(1024, max(64, -(-len(listing) // 64)))
+    total = len(listing)
+    if kind == "images":
+        size, total = IMAGES_A_CLIP * size, len(listing.images)
+    count = -(-total // size)
+    skip = options.on_error == "skip"
+
+    def task(number: int) -> tuple[ShardTask]:
+        ordinals = range(number * size, min(total, (number + 1) * size))
+        entries = [each for each in map(entry, ordinals) if each is not None]
+        path = options.output / shard_name(listing.split, kind, number, count)
+        return (ShardTask(listing.split, path, options.output / WORK, entries, skip),)
+
+    notes: list[ShardNote] = []
+    progress = workers.run(
+        write_shard, map(task, range(count)), f"{listing.split}: {kind}", total=total, unit=kind[:-1],
+        weigh=lambda task: len(task[0].entries),
+    )  # fmt: skip
+    for note in progress:
+        notes.append(note)
+        if not skip and sum(len(note.faults) for note in notes) > MAX_FAULTS:
+            break
+    return notes
+
+
+def convert_split(workers: Workers, options: Options, listing: Listing, products: Sequence[str]) -> Converted:
+    """Shop images first: which of them are sound decides the rows that the clips name."""
+
+    def image_entry(ordinal: int) -> ImageEntry:
+        image = listing.images[ordinal]
+        return ImageEntry(ordinal, image, int(listing.image_products[ordinal]))
+
+    def clip_entry(ordinal: int) -> ClipEntry | None:
+        if ordinal in converted.without_image:
+            return None
+        product = int(listing.columns["product"][ordinal])
+        return ClipEntry(
+            ordinal=ordinal,
+            id=listing.clip_ids[ordinal].decode(),
+            source=listing.source(ordinal),
+            image_index=int(converted.true_rows[ordinal]),
+            product=products[product] if product != NONE else "",
+            product_index=product,
+        )
+
+    images = write_shards(workers, options, listing, "images", image_entry)
+    converted = Converted.with_images(listing, images)
+    converted.clips = write_shards(workers, options, listing, "clips", clip_entry)
+    return converted
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
+    for listing in listings:
+        if not listing.listed:
+            raise ConversionError(
+                f"{options.source}: found no {listing.split} clip in its list, needs at least one; restore the list, "
+                "or leave the split out with --splits."
+            )
+
+
+def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
+    """Writes all faults to a file. ConversionError if they are not to be skipped, or too many of a split are."""
+    faults = [fault for split in converted for fault in split.faults]
+    path = options.output / FAULTS
+    path.unlink(missing_ok=True)
+    if not faults:
+        return
+    write_file(path, "".join(f"{fault}\n" for fault in faults).encode("utf-8", "backslashreplace"))
+    if options.on_error == "fail":
+        shown = "\n".join(map(str, faults[:SHOWN_FAULTS]))
+        more = f"\n... and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise ConversionError(
+            f"{shown}{more}\n{options.source}: found {len(faults)} faults, all of them in {path}; mend them and run "
+            "the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
+        )
+    for split in converted:
+        skipped, listed = split.skipped_clips, split.listing.listed
+        if skipped > options.max_skip_rate * listed:
+            raise ConversionError(
+                f"{options.source}: skipped {skipped} of {listed} {split.listing.split} clips "
+                f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
+                f"{options.max_skip_rate:.2%}; the faults are in {path}: mend them, or raise --max-skip-rate."
+            )
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser("python -m data_pipeline.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="how the source is laid out on disk")
+    parser.add_argument("--source", required=True, type=Path, metavar="DIR", help="the unpacked download")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder of the records, made if missing"
+    )
+    parser.add_argument("--splits", type=_splits, metavar="LIST", help="of train,val,test (all that the source has)")
+    parser.add_argument("--train-annotation", metavar="NAME", help="training list, where annotations/ holds several")
+    parser.add_argument(
+        "--frames", choices=("sampled", "all"), default="sampled",
+        help=f"store the at most {SAMPLED_FRAMES} evenly spaced frames that the official sampling reads, or all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="at a fault: collect all and fail, or drop the clip",
+    )
+    parser.add_argument(
+        "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips (0.01)"
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=_positive, default=cores, metavar="N", help=f"processes ({cores})")
+    parser.add_argument("--clips-per-shard", type=_positive, metavar="N", help="64 to 1,024, by the number of clips")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def _splits(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(SPLITS):
+        raise argparse.ArgumentTypeError(f"found {text!r}, needs names of {','.join(SPLITS)}")
+    return names
+
+
+def _rate(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needs 0 to 1")
+    return float(text)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    try:
+        convert(options)
+    except WrongUseError as err:
+        print(err, file=sys.stderr)
+        return 2
+    except (ConversionError, BadInputError) as err:
+        print(err, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on: finished shards are kept.", file=sys.stderr)
+    except concurrent.futures.process.BrokenProcessPool:
+        print(
+            "A worker process died (killed, or out of memory); run the same command again, with fewer --workers if "
+            "memory was short: finished shards are kept.",
+            file=sys.stderr,
+        )
+    except OSError as err:
+        advice = "run the same command again: finished shards are kept."
+        if err.errno in NO_SPACE:
+            print(f"{options.output}: no space left on the device ({err}); free some and {advice}", file=sys.stderr)
+        else:
+            print(f"{err}; mend it and {advice}", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Reading the lists of a source: training lists in parts by the workers, line numbers and duplicates by the parent."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.faults import BadInputError, Fault
+from data_pipeline.layouts.annotations import lines, livestream_of, parse_row
+from data_pipeline.layouts.downloads import hash_names
+from data_pipeline.listing import LINE, TABLES, Layout, Listing, Run, Table, list_test, sort_images
+from data_pipeline.schema import ShopImage
+
+PART_BYTES = 1 << 24
+
+
+def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[Listing], dict[str, list[str]]]:
+    """The listings of the splits, and the tables that their columns count in (sorted, shared by all splits)."""
+    tables = {name: Table() for name in TABLES}
+    listings: list[Listing] = []
+    for split in splits:
+        if split == "test":
+            listings.append(list_test(layout, tables))
+        else:
+            shelf = _training_images(layout, listings, run) if split == "val" else ()
+            listings.append(list_training(layout, split, tables, run, shelf))
+    known = _known_products(listings)
+    for listing in listings:
+        listing.images = [
+            dataclasses.replace(image, product=image.product or known.get(image.id, "")) for image in listing.images
+        ]
+        products = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
+        listing.image_products = products
+        if listing.split == "test":
+            listing.columns["product"] = products[listing.columns["image"]]
+    texts = {}
+    for name, table in tables.items():
+        texts[name], renumber = table.sort()
+        for listing in listings:
+            listing.columns[name] = renumber[listing.columns[name]]
+            if name == "product":
+                listing.image_products = renumber[listing.image_products]
+    return listings, texts
+
+
+def _training_images(layout: Layout, listings: Sequence[Listing], run: Run) -> Iterator[ShopImage]:
+    """Validation has no gallery in these layouts: its own are all shop images of both lists, converted or not."""
+    if listings:
+        yield from listings[0].images
+    elif "train" in layout.splits():
+        for survey in _surveys(layout, "train", layout.training_lists("train"), run):
+            yield from survey.images
+
+
+def _known_products(listings: Sequence[Listing]) -> dict[str, str]:
+    """Image id -> product, from training rows: the test lists do not name products."""
+    return {image.id: image.product for listing in listings for image in listing.images if image.product}
+
+
+# --- training and validation ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Lines of a list that start in [begin, end)."""
+
+    file: int
+    path: Path
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass
+class Survey:
+    """What one part lists, one entry a sound row. Line numbers count from the part's first line."""
+
+    clip_ids: list[bytes] = dataclasses.field(default_factory=list)
+    lines: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)  # LINE
+    texts: list[tuple[str, ...]] = dataclasses.field(default_factory=list)  # TABLES
+    images: list[ShopImage] = dataclasses.field(default_factory=list)
+    columns: list[int] = dataclasses.field(default_factory=list)  # how many the line has
+    frame_hashes: list[NDArray[np.uint64]] = dataclasses.field(default_factory=list)
+    faults: list[Fault] = dataclasses.field(default_factory=list)
+    num_lines: int = 0
+
+
+def survey_part(layout: Layout, split: str, part: Part) -> Survey:
+    """Reads a part of a training list (in a worker)."""
+    survey = Survey()
+    file = str(part.path.relative_to(layout.source))
+    for number, offset, content in lines(part.path, part.begin, part.end):
+        survey.num_lines = number
+        try:
+            row = parse_row(content)
+            image = layout.shop_image(row, split)
+        except BadInputError as err:
+            clip = content.split(b"\t", 1)[0][:200].decode("utf-8", "backslashreplace")
+            survey.faults.append(err.at(file, number, f"clip {clip}"))
+            continue
+        category = f"{row.category}\t{row.category_name}".strip("\t")
+        survey.clip_ids.append(row.clip_id.encode())
+        survey.lines.append((part.file, number, offset, len(content)))
+        survey.texts.append((livestream_of(row.clip_id), category, row.product, row.scale, row.duration, row.number))
+        survey.images.append(image)
+        survey.columns.append(row.columns)
+        survey.frame_hashes.append(hash_names(layout.frames_to_locate(row)))
+    return survey
+
+
+def list_training(
+    layout: Layout, split: str, tables: dict[str, Table], run: Run, shelf: Iterable[ShopImage] = ()
+) -> Listing:
+    """The listing of a training list; shelf: further shop images of validation's gallery."""
+    paths = layout.training_lists(split)
+    images: dict[tuple[str, str], ShopImage] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    parts: dict[str, list[NDArray]] = collections.defaultdict(list)  # arrays of a part, not objects of a clip
+    faults: list[Fault] = []
+    listed = 0
+
+    def image_number(image: ShopImage) -> int:
+        key = image.id, image.reference
+        images.setdefault(key, image)
+        return numbers.setdefault(key, len(numbers))
+
+    for survey in _surveys(layout, split, paths, run):
+        listed += len(survey.clip_ids) + len(survey.faults)
+        faults += survey.faults
+        parts["clip_ids"].append(np.array(survey.clip_ids, np.bytes_))
+        parts["lines"].append(np.array(survey.lines, LINE))
+        parts["columns"].append(np.array(survey.columns, np.int32))
+        parts["image"].append(np.array(list(map(image_number, survey.images)), np.int32))
+        for column, name in enumerate(TABLES):
+            table = tables[name]
+            parts[name].append(np.array([table.number(texts[column]) for texts in survey.texts], np.int32))
+        parts["hashes"].append(np.concatenate([*survey.frame_hashes, np.zeros(0, np.uint64)]))
+        parts["hash_counts"].append(np.array([len(each) for each in survey.frame_hashes], np.int64))
+    for image in shelf:
+        image_number(image)
+    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()} if parts else _EMPTY_LIST
+    listing = Listing(
+        split=split,
+        clip_ids=whole["clip_ids"],
+        lines=whole["lines"],
+        files=[str(path.relative_to(layout.source)) for path in paths],
+        columns={name: whole[name] for name in (*TABLES, "image")},
+        images=list(images.values()),
+        galleries={"": list(range(len(images)))} if split == "val" else {},
+        faults=faults,
+        listed=listed,
+        frame_hashes=whole["hashes"],
+        hash_counts=whole["hash_counts"],
+    )
+    _sort_clips(listing, _refuse_odd_lines(listing, whole["columns"]))
+    sort_images(listing)
+    return listing
+
+
+_EMPTY_LIST: dict[str, NDArray] = {
+    "clip_ids": np.zeros(0, np.bytes_),
+    "lines": np.zeros(0, LINE),
+    "hashes": np.zeros(0, np.uint64),
+    "hash_counts": np.zeros(0, np.int64),
+    **{name: np.zeros(0, np.int32) for name in (*TABLES, "image", "columns")},
+}
+
+
+def _surveys(layout: Layout, split: str, paths: Sequence[Path], run: Run) -> Iterator[Survey]:
+    """The parts' surveys in order, line numbers counted from the beginning of each file."""
+    parts = [
+        Part(file, path, begin, begin + PART_BYTES)
+        for file, path in enumerate(paths)
+        for begin in range(0, path.stat().st_size, PART_BYTES)
+    ]
+    before = 0
+    tasks = [(split, part) for part in parts]
+    surveys = run(survey_part, tasks, f"{split}: list", total=len(parts), unit="part")
+    before = 0
+    for part, survey in zip(parts, surveys, strict=True):
+        before = before if part.begin else 0
+        survey.faults = [dataclasses.replace(fault, line=fault.line + before) for fault in survey.faults]
+        survey.lines = [(file, number + before, offset, length) for file, number, offset, length in survey.lines]
+        before += survey.num_lines
+        yield survey
+
+
+def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which rows to keep: those with as many columns as most of their file, and the first of each clip id."""
+    keep = np.ones(len(listing), bool)
+
+    def refuse(row: int, reason: str, detail: str) -> None:
+        keep[row] = False
+        line, clip_id = listing.lines[row], listing.clip_ids[row].decode()
+        listing.faults.append(
+            Fault(reason, listing.files[line["file"]], detail, int(line["number"]), f"clip {clip_id}")
+        )
+
+    for file in range(len(listing.files)):
+        of_file = np.flatnonzero(listing.lines["file"] == file)
+        usual = int(np.bincount(columns[of_file]).argmax()) if len(of_file) else 0
+        for row in of_file[columns[of_file] != usual]:
+            detail = f"found {columns[row]} columns between tabs, needs {usual} as the file's other lines"
+            refuse(row, "wrong number of columns", f"{detail}; restore the line.")
+    order = np.argsort(listing.clip_ids, kind="stable")  # stable: the first of a clip id is the first in the files
+    first = -1
+    for place, same in enumerate(listing.clip_ids[order][1:] == listing.clip_ids[order][:-1]):
+        first = first if same and first >= 0 else place
+        if same and keep[order[place + 1]]:
+            line = listing.lines[order[first]]
+            detail = f"found the clip id of {listing.files[line['file']]} line {line['number']} again, needs each once"
+            refuse(order[place + 1], "duplicate clip id", f"{detail}; remove one of the lines.")
+        first = first if same else -1
+    return keep
+
+
+def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(listing.clip_ids[order], kind="stable")]
+    counts = listing.hash_counts[order]
+    shift = (np.cumsum(listing.hash_counts) - listing.hash_counts)[order] - (np.cumsum(counts) - counts)
+    listing.frame_hashes = listing.frame_hashes[np.repeat(shift, counts) + np.arange(counts.sum())]
+    listing.hash_counts = counts
+    listing.clip_ids = listing.clip_ids[order]
+    listing.lines = listing.lines[order]
+    listing.columns = {name: values[order] for name, values in listing.columns.items()}

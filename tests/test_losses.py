@@ -1,0 +1,150 @@
+"""The losses on meshes of forced CPU devices against their plain definition, values and gradients."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rice_jax import losses, model, sharding, step
+from tests import official, oracle
+
+G, SLOTS, SIDE, WIDTH = 16, 3, 16, 32
+
+
+@functools.cache
+def net() -> model.Rice:
+    encoder = model.VisionTransformer(SIDE, 8, WIDTH, layers=1, heads=2, hidden=48, embedding=16)
+    return model.Rice(encoder, model.MatchingDecoder(WIDTH, 4, 48), model.PatchReconstruction(4, head_width=8))
+
+
+@functools.cache
+def params() -> Any:
+    picture = jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8)
+    start = net().init(jax.random.key(3), picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
+    leaves, tree = jax.tree.flatten(start)
+    keys = jax.random.split(jax.random.key(4), len(leaves))
+    # Every ReLU two-sided, every bias in use, embeddings not all alike.
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def pictures(kind: str) -> dict[str, np.ndarray]:
+    """A batch of one of the kinds that a fault in the exchange shows in."""
+    random = np.random.default_rng(0)
+    batch = {
+        "frames": random.integers(0, 256, (G, SLOTS, SIDE, SIDE, 3), np.uint8),
+        "mask": (np.arange(SLOTS)[None] < random.integers(1, SLOTS + 1, (G, 1))).astype(np.int32),
+        "image": random.integers(0, 256, (G, SIDE, SIDE, 3), np.uint8),
+        "product": np.arange(G, dtype=np.int32),
+        "index": np.arange(G, dtype=np.int32),
+    }
+    if kind == "one hub":  # every image's hardest clip is clip 5, which shows what all images show
+        batch["image"][:] = batch["image"][0]
+        batch["frames"][5] = batch["image"][0]
+        batch["image"][5] = 255 - batch["image"][5]
+    if kind == "all clips identical":
+        batch["frames"][:], batch["mask"][:] = batch["frames"][0], batch["mask"][0]
+    if kind == "few products":
+        batch["product"][:] = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2])  # two eligible negatives at most
+    return batch
+
+
+@functools.cache
+def loss_and_gradient(mesh_shape: tuple[int, int], options: tuple[tuple[str, Any], ...]) -> Any:
+    mesh = official.mesh_of(*mesh_shape)
+    loss = losses.make_loss(net(), official.loss_options(**dict(options)), mesh, sharding.parameter_specs(params(), mesh))
+    return mesh, jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def plain(kind: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    chosen, batch = official.loss_options(**dict(options)), pictures(kind)
+    mined = oracle.mine(net(), chosen, params(), batch)
+
+    @jax.jit
+    def total(p: Any) -> Any:
+        parts = oracle.losses(net(), chosen, p, batch, key(), mined)
+        return sum(parts.values()), parts
+
+    (_, parts), grads = jax.value_and_grad(total, has_aux=True)(params())
+    return jax.device_get((parts, grads))
+
+
+def key() -> jax.Array:
+    return jax.random.fold_in(step.random_key(7), 3)
+
+
+def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, jax.Array]:
+    chosen = tuple(sorted(options.items()))
+    mesh, call = loss_and_gradient(mesh_shape, chosen)
+    expected, expected_grads = plain(kind, tuple(item for item in chosen if item[0] not in ("micro_batch", "pair_chunk")))
+    (_, parts), grads = call(params(), sharding.to_global(pictures(kind), mesh), key())
+    for name, value in expected.items():
+        assert float(parts[name]) == pytest.approx(float(value), abs=1e-5), name
+    for path, ours, theirs in zip(
+        [sharding.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)],
+        jax.tree.leaves(jax.device_get(grads)),
+        jax.tree.leaves(expected_grads),
+        strict=True,
+    ):
+        # DESIGN 13: one tolerance for gradients across devices.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(1e-4 * np.abs(theirs).max(), 1e-6), err_msg=path)
+    return parts
+
+
+MESHES = [(1, 1), (8, 1), (2, 4)]
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+@pytest.mark.parametrize("kind", ["random", "one hub", "all clips identical"])
+def test_losses_and_gradients_equal_the_plain_definition(kind: str, mesh_shape: tuple[int, int]) -> None:
+    parts = check(kind, mesh_shape, unit_slots=2, unit_chunk=2)
+    if kind == "one hub" and mesh_shape == (8, 1):
+        assert parts["busiest_device_units"] >= 8  # fifteen images want one clip: the device of that clip decodes them all
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_dropout_does_not_depend_on_the_mesh(mesh_shape: tuple[int, int]) -> None:
+    options = {"cross_dropout": 0.3, "mining_direction": "both"}
+    parts = check("random", mesh_shape, **options)
+    still, _ = plain("random", (("mining_direction", "both"),))
+    assert abs(float(parts["pmd"]) - float(still["pmd"])) > 1e-3  # it drops something
+    assert float(parts["pfr"]) == pytest.approx(float(still["pfr"]), abs=1e-5)  # and not before the reconstruction
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("icl", ["masked", "positive"])
+def test_same_product_pairs_are_no_negatives(icl: str, mesh_shape: tuple[int, int]) -> None:
+    parts = check("few products", mesh_shape, icl_same_product=icl, exclude_same_product=True)
+    # 14 rows of product 0 have two eligible partners, the others 15: one logit is missing in each of the 14.
+    assert int(parts["negatives_missing"]) == 14
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (8, 1)])
+def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int]) -> None:
+    check("random", mesh_shape, micro_batch=4, pair_chunk=1)
+
+
+def test_a_batch_of_one_product_has_no_matching_loss() -> None:
+    batch = pictures("random") | {"product": np.zeros(G, np.int32)}
+    _, call = loss_and_gradient((1, 1), (("exclude_same_product", True), ("icl_same_product", "masked")))
+    (total, parts), grads = call(params(), batch, key())
+    assert float(parts["pmd"]) == 0 and float(parts["icl"]) == pytest.approx(0, abs=1e-6)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)) and bool(jnp.isfinite(total))
+
+
+def test_two_same_products_of_two_by_hand() -> None:
+    """Two pairs of one product: as negatives the loss is log 2 for equal embeddings; masked, nothing is left."""
+    e = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    same, own = jnp.ones((2, 2), bool), jnp.arange(2)
+    icl = functools.partial(losses.icl_loss, e, e, e, e, jnp.float32(4.0), own, same)
+    assert float(icl()) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(icl(same_product_is="masked")) == pytest.approx(0, abs=1e-6)
+    assert float(icl(same_product_is="positive")) == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_pmd_loss_of_equal_logits_is_log_four() -> None:
+    loss = losses.pmd_loss(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3), bool))
+    assert float(loss) == pytest.approx(np.log(4), abs=1e-6)
