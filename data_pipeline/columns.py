@@ -30,15 +30,20 @@ class Converted:
     clips: list[ShardNote] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def with_images(cls, listing: Listing, images: list[ShardNote]) -> Self:
-        ordinals = [ordinal for note in images for ordinal in note.ordinals]
+    def with_images(cls, listing: Listing, images: list[ShardNote], *, skip_faults: bool) -> Self:
+        """Rows of the images that were stored; of all that are listed if faults are to be mended, not skipped.
+
+        The clips' shards then are what they will be when the images are mended, and stay.
+        """
+        stored = [ordinal for note in images for ordinal in note.ordinals]
+        ordinals = stored if skip_faults else list(range(len(listing.images)))
         rows = np.full(len(listing.images) + 1, NONE, np.int32)
         rows[ordinals] = np.arange(len(ordinals))
         return cls(listing, images, rows, rows[listing.columns["image"]])
 
     @cached_property
     def without_image(self) -> frozenset[int]:
-        """Clips that are left out because their shop image is."""
+        """Clips that are left out because their shop image is, or because the list was at fault."""
         return frozenset(np.flatnonzero(self.true_rows == NONE).tolist())
 
     @property
@@ -48,8 +53,8 @@ class Converted:
     @property
     def reasons(self) -> dict[str, int]:
         """Fault -> how many, and clips left out for their shop image's."""
-        left_out = {"shop image left out": len(self.without_image)} if self.without_image else {}
-        return reasons(self.faults) | left_out
+        left_out = np.count_nonzero((self.true_rows == NONE) & (self.listing.columns["image"] != NONE))
+        return reasons(self.faults) | ({"shop image left out": int(left_out)} if left_out else {})
 
     @property
     def num_clips(self) -> int:
@@ -62,6 +67,10 @@ class Converted:
     @property
     def skipped_clips(self) -> int:
         return self.listing.listed - self.num_clips
+
+    @property
+    def skipped_images(self) -> int:
+        return self.listing.lost_images + len(self.listing.images) - self.num_images
 
     @cached_property
     def galleries(self) -> dict[str, list[int]]:

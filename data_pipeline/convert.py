@@ -23,12 +23,12 @@ from data_pipeline.faults import BadInputError, WrongUseError
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.layouts.lpr750k import Lpr750k
 from data_pipeline.listing import NONE, Layout, Listing
-from data_pipeline.records import MANIFEST, shard_name
+from data_pipeline.records import COLUMNS, MANIFEST, shard_name
 from data_pipeline.report import make_report, print_report
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
 from data_pipeline.survey import list_splits
-from data_pipeline.tfrecord import file_crc, write_file
+from data_pipeline.tfrecord import file_crc, sync_folder, write_file
 from data_pipeline.workers import Workers
 
 LAYOUTS: dict[str, Callable[[Path, str | None, int | None], Layout]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m}
@@ -67,6 +67,7 @@ def convert(options: Options) -> dict[str, Any]:
     with locked(options.output):
         if (options.output / MANIFEST).exists():
             refuse_other_conversion(options.output, identity)
+            shutil.rmtree(options.output / WORK, ignore_errors=True)  # of a run that ended behind the manifest
             print(f"{options.output}: already converted, nothing to do.")
             report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
             return report
@@ -86,7 +87,10 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
     manifest = make_manifest(options.output, identity, converted, tables)
     report = make_report(options.layout, converted, remarks, manifest["content_hash"])
     write_file(options.output / REPORT, encode_json(report))
+    sync_folder(options.output / COLUMNS)
+    sync_folder(options.output)
     write_file(options.output / MANIFEST, encode_json(manifest))
+    sync_folder(options.output)
     shutil.rmtree(work)
     print_report(report)
     return report
@@ -123,9 +127,10 @@ def open_source(options: Options) -> tuple[Layout, tuple[str, ...]]:
 
 def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
     """What makes a conversion this one: options that change its records, and the lists by name, size and checksum."""
-    lists = [
-        path for split in splits for path in (layout.test_files() if split == "test" else layout.training_lists(split))
-    ]
+    lists = [path for split in splits if split != "test" for path in layout.training_lists(split)]
+    lists += layout.test_files() if "test" in splits else []
+    if "val" in splits and "train" not in splits and "train" in layout.splits():
+        lists += layout.training_lists("train")  # validation's gallery has its shop images
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
@@ -249,7 +254,7 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
         )
 
     images = write_shards(workers, options, listing, "images", image_entry)
-    converted = Converted.with_images(listing, images)
+    converted = Converted.with_images(listing, images, skip_faults=options.on_error == "skip")
     converted.clips = write_shards(workers, options, listing, "clips", clip_entry)
     return converted
 
@@ -281,11 +286,18 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
             f"{shown}{more}\n{options.source}: found {len(faults)} faults, all of them in {path}; mend them and run "
             "the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
         )
-    for split in converted:
-        skipped, listed = split.skipped_clips, split.listing.listed
+    rates = [
+        (split, kind, skipped, skipped + stored)
+        for split in converted
+        for kind, skipped, stored in (
+            ("clips", split.skipped_clips, split.num_clips),
+            ("shop images", split.skipped_images, split.num_images),
+        )
+    ]
+    for split, kind, skipped, listed in rates:
         if skipped > options.max_skip_rate * listed:
             raise ConversionError(
-                f"{options.source}: skipped {skipped} of {listed} {split.listing.split} clips "
+                f"{options.source}: skipped {skipped} of {listed} {split.listing.split} {kind} "
                 f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
                 f"{options.max_skip_rate:.2%}; the faults are in {path}: mend them, or raise --max-skip-rate."
             )
@@ -314,7 +326,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
         help="at a fault: collect all and fail, or drop the clip",
     )
     parser.add_argument(
-        "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips (0.01)"
+        "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips or images (0.01)"
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=_positive, default=cores, metavar="N", help=f"processes ({cores})")

@@ -91,13 +91,14 @@ class Listing:
 
     split: str
     clip_ids: NDArray[np.bytes_]
-    columns: dict[str, NDArray[np.int32]]  # TABLES and "image" (a row of images), one entry a clip
+    columns: dict[str, NDArray[np.int32]]  # TABLES and "image" (a row of images; NONE: at fault), one entry a clip
     images: list[ShopImage]
     galleries: dict[str, list[int]]  # livestream -> rows of images, in the order of the file
     faults: list[Fault]
     listed: int  # clips that the source names, faulty ones included
     frame_hashes: NDArray[np.uint64]  # of the frames to locate, one clip after the other
     hash_counts: NDArray[np.int64]
+    lost_images: int = 0  # rows of the gallery file that are at fault
     lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # training: one a clip
     files: list[str] = dataclasses.field(default_factory=list)  # what LINE's `file` counts, relative to the source
     queries: list[Query] = dataclasses.field(default_factory=list)  # test: one a clip
@@ -132,7 +133,7 @@ def sort_images(listing: Listing) -> None:
 
 
 def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
-    """The listing of the test split: queries with a true image in the gallery of their livestream."""
+    """The listing of the test split; a query without a true image in its gallery is a fault and keeps its place."""
     queries, faults = layout.queries()
     shelves, gallery_faults = layout.galleries()
     images: list[ShopImage] = []
@@ -143,23 +144,24 @@ def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
             if numbers.setdefault((image.id, image.reference), len(images)) == len(images):
                 images.append(image)
         galleries[livestream] = [numbers[image.id, image.reference] for image in shelf]
-    kept: list[Query] = []
-    true_rows: list[int] = []
+    listed = len(queries) + len(faults)
     faults += gallery_faults
-    for query in sorted(queries, key=lambda query: query.clip_id.encode()):
+    queries.sort(key=lambda query: query.clip_id.encode())
+    true_rows: list[int] = []
+    for query in queries:
         try:
             true_rows.append(true_row(query, images, galleries))
-            kept.append(query)
         except BadInputError as err:
             faults.append(err.at(query.file, 0, f"clip {query.clip_id}"))
-    livestreams = [tables["livestream"].number(livestream_of(query.clip_id)) for query in kept]
-    hashes = [hash_names(layout.frames_to_locate(query)) for query in kept]
+            true_rows.append(NONE)
+    livestreams = [tables["livestream"].number(livestream_of(query.clip_id)) for query in queries]
+    hashes = [hash_names(layout.frames_to_locate(query)) for query in queries]
     listing = Listing(
         split="test",
-        clip_ids=np.array([query.clip_id.encode() for query in kept], np.bytes_),
-        queries=kept,
+        clip_ids=np.array([query.clip_id.encode() for query in queries], np.bytes_),
+        queries=queries,
         columns={
-            **{name: np.full(len(kept), NONE, np.int32) for name in TABLES},
+            **{name: np.full(len(queries), NONE, np.int32) for name in TABLES},
             "livestream": np.array(livestreams, np.int32),
             "image": np.array(true_rows, np.int32),
         },
@@ -167,7 +169,8 @@ def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
         galleries=galleries,
         truth=layout.truth(),
         faults=faults,
-        listed=len(queries) + len(faults) - len(gallery_faults),
+        listed=listed,
+        lost_images=len(gallery_faults),
         frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
         hash_counts=np.array([len(each) for each in hashes], np.int64),
     )
@@ -178,6 +181,8 @@ def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
 def true_row(query: Query, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
     """Row of the first true image in the query's gallery; BadInputError if the query cannot be judged."""
     livestream = livestream_of(query.clip_id)
+    if not query.frames:
+        raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
     if not query.truth:
         raise BadInputError(
             "query without truth",

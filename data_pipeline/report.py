@@ -20,6 +20,7 @@ COUNTS = {  # key of the report: words of the table
     "gallery_images": "shop images in galleries",
     "queries_without_frames": "truth entries without a stored clip",
     "skipped_clips": "clips left out",
+    "skipped_images": "shop images left out",
     "failed_downloads": "frames whose download failed",
     "bytes": "bytes",
 }
@@ -58,6 +59,7 @@ def _of_split(split: Converted) -> dict[str, Any]:
         "gallery_images": sum(map(len, split.galleries.values())),
         "queries_without_frames": max(0, len(listing.truth) - split.num_clips) if listing.truth else 0,
         "skipped_clips": split.skipped_clips,
+        "skipped_images": split.skipped_images,
         "failed_downloads": sum(note.failed_downloads for note in split.clips),
         "bytes": sum(note.size for note in (*split.images, *split.clips)),
         "skipped": split.reasons,

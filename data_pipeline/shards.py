@@ -76,7 +76,7 @@ def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
     """
     faults: list[Fault] = []
     found = _find_pictures(layout, task, faults)
-    inputs = hashlib.sha256(repr((SCHEMA_VERSION, found, faults)).encode()).hexdigest()
+    inputs = _digest(found, faults)
     note_path = task.work / f"{task.path.name}.json"
     if (finished := _finished(task.path, note_path, inputs)) and (task.skip_faults or not finished.faults):
         return finished
@@ -102,6 +102,17 @@ def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
     note.index_size, note.index_crc = index_path(task.path).stat().st_size, file_crc(index_path(task.path))
     write_file(note_path, json.dumps(dataclasses.asdict(note)).encode())
     return note
+
+
+def _digest(found: list[tuple[Entry, Clip | Picture]], faults: list[Fault]) -> str:
+    """What decides a shard's bytes. Not where a clip's line stands, which moves when another line is mended."""
+    inputs = [
+        (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
+        if isinstance(entry, ClipEntry)
+        else (entry, item)
+        for entry, item in found
+    ]
+    return hashlib.sha256(repr((SCHEMA_VERSION, inputs, faults)).encode()).hexdigest()
 
 
 def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> list[tuple[Entry, Clip | Picture]]:

@@ -1,6 +1,5 @@
 """Reading the lists of a source: training lists in parts by the workers, line numbers and duplicates by the parent."""
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.layouts.annotations import lines, livestream_of, parse_row
+from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, lines, livestream_of, parse_row
 from data_pipeline.layouts.downloads import hash_names
-from data_pipeline.listing import LINE, TABLES, Layout, Listing, Run, Table, list_test, sort_images
+from data_pipeline.listing import LINE, NONE, TABLES, Layout, Listing, Run, Table, list_test, sort_images
 from data_pipeline.schema import ShopImage
 
 PART_BYTES = 1 << 24
@@ -35,7 +34,7 @@ def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[L
         products = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
         listing.image_products = products
         if listing.split == "test":
-            listing.columns["product"] = products[listing.columns["image"]]
+            listing.columns["product"] = np.append(products, np.int32(NONE))[listing.columns["image"]]
     texts = {}
     for name, table in tables.items():
         texts[name], renumber = table.sort()
@@ -52,7 +51,7 @@ def _training_images(layout: Layout, listings: Sequence[Listing], run: Run) -> I
         yield from listings[0].images
     elif "train" in layout.splits():
         for survey in _surveys(layout, "train", layout.training_lists("train"), run):
-            yield from survey.images
+            yield from filter(None, survey.images)
 
 
 def _known_products(listings: Sequence[Listing]) -> dict[str, str]:
@@ -75,15 +74,20 @@ class Part:
 
 @dataclasses.dataclass
 class Survey:
-    """What one part lists, one entry a sound row. Line numbers count from the part's first line."""
+    """What one part lists, one entry a row. Line numbers count from the part's first line.
+
+    A row at fault whose clip id is sound keeps its place, without an image: when the row is mended, the clips behind it
+    have the numbers that they have now, and their shards need not be written again.
+    """
 
     clip_ids: list[bytes] = dataclasses.field(default_factory=list)
     lines: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)  # LINE
     texts: list[tuple[str, ...]] = dataclasses.field(default_factory=list)  # TABLES
-    images: list[ShopImage] = dataclasses.field(default_factory=list)
-    columns: list[int] = dataclasses.field(default_factory=list)  # how many the line has
+    images: list[ShopImage | None] = dataclasses.field(default_factory=list)
+    columns: list[int] = dataclasses.field(default_factory=list)  # how many the line has; 0: it is at fault
     frame_hashes: list[NDArray[np.uint64]] = dataclasses.field(default_factory=list)
     faults: list[Fault] = dataclasses.field(default_factory=list)
+    nameless: int = 0  # rows at fault without a clip id
     num_lines: int = 0
 
 
@@ -93,16 +97,18 @@ def survey_part(layout: Layout, split: str, part: Part) -> Survey:
     file = str(part.path.relative_to(layout.source))
     for number, offset, content in lines(part.path, part.begin, part.end):
         survey.num_lines = number
+        line = (part.file, number, offset, len(content))
         try:
             row = parse_row(content)
             image = layout.shop_image(row, split)
         except BadInputError as err:
-            clip = content.split(b"\t", 1)[0][:200].decode("utf-8", "backslashreplace")
+            clip = content.split(b"\t", 1)[0][:MAX_ID_BYTES].decode("utf-8", "backslashreplace")
             survey.faults.append(err.at(file, number, f"clip {clip}"))
+            _keep_place(survey, clip, line)
             continue
         category = f"{row.category}\t{row.category_name}".strip("\t")
         survey.clip_ids.append(row.clip_id.encode())
-        survey.lines.append((part.file, number, offset, len(content)))
+        survey.lines.append(line)
         survey.texts.append((livestream_of(row.clip_id), category, row.product, row.scale, row.duration, row.number))
         survey.images.append(image)
         survey.columns.append(row.columns)
@@ -110,48 +116,61 @@ def survey_part(layout: Layout, split: str, part: Part) -> Survey:
     return survey
 
 
+def _keep_place(survey: Survey, clip_id: str, line: tuple[int, int, int, int]) -> None:
+    try:
+        survey.clip_ids.append(checked_id(clip_id, "clip").encode())
+    except BadInputError:
+        survey.nameless += 1
+        return
+    survey.lines.append(line)
+    survey.texts.append(len(TABLES) * ("",))
+    survey.images.append(None)
+    survey.columns.append(0)
+    survey.frame_hashes.append(np.zeros(0, np.uint64))
+
+
+class ImageNumbers:
+    """Shop images numbered in the order in which they come, each once."""
+
+    def __init__(self) -> None:
+        self.images: dict[tuple[str, str], tuple[int, ShopImage]] = {}
+
+    def number(self, image: ShopImage | None) -> int:
+        if image is None:
+            return NONE
+        return self.images.setdefault((image.id, image.reference), (len(self.images), image))[0]
+
+    def list(self) -> list[ShopImage]:
+        return [image for _, image in self.images.values()]
+
+
 def list_training(
     layout: Layout, split: str, tables: dict[str, Table], run: Run, shelf: Iterable[ShopImage] = ()
 ) -> Listing:
     """The listing of a training list; shelf: further shop images of validation's gallery."""
     paths = layout.training_lists(split)
-    images: dict[tuple[str, str], ShopImage] = {}
-    numbers: dict[tuple[str, str], int] = {}
-    parts: dict[str, list[NDArray]] = collections.defaultdict(list)  # arrays of a part, not objects of a clip
+    images = ImageNumbers()
     faults: list[Fault] = []
-    listed = 0
-
-    def image_number(image: ShopImage) -> int:
-        key = image.id, image.reference
-        images.setdefault(key, image)
-        return numbers.setdefault(key, len(numbers))
-
+    parts = [_arrays(Survey(), tables, images)]  # arrays of a part, not objects of a clip
+    nameless = 0
     for survey in _surveys(layout, split, paths, run):
-        listed += len(survey.clip_ids) + len(survey.faults)
         faults += survey.faults
-        parts["clip_ids"].append(np.array(survey.clip_ids, np.bytes_))
-        parts["lines"].append(np.array(survey.lines, LINE))
-        parts["columns"].append(np.array(survey.columns, np.int32))
-        parts["image"].append(np.array(list(map(image_number, survey.images)), np.int32))
-        for column, name in enumerate(TABLES):
-            table = tables[name]
-            parts[name].append(np.array([table.number(texts[column]) for texts in survey.texts], np.int32))
-        parts["hashes"].append(np.concatenate([*survey.frame_hashes, np.zeros(0, np.uint64)]))
-        parts["hash_counts"].append(np.array([len(each) for each in survey.frame_hashes], np.int64))
+        nameless += survey.nameless
+        parts.append(_arrays(survey, tables, images))
     for image in shelf:
-        image_number(image)
-    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()} if parts else _EMPTY_LIST
+        images.number(image)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     listing = Listing(
         split=split,
         clip_ids=whole["clip_ids"],
         lines=whole["lines"],
         files=[str(path.relative_to(layout.source)) for path in paths],
         columns={name: whole[name] for name in (*TABLES, "image")},
-        images=list(images.values()),
-        galleries={"": list(range(len(images)))} if split == "val" else {},
+        images=images.list(),
+        galleries={"": list(range(len(images.images)))} if split == "val" else {},
         faults=faults,
-        listed=listed,
-        frame_hashes=whole["hashes"],
+        listed=len(whole["clip_ids"]) + nameless,
+        frame_hashes=whole["frame_hashes"],
         hash_counts=whole["hash_counts"],
     )
     _sort_clips(listing, _refuse_odd_lines(listing, whole["columns"]))
@@ -159,13 +178,18 @@ def list_training(
     return listing
 
 
-_EMPTY_LIST: dict[str, NDArray] = {
-    "clip_ids": np.zeros(0, np.bytes_),
-    "lines": np.zeros(0, LINE),
-    "hashes": np.zeros(0, np.uint64),
-    "hash_counts": np.zeros(0, np.int64),
-    **{name: np.zeros(0, np.int32) for name in (*TABLES, "image", "columns")},
-}
+def _arrays(survey: Survey, tables: dict[str, Table], images: ImageNumbers) -> dict[str, NDArray]:
+    arrays: dict[str, NDArray] = {
+        "clip_ids": np.array(survey.clip_ids, np.bytes_),
+        "lines": np.array(survey.lines, LINE),
+        "columns": np.array(survey.columns, np.int32),
+        "image": np.array([images.number(image) for image in survey.images], np.int32),
+        "frame_hashes": np.concatenate([*survey.frame_hashes, np.zeros(0, np.uint64)]),
+        "hash_counts": np.array([len(each) for each in survey.frame_hashes], np.int64),
+    }
+    for column, name in enumerate(TABLES):
+        arrays[name] = np.array([tables[name].number(texts[column]) for texts in survey.texts], np.int32)
+    return arrays
 
 
 def _surveys(layout: Layout, split: str, paths: Sequence[Path], run: Run) -> Iterator[Survey]:
@@ -175,7 +199,6 @@ def _surveys(layout: Layout, split: str, paths: Sequence[Path], run: Run) -> Ite
         for file, path in enumerate(paths)
         for begin in range(0, path.stat().st_size, PART_BYTES)
     ]
-    before = 0
     tasks = [(split, part) for part in parts]
     surveys = run(survey_part, tasks, f"{split}: list", total=len(parts), unit="part")
     before = 0
@@ -188,30 +211,31 @@ def _surveys(layout: Layout, split: str, paths: Sequence[Path], run: Run) -> Ite
 
 
 def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which rows to keep: those with as many columns as most of their file, and the first of each clip id."""
+    """Refuses rows with other columns than most of their file; which to keep: the first of each clip id."""
     keep = np.ones(len(listing), bool)
 
     def refuse(row: int, reason: str, detail: str) -> None:
-        keep[row] = False
         line, clip_id = listing.lines[row], listing.clip_ids[row].decode()
         listing.faults.append(
             Fault(reason, listing.files[line["file"]], detail, int(line["number"]), f"clip {clip_id}")
         )
 
     for file in range(len(listing.files)):
-        of_file = np.flatnonzero(listing.lines["file"] == file)
+        of_file = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
         usual = int(np.bincount(columns[of_file]).argmax()) if len(of_file) else 0
         for row in of_file[columns[of_file] != usual]:
             detail = f"found {columns[row]} columns between tabs, needs {usual} as the file's other lines"
             refuse(row, "wrong number of columns", f"{detail}; restore the line.")
+            listing.columns["image"][row] = NONE
     order = np.argsort(listing.clip_ids, kind="stable")  # stable: the first of a clip id is the first in the files
     first = -1
     for place, same in enumerate(listing.clip_ids[order][1:] == listing.clip_ids[order][:-1]):
         first = first if same and first >= 0 else place
-        if same and keep[order[place + 1]]:
+        if same:
             line = listing.lines[order[first]]
             detail = f"found the clip id of {listing.files[line['file']]} line {line['number']} again, needs each once"
             refuse(order[place + 1], "duplicate clip id", f"{detail}; remove one of the lines.")
+            keep[order[place + 1]] = False
         first = first if same else -1
     return keep
 

@@ -83,7 +83,7 @@ def file_crc(path: Path) -> int:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when the block ends without an error, and then is on the disk.
+    """A file that appears under its name only when the block ends without an error, and then whole.
 
     Written under a temporary name in the same folder, as a rename is atomic within a file system only. The process id
     is in that name: two writers of one file never share it.
@@ -98,9 +98,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Brings the names in a folder to the disk: files that a manifest names must outlive a power cut as it does."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(folder)
     finally:
         os.close(folder)
 

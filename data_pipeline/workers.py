@@ -21,7 +21,10 @@ _context: Any = None  # in a worker: what all of its tasks share
 
 
 class Workers:
-    """`count` processes that share `context` (a layout). One: the work is done here, which is what a debugger wants."""
+    """`count` processes that share `context` (a layout), started when there are two tasks for them.
+
+    With a count of one the work is done here, which is what a debugger wants.
+    """
 
     def __init__(self, count: int, context: Any) -> None:
         self.count = count
@@ -29,10 +32,6 @@ class Workers:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self.count > 1:
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.context, os.getpid())
-            )
         return self
 
     def __exit__(
@@ -64,12 +63,18 @@ class Workers:
                 yield result
 
     def _results(self, function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
-        if self._pool is None:
-            for task in tasks:
+        waiting = iter(tasks)
+        first = list(itertools.islice(waiting, 2))
+        waiting = itertools.chain(first, waiting)
+        if self.count == 1 or len(first) < 2:
+            for task in waiting:
                 yield task, function(self.context, *task)
             return
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.context, os.getpid())
+            )
         pending: collections.deque[tuple[tuple, concurrent.futures.Future]] = collections.deque()
-        waiting = iter(tasks)
         while True:
             for task in itertools.islice(waiting, AHEAD * self.count - len(pending)):
                 pending.append((task, self._pool.submit(_call, function, task)))

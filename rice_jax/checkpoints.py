@@ -65,7 +65,8 @@ class Checkpoints:
     def _restore(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
         self._check(step, parts)
         items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in items}
 
     def _check(self, step: int, parts: dict[str, Any]) -> None:
         # Orbax casts another dtype in silence, and names no leaf when shapes differ.

@@ -36,3 +36,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if name == "golden_file":
                 files = [path for path in files if not path.stem.endswith("_updates")]
             metafunc.parametrize(name, files, ids=[path.stem for path in files])
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted set of real photographs: 24 training clips of three products, one validation and three test clips."""
+    from unittest import mock
+
+    from data_pipeline.convert import Options, convert
+    from tests import lpr_layouts
+    from tests.lpr_layouts import TinyClip
+
+    folder = tmp_path_factory.mktemp("data")
+    clips = [TinyClip(k % 2, 1000 * (k + 20), 1 + k % 4, k % 3) for k in range(24)]
+    with mock.patch.object(lpr_layouts, "TRAIN", clips):
+        source = lpr_layouts.make_lpr750k(folder / "lpr750k")
+    convert(Options(layout="lpr750k", source=source, output=folder / "records", workers=1))
+    return folder / "records"

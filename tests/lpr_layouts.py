@@ -117,7 +117,7 @@ def make_lpr4m(
     galleries = {LIVES[live]: [IMAGE_IDS[image] for image in shelf] for live, shelf in GALLERIES.items()}
     (annotations / "test_liveid_to_gallery_2.json").write_text(json.dumps(galleries))
     _write_lines(source / "test_frame_url_17.txt", [f"{URLS}{frame}.jpg" for clip in TEST for frame in clip.frame_ids])
-    shop = {image_id: picture for image_id, picture in zip(IMAGE_IDS, SHOP_IMAGES, strict=True)}
+    shop = dict(zip(IMAGE_IDS, SHOP_IMAGES, strict=True))
     frames_of = lambda clips: {clip.frame_ids[k]: clip.picture(k) for clip in clips for k in range(clip.length)}
     outputs = {
         "training_frame": frames_of((*TRAIN, *VAL)),

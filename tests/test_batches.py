@@ -226,6 +226,21 @@ def test_a_cached_record_is_not_read_again(split):
     assert NUM_CLIPS < counting.reads < 2 * NUM_CLIPS
 
 
+def test_no_more_is_read_ahead_than_asked_for():
+    class Counting(TinySplit):
+        reads = 0
+
+        def image(self, row: int) -> Record:
+            self.reads += 1
+            return super().image(row)
+
+    counting = Counting()
+    with train_batches(counting, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS, threads=2, prefetch_batches=3) as batches:
+        next(batches)
+        time.sleep(0.5)
+        assert counting.reads <= 5 * (1 + 3)  # Grain's own default would be 500 batches
+
+
 @pytest.mark.parametrize("rows", [[], [5], [-1], [[0, 1]]])
 def test_rows_outside_the_batch_are_refused(split, rows):
     with pytest.raises(ValueError, match="needs positions of 0 to 4"):

@@ -389,6 +389,18 @@ def test_random_scale_crop_is_pillows_resize_of_a_box():
     )
 
 
+def test_random_scale_crop_is_wide_when_the_aspect_is_above_one():
+    image = picture(96, 64)
+    options = FrameOptions(image_size=24, resize=32, min_scale=0.25, max_aspect=4.0, flip=False)
+    wide, tall = (frames.augment(np.asarray(image), options, words_for(aspect=word)) for word in (2**64 - 1, 0))
+    np.testing.assert_array_equal(
+        wide, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=(0, 0, 96, 16)))
+    )
+    np.testing.assert_array_equal(
+        tall, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=(0, 0, 24, 64)))
+    )
+
+
 @pytest.mark.parametrize("resize_mode", ["stretch", "keep_ratio"])
 def test_random_scale_crop_never_leaves_the_picture(resize_mode):
     options = FrameOptions(image_size=8, resize=8, min_scale=0.1, max_aspect=3.0, resize_mode=resize_mode)

@@ -1,5 +1,8 @@
 """LPR750K's lists and folders: what a row may be, and where a picture is found."""
 
+import contextlib
+import json
+import pickle
 import re
 from pathlib import Path
 
@@ -15,7 +18,19 @@ from data_pipeline.layouts.lpr750k import Lpr750k
 from data_pipeline.pictures import PictureFolder, check_picture
 from data_pipeline.records import open_dataset
 from tests.lpr_layouts import (
-    FRAMES, IMAGE_IDS, LIVES, SHOP_IMAGES, TEST, TITLES, TRAIN, VAL, edit_lines, make_lpr750k, ten_of, training_row,
+    FRAMES,
+    IMAGE_IDS,
+    LIVES,
+    SHOP_IMAGES,
+    TEST,
+    TITLES,
+    TRAIN,
+    VAL,
+    edit_json,
+    edit_lines,
+    make_lpr750k,
+    ten_of,
+    training_row,
 )  # fmt: skip
 
 
@@ -40,7 +55,7 @@ def test_ten_columns_are_enough_and_an_empty_last_cell_counts() -> None:
     cells = training_row(TRAIN[0], paths=True).split("\t")
     row = parse_row("\t".join(cells[:10]).encode())
     assert (row.speech, row.scale) == ("", "")
-    with pytest.raises(BadInputError, match="found 9 columns"):
+    with pytest.raises(BadInputError, match=r"found 9 columns"):
         parse_row("\t".join(cells[:10]).strip().encode())
 
 
@@ -59,14 +74,12 @@ def test_several_boxes_a_frame_and_none_are_told_apart() -> None:
     "cell", ["[[1, 2, 3]]", "[[1, 2, 3, NaN]]", "[1e999]", '[["a", 0, 0, 0]]', "[[true, 0, 0, 0]]"]
 )
 def test_a_box_is_four_numbers(cell: str) -> None:
-    with pytest.raises(BadInputError, match="needs four numbers"):
+    with pytest.raises(BadInputError, match=r"needs four numbers"):
         parse_boxes(cell, 1)
 
 
 @given(st.lists(st.text(st.characters(categories=["L", "N", "P", "Zs"])), min_size=1))
 def test_frame_lists_are_read_as_python_and_json_write_them(frames: list[str]) -> None:
-    import json
-
     printable = tuple(frame for frame in frames if frame.isprintable()) or ("x",)
     for written in (str(list(printable)), json.dumps(printable), json.dumps(printable, ensure_ascii=False)):
         assert parse_frames(written) == printable
@@ -76,19 +89,15 @@ def test_frame_lists_are_read_as_python_and_json_write_them(frames: list[str]) -
 def test_any_cell_is_a_list_or_a_fault(text: str, brackets: str) -> None:
     for cell in (text, brackets, f"[{text}]"):
         for parse in (parse_frames, lambda cell: parse_boxes(cell, 1)):
-            try:
+            with contextlib.suppress(BadInputError):
                 parse(cell)
-            except BadInputError:
-                pass
 
 
 @given(st.binary(max_size=100))
 def test_any_line_is_a_row_or_a_fault(line: bytes) -> None:
     for content in (line, training_row(TRAIN[0], paths=True).encode().replace(b"spu0", line)):
-        try:
+        with contextlib.suppress(BadInputError):
             parse_row(content)
-        except BadInputError:
-            pass
 
 
 @pytest.mark.parametrize(
@@ -143,14 +152,14 @@ def test_several_training_lists_need_a_choice(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("750k.txt", "641821.txt", "val.txt", "full_part_00.txt", "full_part_01.txt"):
         (folder / f"training_videoinfo_{name}").touch()
-    with pytest.raises(WrongUseError, match="training_videoinfo_641821, .*choose with --train-annotation NAME"):
+    with pytest.raises(WrongUseError, match=r"training_videoinfo_641821, .*choose with --train-annotation NAME"):
         training_lists(tmp_path, None)
     for chosen, expected in {
         "training_videoinfo_750k.txt": 1, "training_videoinfo_750k": 1, "training_videoinfo_full": 2,
         "training_videoinfo_full_part_01.txt": 1,
     }.items():  # fmt: skip
         assert len(training_lists(tmp_path, chosen)) == expected
-    with pytest.raises(WrongUseError, match="needs nonsense; correct --train-annotation"):
+    with pytest.raises(WrongUseError, match=r"needs nonsense; correct --train-annotation"):
         training_lists(tmp_path, "nonsense")
 
 
@@ -167,7 +176,7 @@ def test_a_picture_is_found_by_the_first_suffix_that_exists(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "../x.jpg", "a/../../x.jpg", "a\\..\\..\\x.jpg", "a\0.jpg"])
 def test_a_path_that_leaves_is_refused_before_the_disk_is_asked(path: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="needs one below the source folder"):
+    with pytest.raises(BadInputError, match=r"needs one below the source folder"):
         PictureFolder(tmp_path).find(path, missing="")
 
 
@@ -183,7 +192,7 @@ def test_a_link_that_leaves_is_refused(of_folder: bool, tmp_path: Path) -> None:
         (source / "in").mkdir()
         (source / "in/x.jpg").symlink_to(outside / "x.jpg")
     folder = PictureFolder(source)
-    with pytest.raises(BadInputError, match="found a link to .*outside/x.jpg, needs a file below the source folder"):
+    with pytest.raises(BadInputError, match=r"found a link to .*outside/x.jpg, needs a file below the source folder"):
         folder.read(folder.find("in/x.jpg", missing=""))
 
 
@@ -196,7 +205,7 @@ def test_a_link_that_stays_is_followed(tmp_path: Path) -> None:
 
 def test_a_picture_that_declares_too_many_pixels_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.pictures.MAX_PIXELS", 128 * 128 - 1)
-    with pytest.raises(BadInputError, match="declares more than 16,383 pixels"):
+    with pytest.raises(BadInputError, match=r"declares more than 16,383 pixels"):
         check_picture(FRAMES[0].read_bytes(), "x.jpg")
 
 
@@ -205,10 +214,8 @@ def test_a_damaged_picture_is_a_fault_or_a_picture(data: st.DataObject) -> None:
     picture = bytearray(FRAMES[0].read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(BadInputError):
         check_picture(bytes(picture[: data.draw(st.integers(0, len(picture)))]), "x.jpg")
-    except BadInputError:
-        pass
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -279,8 +286,6 @@ def test_a_row_that_is_doubled_in_a_gallery_keeps_both_places(tmp_path: Path) ->
 
 def test_a_truth_entry_without_frames_counts_in_the_denominator(tmp_path: Path) -> None:
     source = make_lpr750k(tmp_path / "source")
-    from tests.lpr_layouts import edit_json
-
     edit_json(source / "annotations/query_tenframes.json", lambda queries: queries.pop(TEST[0].id))
     report = convert(Options("lpr750k", source, tmp_path / "records", splits=("test",)))
     test = open_dataset(tmp_path / "records").split("test")
@@ -298,8 +303,6 @@ def test_unseen_test_products_are_unknown(source: Path, tmp_path: Path) -> None:
 
 
 def test_layouts_are_small_enough_to_send_to_every_worker(source: Path) -> None:
-    import pickle
-
     assert len(pickle.dumps(Lpr750k(source, None, 10))) < 1000
 
 

@@ -40,6 +40,18 @@ def test_permutation_agrees_with_its_definition():
         assert epoch_permutation(seed, epoch, count).tolist() == slow_permutation(seed, epoch, count)
 
 
+def test_equal_words_are_ordered_by_index(monkeypatch):
+    class FewWords:
+        def __init__(self, **key: object) -> None:
+            pass
+
+        def random_raw(self, count: int) -> np.ndarray:
+            return np.arange(count, dtype=np.uint64) % 3
+
+    monkeypatch.setattr(np.random, "Philox", FewWords)
+    assert epoch_permutation(99, 99, 3000).tolist() == [*range(0, 3000, 3), *range(1, 3000, 3), *range(2, 3000, 3)]
+
+
 def test_an_epoch_shows_no_example_twice_and_leaves_out_n_mod_g():
     plan = Plan(103, 10, 3)
     assert plan.batches_per_epoch == 10

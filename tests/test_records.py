@@ -1,7 +1,9 @@
 """Shards on disk: framing, atomic writing, random reading, and every way in which a file can be wrong."""
 
+import contextlib
 import json
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -26,8 +28,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(converted: Path, tmp_path: Path) -> Path:
     """A converted data set to spoil."""
-    import shutil
-
     return shutil.copytree(converted, tmp_path / "copy")
 
 
@@ -49,16 +49,14 @@ def test_one_changed_byte_is_always_noticed(data: bytes, draw: st.DataObject) ->
     framed = bytearray(frame_record(data))
     place = draw.draw(st.integers(0, len(framed) - 1))
     framed[place] ^= draw.draw(st.integers(1, 255))
-    with pytest.raises(ValueError, match="found"):
+    with pytest.raises(ValueError, match=r"found"):
         unframe_record(bytes(framed))
 
 
 @given(st.binary(max_size=40))
 def test_any_bytes_raise_value_error_and_nothing_else(data: bytes) -> None:
-    try:
+    with contextlib.suppress(ValueError):
         unframe_record(data)
-    except ValueError:
-        pass
 
 
 def test_an_index_can_be_rebuilt_from_its_shard(converted: Path) -> None:
@@ -69,7 +67,7 @@ def test_an_index_can_be_rebuilt_from_its_shard(converted: Path) -> None:
 def test_scanning_a_cut_shard_names_the_record(copy: Path) -> None:
     shard = copy / "train-clips-00000-of-00003.tfrecord"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="train-clips-00000-of-00003.tfrecord record 2: .*cut short"):
+    with pytest.raises(ValueError, match=r"train-clips-00000-of-00003.tfrecord record 2: .*cut short"):
         scan(shard)
 
 
@@ -79,9 +77,8 @@ def test_scanning_a_cut_shard_names_the_record(copy: Path) -> None:
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="stop"), ShardWriter(path) as writer:
-        writer.write(b"new")
-        raise RuntimeError("stop")
+    with pytest.raises(TypeError), ShardWriter(path) as writer:
+        writer.write("no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.tfrecord"]
 
@@ -200,7 +197,7 @@ def test_an_unfinished_conversion_is_refused(tmp_path: Path) -> None:
 def test_another_schema_version_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="found schema version 99, needs 1; convert the source again"):
+    with pytest.raises(ValueError, match=r"found schema version 99, needs 1; convert the source again"):
         open_dataset(copy)
 
 
@@ -222,19 +219,19 @@ def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: py
 def test_a_manifest_that_was_edited_is_refused(copy: Path) -> None:
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"records": 7', '"records": 6'))
-    with pytest.raises(ValueError, match="content hash that disagrees"):
+    with pytest.raises(ValueError, match=r"content hash that disagrees"):
         open_dataset(copy)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"schema_version"'])
 def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match="found no manifest of a conversion"):
+    with pytest.raises(ValueError, match=r"found no manifest of a conversion"):
         open_dataset(copy)
 
 
 def test_a_missing_split_is_refused_with_those_that_exist(converted: Path) -> None:
-    with pytest.raises(ValueError, match="found splits train, val, test, needs tets"):
+    with pytest.raises(ValueError, match=r"found splits train, val, test, needs tets"):
         open_dataset(converted).split("tets")
 
 
@@ -250,7 +247,7 @@ def test_a_short_file_is_named(copy: Path, name: str) -> None:
     (copy / name).write_bytes((copy / name).read_bytes()[:-8])
     with pytest.raises(ValueError, match=f"{name}: found .* bytes, needs"):
         open_dataset(copy)
-    with pytest.raises(ValueError, match="test-images-00000-of-00001.tfrecord.idx: found"):
+    with pytest.raises(ValueError, match=r"test-images-00000-of-00001.tfrecord.idx: found"):
         open_dataset(copy, verify=False).split("test").image(0)
 
 
@@ -276,14 +273,14 @@ def test_swapped_shards_are_noticed(copy: Path) -> None:
         first, second = (path.read_bytes() for path in paths)
         paths[0].write_bytes(second)
         paths[1].write_bytes(first)
-    with pytest.raises(ValueError, match="train-clips-00000-of-00003.tfrecord record 0: found number 3 .*needs 0"):
+    with pytest.raises(ValueError, match=r"train-clips-00000-of-00003.tfrecord record 0: found number 3 .*needs 0"):
         open_dataset(copy, verify=False).split("train").clip(0)
 
 
 def test_rows_beyond_the_split_are_refused(converted: Path) -> None:
     split = open_dataset(converted).split("train")
     for row in (-1, split.num_clips):
-        with pytest.raises(IndexError, match="needs 0 to 6"):
+        with pytest.raises(IndexError, match=r"needs 0 to 6"):
             split.clip(row)
 
 

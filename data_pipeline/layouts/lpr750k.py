@@ -149,8 +149,6 @@ def _frames_of(entry: Any) -> tuple[str, ...]:
         raise BadInputError(
             "not a list", f'found {entry!r:.80}, needs {{"frames": [paths], "gt": [ids]}}; correct the entry.'
         )
-    if not frames:
-        raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
     return tuple(frames)
 
 
