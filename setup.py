@@ -32,7 +32,10 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "fast": FAST,
     "parquet": PARQUET,
-    "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],  # the second is needed and not declared by the first
+    "tfds": [
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",
+    ],  # the second is needed and not declared by the first
     "test": [
         *FAST,
         *PARQUET,

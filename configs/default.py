@@ -19,6 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.data.train_split = "train"  # trained on
     c.data.eval_split = "val"  # evaluated during training
     c.data.skip_clips = ()  # ids of training clips to leave out; part of the plan's fingerprint
+    c.data.spread_products = False  # each product's clips evenly over an epoch, for a set whose batches repeat products
     c.data.num_frames = 10  # N: frame slots a clip in training
     c.data.eval_num_frames = 10  # and in evaluation
     c.data.image_size = 224  # px a side, what the encoder sees
@@ -39,7 +40,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.patch_size = 32  # px
-    c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 that take the place of the patch embedding, one a halving
+    c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 in place of the patch embedding, one a halving
     c.model.width = 768  # D
     c.model.layers = 12  # L
     c.model.heads = 12  # of the encoder; CLIP: D/64
@@ -89,6 +90,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     c.log_every = 50  # updates between lines of metrics.jsonl and TensorBoard
     c.eval_every = 500  # updates between evaluations on data.eval_split; 0: only at the end
+    c.eval_flip = False  # evaluation adds each picture's mirror image to its pooled vector
     c.eval_batch_size = 64  # clips encoded at once, over all devices
     c.checkpoint_every = 500  # updates between checkpoints; one more at the end
     c.checkpoints_kept = 3  # newest ones

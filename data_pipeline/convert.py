@@ -301,6 +301,7 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
                 f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
                 f"{options.max_skip_rate:.2%}; the faults are in {path}: mend them, or raise --max-skip-rate."
             )
+    print(f"{options.source}: left out what {len(faults)} faults touch; they are in {path}.", file=sys.stderr)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_STREAM = int.from_bytes(b"order")  # second half of the Philox key: no other use of the seed gets these words
+# Second halves of the Philox key: no other use of the seed gets these words.
+ORDER_STREAM, SPREAD_STREAM = int.from_bytes(b"order"), int.from_bytes(b"spread")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +24,8 @@ class Plan:
 
     num_examples: rows of the split, n. batch_size: G, over all hosts. seed: 0 to 2**64 - 1.
     keep: the rows to train on, sorted and distinct (from `rows_without`); None means all n.
+    product: int [n], the product of every row. Given, each product's clips are spread evenly over an epoch, so that a
+    batch of a small set shows as many products as it can; None: they fall where chance has them.
     content_hash: of the converted data set, so that a fingerprint is never that of other clips.
     Raises ValueError when fewer examples are left than one batch needs.
     """
@@ -32,6 +35,7 @@ class Plan:
     seed: int
     _: dataclasses.KW_ONLY
     keep: NDArray[np.int64] | None = None
+    product: NDArray[np.int32] | None = None
     content_hash: str = ""
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class Plan:
         digest = hashlib.sha256()
         digest.update(f"plan 1 {self.seed} {self.batch_size} {self.num_examples} {self.content_hash} ".encode())
         digest.update(b"all" if self.keep is None else self.keep.astype("<i8").tobytes())
+        digest.update(b"" if self.product is None else self.product.astype("<i4").tobytes())
         return digest.hexdigest()[:32]
 
     def epoch(self, step: int) -> int:
@@ -78,14 +83,19 @@ class Plan:
         if step < 0:
             raise ValueError(f"step: found {step}, needs 0 or more.")
         epoch, position = divmod(step, self.batches_per_epoch)
-        order = epoch_permutation(self.seed, epoch, self.num_kept)
-        picked = order[position * self.batch_size : (position + 1) * self.batch_size]
+        picked = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         return picked.copy() if self.keep is None else self.keep[picked]
 
     def left_out(self, epoch: int) -> NDArray[np.int64]:
         """Rows that `epoch` does not show, because they fill no whole batch: exactly n mod G of them."""
-        rest = epoch_permutation(self.seed, epoch, self.num_kept)[self.batches_per_epoch * self.batch_size :]
+        rest = self._order(epoch)[self.batches_per_epoch * self.batch_size :]
         return rest.copy() if self.keep is None else self.keep[rest]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self.product is None:
+            return epoch_permutation(self.seed, epoch, self.num_kept)
+        with _spread_lock:
+            return _spread_order(self, epoch)
 
 
 def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[np.int64]:
@@ -116,9 +126,30 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=2)  # prefetching straddles two epochs
 def _epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    words = np.random.Philox(
-        key=np.array([seed, ORDER_STREAM], np.uint64), counter=np.array([0, 0, 0, epoch], np.uint64)
-    ).random_raw(count)
-    order = np.argsort(words, kind="stable")
+    order = np.argsort(_words(seed, ORDER_STREAM, epoch, count), kind="stable")
     order.setflags(write=False)
     return order
+
+
+def _words(seed: int, stream: int, epoch: int, count: int) -> NDArray[np.uint64]:
+    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, epoch], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+_spread_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _spread_order(plan: Plan, epoch: int) -> NDArray[np.int64]:
+    """The epoch's permutation, each product's c clips moved, in their order, to (u + 0), (u + 1), ... c-ths of it."""
+    assert plan.product is not None
+    order = epoch_permutation(plan.seed, epoch, plan.num_kept)
+    product = plan.product[order if plan.keep is None else plan.keep[order]]
+    _, group, counts = np.unique(product, return_inverse=True, return_counts=True)
+    by_group = np.argsort(group, kind="stable")
+    rank = np.empty(len(group), np.int64)  # of a clip among those of its product
+    rank[by_group] = np.arange(len(group)) - (np.cumsum(counts) - counts)[group[by_group]]
+    start = (_words(plan.seed, SPREAD_STREAM, epoch, len(counts)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    spread = order[np.argsort((rank + start[group]) / counts[group], kind="stable")]
+    spread.setflags(write=False)
+    return spread

@@ -66,7 +66,9 @@ class ShardNote:
     original_frames: list[int] = dataclasses.field(default_factory=list)
     failed_downloads: int = 0
     faults: list[Fault] = dataclasses.field(default_factory=list)
-    reused: bool = False
+    left_out: list[int] = dataclasses.field(
+        default_factory=list
+    )  # ordinals whose pictures were found, and are at fault
 
 
 def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
@@ -78,16 +80,19 @@ def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
     found = _find_pictures(layout, task, faults)
     inputs = _digest(found, faults)
     note_path = task.work / f"{task.path.name}.json"
-    if (finished := _finished(task.path, note_path, inputs)) and (task.skip_faults or not finished.faults):
+    folder = PictureFolder(layout.source)
+    if (finished := _finished(task.path, note_path, inputs)) and (
+        not finished.faults or (task.skip_faults and _still_at_fault(folder, found, finished.left_out))
+    ):
         return finished
     note = ShardNote(inputs, faults=faults)
-    folder = PictureFolder(layout.source)
     with ShardWriter(task.path) as writer:
         for entry, item in found:
             try:
                 data = _encode(folder, entry, item)
             except BadInputError as err:
                 note.faults.append(_fault(err, entry))
+                note.left_out.append(entry.ordinal)
                 continue
             writer.write(data)
             note.ordinals.append(entry.ordinal)
@@ -163,7 +168,7 @@ def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -
 
 def _fault(error: BadInputError, entry: Entry) -> Fault:
     if isinstance(entry, ImageEntry):
-        return error.at(entry.image.reference, 0, f"image {entry.image.id}")
+        return error.at(error.file or entry.image.reference, 0, f"image {entry.image.id}")
     source = entry.source
     return error.at(source.file, source.number if isinstance(source, Line) else 0, f"clip {entry.id}")
 
@@ -177,5 +182,16 @@ def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:
     except (OSError, ValueError, TypeError):
         return None
     note.faults = [Fault(**fault) for fault in note.faults]  # type: ignore[arg-type]
-    note.reused = True
     return note if sound else None
+
+
+def _still_at_fault(folder: PictureFolder, found: list[tuple[Entry, Clip | Picture]], left_out: Sequence[int]) -> bool:
+    """Whether all that a finished shard left out would be left out again: a picture may have been mended since."""
+    for entry, item in found:
+        if entry.ordinal in left_out:
+            try:
+                _encode(folder, entry, item)
+            except BadInputError:
+                continue
+            return False
+    return True

@@ -16,7 +16,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, *, kept: int | None = None) -> None:
         self.path = epath.Path(workdir).absolute() / "checkpoints"  # epath: object stores too
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=kept is not None, create=kept is not None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept, cleanup_tmp_directories=kept is not None, create=kept is not None
+        )
         # Named handlers: without them a fresh process cannot read the metadata of what an earlier one saved.
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name in ("weights", "optimizer"):

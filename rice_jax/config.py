@@ -39,7 +39,7 @@ def run(main: Callable[[Any], None], values: Any) -> None:
 
 
 def shipped_path(name: str) -> str:
-    """'grocery', 'grocery.py', 'configs/grocery.py' or any path, with or without ':ARG', as an existing file (':ARG' kept).
+    """'grocery', 'grocery.py', 'configs/grocery.py' or any path, with or without ':ARG', as a file that exists.
 
     Raises:
       FileNotFoundError: neither a file nor a shipped config; names those shipped.
@@ -52,7 +52,9 @@ def shipped_path(name: str) -> str:
         if path.is_file():
             return f"{path}{colon}{argument}"
     names = sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__")
-    raise FileNotFoundError(f"--config {file}: no such file, and no shipped config of that name; shipped are {', '.join(names)}.")
+    raise FileNotFoundError(
+        f"--config {file}: no such file, and no shipped config of that name; shipped are {', '.join(names)}."
+    )
 
 
 def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
@@ -83,7 +85,7 @@ def load(name: str) -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
-    """Sets a field from text, which must read as the field's own type; tuples are lists of words, separated by commas."""
+    """Sets a field from text, which must read as the field's own type; tuples are words separated by commas."""
     check_field(config, dotted)
     *parents, leaf = dotted.split(".")
     section = config
@@ -101,7 +103,9 @@ def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
         else:
             raise ValueError
     except (ValueError, KeyError):
-        raise ValueError(f"--config.{dotted}={text}: needs a value of type {kind.__name__}, such as {section[leaf]!r}.") from None
+        raise ValueError(
+            f"--config.{dotted}={text}: needs a value of type {kind.__name__}, such as {section[leaf]!r}."
+        ) from None
     section[leaf] = value
 
 
@@ -110,7 +114,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     Wrong use is one line on stderr and exit status 2.
     """
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a path or the name of a shipped config; --config.field=value sets a field")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="a path or the name of a shipped config; --config.field=value sets a field",
+    )
     arguments, rest = parser.parse_known_args(argv)
     try:
         arguments.config = load(arguments.config)
@@ -157,7 +166,9 @@ def validate(config: Any) -> None:
             faults.append(f"{name} is {fields[name]}, needs at least 1")
     stem = fields["model.stem_channels"]
     if stem and 2 ** len(stem) != fields["model.patch_size"]:
-        faults.append(f"model.stem_channels has {len(stem)} halvings, needs log2 of model.patch_size {fields['model.patch_size']}")
+        faults.append(
+            f"model.stem_channels has {len(stem)} halvings, needs log2 of model.patch_size {fields['model.patch_size']}"
+        )
     if any(int(channels) % 8 for channels in stem):
         faults.append(f"model.stem_channels {stem}: each needs to divide by 8, the groups of its norm")
     if not fields["data.path"]:

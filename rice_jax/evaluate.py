@@ -22,12 +22,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.workdir / f"evaluation-{arguments.split}"
 
     # All that decides an embedding or its place names the folder: another checkpoint never finds this one's.
-    identity = [model.fingerprint, dataset.content_hash, split.name, configuration.to_json(model.config.data), subset]
+    identity = [model.fingerprint, dataset.content_hash, split.name, configuration.to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = retrieval.EmbeddingStore(output / "embeddings" / key)
     result = retrieval.evaluate(model, split, subset=subset, store=store, show_progress=not arguments.json)
 
-    (output / "rankings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in retrieval.rankings(result, split)))
+    (output / "rankings.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in retrieval.rankings(result, split))
+    )
     (output / "metrics.json").write_text(json.dumps(result.figures, indent=2) + "\n")
     print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
 
@@ -41,14 +43,18 @@ def read_ids(path: Path) -> list[str]:
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; give a text file with one clip id a line.") from error
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8; give a text file with one clip id a line."
+        ) from error
     if not any(ids):
         raise ValueError(f"{path}: holds no clip id; give a text file with one a line.")
     return [clip for clip in ids if clip]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m rice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument("--data", type=Path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="which of its splits (default: test)")

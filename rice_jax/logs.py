@@ -60,7 +60,9 @@ class Log:
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
         prefix = f"{split}/"
         found = [line for line in lines if any(name.startswith(prefix) for name in line)]
-        return {name.removeprefix(prefix): value for name, value in found[-1].items() if name != "step"} if found else {}
+        return (
+            {name.removeprefix(prefix): value for name, value in found[-1].items() if name != "step"} if found else {}
+        )
 
     def say(self, text: str) -> None:
         print(text, flush=True)

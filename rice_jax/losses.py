@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from rice_jax import pairs, sharding
-from rice_jax.model import Rice, clip_embedding, normalise, unit
+from rice_jax.model import Rice, call, clip_embedding, normalise, unit
 
-# --- the equations --------------------------------------------------------------------------------------------------------
+# --- the equations ----------------------------------------------------------------------------------------------------
 
 
 def icl_loss(
@@ -32,7 +32,7 @@ def icl_loss(
     *,
     same_product_is: str = "negative",
 ) -> Float[Array, ""]:
-    """Instance-level contrastive loss of unit embeddings (SPEC 3): the mean of both directions, mean over this device's rows.
+    """Instance-level contrastive loss of unit embeddings (SPEC 3): mean of both directions and of this device's rows.
 
     Args:
       scale: on both sides, so logits are scale^2 cos; plain, neither a logarithm nor squared.
@@ -57,7 +57,9 @@ def icl_loss(
     return (cross_entropy(clips, all_images) + cross_entropy(images, all_clips)) / 2
 
 
-def pmd_loss(positive: Float[Array, " B"], negatives: Float[Array, "B k"], found: Bool[Array, "B k"]) -> Float[Array, ""]:
+def pmd_loss(
+    positive: Float[Array, " B"], negatives: Float[Array, "B k"], found: Bool[Array, "B k"]
+) -> Float[Array, ""]:
     """Pairwise matching loss: mean over rows of -log softmax of the positive among its candidates (SPEC 5.7).
 
     A hard partner that was not found takes no part; with none the row's loss is 0.
@@ -90,7 +92,7 @@ def pfr_loss(
     return jnp.mean(jnp.square(rebuilt - image_tokens.astype(rebuilt.dtype)))
 
 
-# --- what feeds them ------------------------------------------------------------------------------------------------------
+# --- what feeds them --------------------------------------------------------------------------------------------------
 
 
 def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
@@ -125,7 +127,7 @@ def encode_rows(model: Rice, params: Any, batch: dict[str, Array], micro_batch: 
     shown = jnp.concatenate([jnp.ones((n, 1), mask.dtype), mask], axis=1)
 
     def encode(rows: tuple[Array, Array]) -> tuple[Array, Array]:
-        return model.encoder.apply({"params": params["encoder"]}, normalise(*rows))
+        return call(model.encoder, params["encoder"], normalise(*rows))
 
     flat = jax.tree.map(lambda a: a.reshape(n * (slots + 1), *a.shape[2:]), (pictures, shown))
     tokens, pooled = in_chunks(encode, flat, micro_batch)
@@ -152,7 +154,7 @@ def decode_positives(
     model: Rice, options: Any, params: Any, key: Array, rows: tuple[Encoded, Int[Array, " B"]]
 ) -> Positives:
     encoded, position = rows
-    decoder = functools.partial(model.decoder.apply, {"params": params["decoder"]})
+    decoder = functools.partial(call, model.decoder, params["decoder"])
     keys_values = decoder(encoded.clip_tokens, method="keys_values")
     x = decoder(encoded.image_tokens, method="image_tokens")
     scores = decoder(x, keys_values, encoded.key_mask, method="scores")
@@ -163,7 +165,7 @@ def decode_positives(
     logit = decoder(x[:, :1], weights, keys_values, method="logit")[:, 0]
     pfr = jnp.zeros_like(logit)
     if model.reconstruction is not None:
-        coefficients = model.reconstruction.apply({"params": params["reconstruction"]}, scores, encoded.key_mask)
+        coefficients = call(model.reconstruction, params["reconstruction"], scores, encoded.key_mask)
         one = functools.partial(pfr_loss, with_class_token=options.pfr_with_class_token)
         pfr = jax.vmap(one)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
     return Positives(logit, keys_values, x[:, 0], pfr)
@@ -193,7 +195,7 @@ def hard_pair_loss(
 
     def decode(cross: Any, x: Array, keys_values: Array, context: Any, image: Array, clip: Array) -> Array:
         key_mask, first, key_data = context
-        decoder = functools.partial(model.decoder.apply, {"params": cross})
+        decoder = functools.partial(call, model.decoder, cross)
         weights = jax.nn.softmax(decoder(x, keys_values, key_mask[clip], method="scores"), axis=-1)
         if options.cross_dropout:
             where = jnp.broadcast_to((first + clip)[:, None], image.shape)
@@ -205,7 +207,9 @@ def hard_pair_loss(
     losses, missing, units = [], sharding.varying(jnp.int32(0)), sharding.varying(jnp.int32(0))
     if options.mining_direction in ("image_to_clip", "both"):
         hard, found = pairs.hardest(encoded.images, all_clips, excluded)
-        logits, units = pairs.image_to_clip_logits(*inputs, hard, found, slots=options.unit_slots, chunk=options.unit_chunk)
+        logits, units = pairs.image_to_clip_logits(
+            *inputs, hard, found, slots=options.unit_slots, chunk=options.unit_chunk
+        )
         losses.append(pmd_loss(positives.logit, logits, found))
         missing += jnp.sum(~found)
     if options.mining_direction in ("clip_to_image", "both"):
@@ -214,7 +218,7 @@ def hard_pair_loss(
         logits = pairs.clip_to_image_logits(*inputs, hard, chunk=chunk)
         losses.append(pmd_loss(positives.logit, logits, found))
         missing += jnp.sum(~found)
-    return sum(losses) / len(losses), {"negatives_missing": missing, "busiest_device_units": units}
+    return jnp.mean(jnp.stack(losses)), {"negatives_missing": missing, "busiest_device_units": units}
 
 
 def local_losses(
@@ -229,7 +233,11 @@ def local_losses(
     same_product = batch["product"][:, None] == sharding.gather_rows(batch["product"])[None]
 
     images_clips = (encoded.clips, encoded.images, everyone[1], everyone[0])
-    losses = {"icl": icl_loss(*images_clips, params["logit_scale"], own, same_product, same_product_is=options.icl_same_product)}
+    losses = {
+        "icl": icl_loss(
+            *images_clips, params["logit_scale"], own, same_product, same_product_is=options.icl_same_product
+        )
+    }
     counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), sharding.varying(jnp.int32(0)))
     if model.decoder is not None:
         key = sharding.varying(key)
@@ -249,7 +257,7 @@ def local_losses(
 
 
 def make_loss(model: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """loss(params, batch, key) -> (total, parts) over a global batch that lies on `mesh`. Differentiate it from outside.
+    """loss(params, batch, key) -> (total, parts) over a global batch on `mesh`. Differentiate it from outside.
 
     Args:
       options: the config's `loss` section.

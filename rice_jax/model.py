@@ -6,6 +6,7 @@ Names of the parts are CLIP's. Parameters are plain dicts; the blocks of the enc
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,12 @@ def normalise(
     return x if mask is None else jnp.where(mask[..., None, None, None] > 0, x, 0)
 
 
+def call(module: nn.Module | None, params: Any, *inputs: Any, method: str | None = None) -> Any:
+    """A module, or one of its methods, on its own part of the parameters."""
+    assert module is not None
+    return module.apply({"params": params}, *inputs, method=method)
+
+
 def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """x / max(||x||, 1e-12) along the last axis (SPEC 2.5), with gradient zero, not NaN, at x = 0."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
@@ -56,7 +63,7 @@ def clip_embedding(pooled: Float[Array, "n N E"], mask: Int[Array, "n N"]) -> Fl
 
 
 HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
@@ -131,7 +138,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
         width = x.shape[-1]
-        hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="c_fc")(x)
+        hidden = nn.Dense(
+            self.hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="c_fc"
+        )(x)
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5 / 2), name="c_proj")
         return out(ACTIVATIONS[self.activation](hidden))
 
@@ -176,7 +185,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions of stride 2 in place of one large patch: learns far faster from few pictures, without CLIP's weights.
+    """3x3 convolutions of stride 2 in place of one large patch: learns far faster from few pictures.
 
     One convolution, group norm and activation for each halving, then a linear map to the width.
     """
@@ -189,7 +198,16 @@ class ConvStem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n px px 3"]) -> Float[Array, "n g g D"]:
         for i, channels in enumerate(self.channels):
-            conv = nn.Conv(channels, (3, 3), 2, ((1, 1), (1, 1)), use_bias=False, dtype=self.dtype, kernel_init=HE, name=f"conv_{i}")
+            conv = nn.Conv(
+                channels,
+                (3, 3),
+                2,
+                ((1, 1), (1, 1)),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=HE,
+                name=f"conv_{i}",
+            )
             # Group norm keeps no running statistics, so a picture's tokens never depend on its batch.
             x = nn.GroupNorm(num_groups=8, dtype=jnp.float32, name=f"norm_{i}")(conv(x)).astype(self.dtype)
             x = ACTIVATIONS[self.activation](x)
@@ -218,7 +236,7 @@ class VisionTransformer(nn.Module):
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
         if self.stem_channels:
-            embed = ConvStem(self.stem_channels, width, self.activation, self.dtype, name="stem")
+            embed: nn.Module = ConvStem(self.stem_channels, width, self.activation, self.dtype, name="stem")
         else:
             embed = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")
         x = embed(pictures.astype(self.dtype)).reshape(n, -1, width)
@@ -264,7 +282,9 @@ class MatchingDecoder(nn.Module):
         self.pooler_norm = LayerNorm()
         self.dense = nn.Dense(self.width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
         bound = self.width**-0.5
-        self.match = self.param("match", lambda k, s: jax.random.uniform(k, s, minval=-bound, maxval=bound), (self.width,))
+        self.match = self.param(
+            "match", lambda k, s: jax.random.uniform(k, s, minval=-bound, maxval=bound), (self.width,)
+        )
 
     def image_tokens(self, tokens: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
         """The self layer: all that happens to an image before it meets a clip (5.3)."""
@@ -330,7 +350,10 @@ class PatchReconstruction(nn.Module):
                 attention = attention * self.head_width**0.5
         hidden = max(1, self.heads // 2)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        kernel_1, bias_1 = self.param("conv1_kernel", ones, (self.heads, hidden)), self.param("conv1_bias", zeros, (hidden,))
+        kernel_1, bias_1 = (
+            self.param("conv1_kernel", ones, (self.heads, hidden)),
+            self.param("conv1_bias", zeros, (hidden,)),
+        )
         kernel_2, bias_2 = self.param("conv2_kernel", ones, (hidden,)), self.param("conv2_bias", zeros, (1,))
         # jax.nn.relu has derivative 0 at 0, as SPEC 6.3 wants; jnp.maximum has 1/2.
         mixed = jax.nn.relu(jnp.einsum("nhts,hk->nkts", attention, kernel_1) + bias_1[None, :, None, None])
@@ -349,7 +372,7 @@ class Rice(nn.Module):
     scale_init: float = 4.0
 
     def setup(self) -> None:
-        # Used plain and on both sides, so logits are scale^2 cos: CLIP's logit_scale is a logarithm, this is not (SPEC 3.1).
+        # Used plain and on both sides, so logits are scale^2 cos; CLIP's logit_scale is a logarithm (SPEC 3.1).
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.scale_init), ())
 
     def encode(self, pictures: Float[Array, "n px px 3"]) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:

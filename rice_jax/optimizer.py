@@ -1,4 +1,4 @@
-"""The official optimiser from optax's parts: parameter groups, AdamW of old Hugging Face, warm-up and cosine (SPEC 7)."""
+"""The official optimiser from optax's parts: groups, AdamW of old Hugging Face, warm-up and cosine (SPEC 7)."""
 
 from typing import Any, NamedTuple
 
@@ -11,14 +11,17 @@ from rice_jax.sharding import path_name
 
 
 def schedule(config: Any) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, then a cosine to 0 at num_updates (SPEC 7.4)."""
+    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, a cosine to 0 at num_updates (SPEC 7.4)."""
     o = config.optimizer
     if not 0 <= o.warmup_updates < config.num_updates:
         raise ValueError(
-            f"optimizer.warmup_updates {o.warmup_updates} must lie below num_updates {config.num_updates}; shorten the warm-up."
+            f"optimizer.warmup_updates {o.warmup_updates} must lie below num_updates {config.num_updates}; "
+            "shorten the warm-up."
         )
     cosine = optax.cosine_decay_schedule(o.learning_rate, config.num_updates - o.warmup_updates)
-    return optax.join_schedules([optax.linear_schedule(0, o.learning_rate, o.warmup_updates), cosine], [o.warmup_updates])
+    return optax.join_schedules(
+        [optax.linear_schedule(0, o.learning_rate, o.warmup_updates), cosine], [o.warmup_updates]
+    )
 
 
 def lr_multiplier(name: str, config: Any) -> float:
@@ -55,7 +58,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
 
 class ScheduleState(NamedTuple):
-    count: Int[Array, ""]
+    updates: Int[Array, ""]  # done
 
 
 def step_then_decay(config: Any) -> optax.GradientTransformation:
@@ -67,7 +70,7 @@ def step_then_decay(config: Any) -> optax.GradientTransformation:
         return ScheduleState(jnp.zeros([], jnp.int32))
 
     def update(updates: optax.Updates, state: ScheduleState, params: Any = None) -> tuple[optax.Updates, ScheduleState]:
-        lr = rate(state.count)
+        lr = rate(state.updates)
 
         def one(path: tuple[Any, ...], u: Array, theta: Array) -> Array:
             name = path_name(path)
@@ -76,7 +79,7 @@ def step_then_decay(config: Any) -> optax.GradientTransformation:
             return -step * u - decay * (theta - step * u)
 
         updates = jax.tree_util.tree_map_with_path(one, updates, params)
-        return updates, ScheduleState(optax.safe_increment(state.count))
+        return updates, ScheduleState(optax.safe_increment(state.updates))
 
     return optax.GradientTransformation(init, update)
 

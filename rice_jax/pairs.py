@@ -55,7 +55,7 @@ class Units(NamedTuple):
 
     pair: Int[Array, "U r"]  # which of the global 3G pairs; 3G marks an empty slot
     clip: Int[Array, " U"]  # row of this device
-    count: Int[Array, ""]  # units in use; the rest are empty
+    used: Int[Array, ""]  # units in use; the rest are empty
 
 
 def units_of(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multiple: int) -> Units:
@@ -73,7 +73,7 @@ def units_of(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multi
     return Units(
         pair=jnp.full((most, slots), pairs).at[unit, rank % slots].set(order, mode="drop"),
         clip=jnp.zeros(most, jnp.int32).at[unit].set(clip, mode="drop"),
-        count=jnp.max(unit, where=clip < rows, initial=-1) + 1,
+        used=jnp.max(unit, where=clip < rows, initial=-1) + 1,
     )
 
 
@@ -107,7 +107,9 @@ def decode_units(
         return jax.tree.map(lambda a: sharding.varying(jnp.zeros(a.shape, jnp.float32)), tree)
 
     @jax.custom_vjp
-    def run(params: Any, class_tokens: Array, keys_values: Array, context: Any, image: Array, clip: Array, n: Array) -> Array:
+    def run(
+        params: Any, class_tokens: Array, keys_values: Array, context: Any, image: Array, clip: Array, n: Array
+    ) -> Array:
         def body(at: Array, logits: Array) -> Array:
             i, j = cut(at, image, clip)
             out = decode(params, class_tokens[i], keys_values[j], context, i, j)
@@ -160,10 +162,10 @@ def image_to_clip_logits(
     units = units_of(jnp.where(mine, wanted - first, rows), rows=rows, slots=slots, multiple=chunk)
     image = jnp.minimum(units.pair, k * total - 1) // k
     logits = decode_units(
-        decode, params, class_tokens, keys_values, context, image, units.clip, count=units.count, chunk=chunk
+        decode, params, class_tokens, keys_values, context, image, units.clip, count=units.used, chunk=chunk
     )
     of_pair = sharding.varying(jnp.zeros(k * total, jnp.float32)).at[units.pair].set(logits, mode="drop")
-    return sharding.scatter_sum_rows(of_pair).reshape(rows, k), units.count
+    return sharding.scatter_sum_rows(of_pair).reshape(rows, k), units.used
 
 
 def clip_to_image_logits(

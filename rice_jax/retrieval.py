@@ -1,4 +1,4 @@
-"""From a model and a converted split to ranks: encode every picture once, rank each clip in its livestream's gallery."""
+"""From a model and a converted split to ranks: encode every picture once, rank each clip in its own gallery."""
 
 import dataclasses
 import functools
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
@@ -31,19 +30,26 @@ def frame_options(data: Any, *, train: bool) -> FrameOptions:
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_images(net: model.Rice, mesh: Mesh, params: Any, images: Array) -> Array:
-    pooled = net.encoder.apply({"params": params["encoder"]}, model.normalise(images))[1]
-    return jax.lax.with_sharding_constraint(model.unit(pooled), NamedSharding(mesh, sharding.P()))
+def _pooled(net: model.Rice, params: Any, pictures: Array, flip: bool) -> Array:
+    """Pooled vectors [n, E] of normalised pictures; with `flip` the sum of theirs and their mirror images'."""
+    pooled = model.call(net.encoder, params["encoder"], pictures)[1]
+    if flip:
+        pooled = pooled + model.call(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
+    return pooled
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_clips(net: model.Rice, mesh: Mesh, params: Any, frames: Array, mask: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode_images(net: model.Rice, mesh: Mesh, flip: bool, params: Any, images: Array) -> Array:
+    embedding = model.unit(_pooled(net, params, model.normalise(images), flip))
+    return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, sharding.P()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode_clips(net: model.Rice, mesh: Mesh, flip: bool, params: Any, frames: Array, mask: Array) -> Array:
     n, slots = mask.shape
     pictures = model.normalise(frames, mask).reshape(n * slots, *frames.shape[2:])
-    pooled = net.encoder.apply({"params": params["encoder"]}, pictures)[1]
-    clips = model.clip_embedding(pooled.reshape(n, slots, -1), mask)
-    return jax.lax.with_sharding_constraint(clips, NamedSharding(mesh, sharding.P()))
+    pooled = _pooled(net, params, pictures, flip).reshape(n, slots, -1)
+    return jax.lax.with_sharding_constraint(model.clip_embedding(pooled, mask), NamedSharding(mesh, sharding.P()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,9 @@ class Model:
         """
         self._check(frames, axes=5)
         if mask.shape != frames.shape[:2] or not (mask > 0).any(axis=1).all():
-            raise ValueError(f"mask {mask.shape}: needs one row a clip of frames {frames.shape}, with at least one 1 in each.")
+            raise ValueError(
+                f"mask {mask.shape}: needs one row a clip of frames {frames.shape}, with at least one 1 in each."
+            )
         return self._encode(_encode_clips, frames, mask)
 
     def encode_images(self, images: UInt8[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
@@ -99,7 +107,9 @@ class Model:
             missing = self.batch_size - len(part[0])
             padded = [np.concatenate([a, np.repeat(a[:1], missing, axis=0)]) if missing else a for a in part]
             on_devices = sharding.to_global(padded, self.mesh)
-            out.append(np.asarray(encode(self.net, self.mesh, self.params, *on_devices))[: len(part[0])])
+            out.append(
+                np.asarray(encode(self.net, self.mesh, self.config.eval_flip, self.params, *on_devices))[: len(part[0])]
+            )
         return np.concatenate(out) if out else np.zeros((0, self.config.model.embedding), np.float32)
 
 
@@ -118,7 +128,9 @@ def load(run: str | Path, *, step: int | None = None, mesh: Mesh | None = None) 
     checkpoints = Checkpoints(run) if text is not None else None
     found = checkpoints.latest() if checkpoints is not None else None
     if text is None or checkpoints is None or found is None:
-        raise FileNotFoundError(f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}.")
+        raise FileNotFoundError(
+            f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}."
+        )
     config = from_json(text)
     mesh = sharding.make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = model.build(config)
@@ -165,12 +177,16 @@ def embed(
     read = {"threads": m.config.data.threads, "workers": m.config.data.workers}
     bar = tqdm(total=len(clip_rows) + len(image_rows), unit=" encoded", disable=not show_progress)
 
-    def encoded(batches: Iterator[Mapping[str, np.ndarray]], call: Callable[..., Array], *names: str) -> Iterator[np.ndarray]:
+    def encoded(
+        batches: Iterator[Mapping[str, np.ndarray]], call: Callable[..., Array], *names: str
+    ) -> Iterator[np.ndarray]:
         for batch in batches:
             on_devices = sharding.to_global([batch[name] for name in names], m.mesh)
-            yield np.asarray(call(m.net, m.mesh, m.params, *on_devices))
+            yield np.asarray(call(m.net, m.mesh, m.config.eval_flip, m.params, *on_devices))
 
-    def run(make: Callable[..., Any], call: Callable[..., Array], rows: np.ndarray, names: tuple[str, ...], **more: Any) -> np.ndarray:
+    def run(
+        make: Callable[..., Any], call: Callable[..., Array], rows: np.ndarray, names: tuple[str, ...], **more: Any
+    ) -> np.ndarray:
         padded = np.concatenate([rows, np.full(-len(rows) % m.batch_size, -1)])
         mine = padded.reshape(-1, m.batch_size)[:, own].reshape(-1)
         out = []
@@ -219,7 +235,9 @@ def evaluate(
     if subset is not None:
         unknown = [clip for clip in subset if clip not in truth]
         if unknown:
-            raise ValueError(f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}.")
+            raise ValueError(
+                f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}."
+            )
         truth = {clip: truth[clip] for clip in dict.fromkeys(subset)}
     if not truth:
         raise ValueError(f"split {split.name} has no queries with a truth; evaluate a split that has (val or test).")
@@ -230,7 +248,9 @@ def evaluate(
     place = np.full(split.num_images, -1)
     place[image_rows] = np.arange(len(image_rows))
 
-    clips, images = embed(m, split, clip_rows, image_rows, store=store or EmbeddingStore(None), show_progress=show_progress)
+    clips, images = embed(
+        m, split, clip_rows, image_rows, store=store or EmbeddingStore(None), show_progress=show_progress
+    )
     index = {name: i for i, name in enumerate(shown)}
     ranking = metrics.rank_queries(
         clips,
@@ -260,7 +280,11 @@ def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
     """A line a query: its clip, its rank (null: no true image in the gallery) and the shop images ranked first."""
     ranking = result.ranking
     for i, row in enumerate(result.clip_rows.tolist()):
-        top = [(split.image_ids[image], round(float(score), 6)) for image, score in zip(ranking.top_images[i], ranking.top_scores[i], strict=True) if image >= 0]
+        top = [
+            (split.image_ids[image], round(float(score), 6))
+            for image, score in zip(ranking.top_images[i], ranking.top_scores[i], strict=True)
+            if image >= 0
+        ]
         rank = int(ranking.rank[i])
         yield {"clip": split.clip_ids[row], "rank": None if rank == metrics.NEVER else rank, "top": top}
 

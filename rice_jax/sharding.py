@@ -4,7 +4,6 @@ A batch is split over both axes. Parameters and the optimiser's moments are spli
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +40,9 @@ def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) 
     unknown = [axis for axis, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(unknown) > 1 or known < 1:
-        raise ValueError(f"mesh (data={data}, fsdp={fsdp}): sizes are positive, and at most one may be -1 (what is left).")
+        raise ValueError(
+            f"mesh (data={data}, fsdp={fsdp}): sizes are positive, and at most one may be -1 (what is left)."
+        )
     if unknown and len(devices) % known == 0:
         sizes[unknown[0]] = len(devices) // known
     if int(np.prod(list(sizes.values()))) != len(devices):
@@ -72,8 +73,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     for dim, axis in enumerate(spec):
         if axis is not None and shape[dim] % mesh.shape[axis]:
             raise ValueError(
-                f"parameter {name}: axis {dim} of shape {shape} does not divide by mesh axis {axis}={mesh.shape[axis]}; "
-                f"choose an {axis} that divides {shape[dim]}."
+                f"parameter {name}: axis {dim} of shape {shape} does not divide by mesh axis "
+                f"{axis}={mesh.shape[axis]}; choose an {axis} that divides {shape[dim]}."
             )
     return spec
 
@@ -104,9 +105,11 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     They need not be contiguous: on a torus neighbouring devices of a process are not neighbours of the batch.
     """
     if batch_size % mesh.size:
-        raise ValueError(f"batch_size {batch_size} does not divide by the mesh's {mesh.size} devices {dict(mesh.shape)}.")
+        raise ValueError(
+            f"batch_size {batch_size} does not divide by the mesh's {mesh.size} devices {dict(mesh.shape)}."
+        )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    starts = sorted({index[0].indices(batch_size)[:2] for index in slices})
+    starts = sorted({index[0].indices(batch_size)[:2] for index in slices if index is not None})
     return np.concatenate([np.arange(start, stop) for start, stop in starts])
 
 
@@ -126,9 +129,7 @@ def describe(state: Any, shardings: Any) -> list[str]:
     return jax.tree.leaves(jax.tree_util.tree_map_with_path(line, state, shardings))
 
 
-
-
-# --- inside shard_map: what crosses devices -----------------------------------------------------------------------------
+# --- inside shard_map: what crosses devices ---------------------------------------------------------------------------
 
 
 def varying(x: Any) -> Any:

@@ -59,7 +59,7 @@ def _shardings(abstract: State) -> State:
 
 
 def ledger(index: Int[Array, " G"]) -> Int[Array, "2"]:
-    """Two position-weighted sums (uint32) of the rows of a global batch: the same on every host, another for any swap."""
+    """Two position-weighted sums (uint32) of a global batch's rows: the same on every host, another for any swap."""
     row, place = index.astype(jnp.uint32), jnp.arange(index.shape[0], dtype=jnp.uint32)
     first = jnp.sum((row + 1) * (2 * place + 1), dtype=jnp.uint32)
     return jnp.stack([first, jnp.sum((row + 7) * (row + 11) * (place + 13), dtype=jnp.uint32)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from data_pipeline.batches import train_batches
 from data_pipeline.plan import Plan, rows_without
@@ -20,7 +21,16 @@ from rice_jax.logs import Log, Progress
 from rice_jax.step import abstract_state, init_state, make_train_step
 
 # What a run may change when it goes on: none of it moves a batch or a loss.
-FREE = ("mesh", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept", "data.path", "data.threads", "data.workers")
+FREE = (
+    "mesh",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "data.path",
+    "data.threads",
+    "data.workers",
+)
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
@@ -35,7 +45,10 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     dataset = open_dataset(config.data.path)
     train, held_out = dataset.split(config.data.train_split), dataset.split(config.data.eval_split)
     keep = rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
-    plan = Plan(train.num_clips, config.batch_size, config.seed, keep=keep, content_hash=dataset.content_hash)
+    product = np.asarray(train.columns["product"]) if config.data.spread_products else None
+    plan = Plan(
+        train.num_clips, config.batch_size, config.seed, keep=keep, product=product, content_hash=dataset.content_hash
+    )
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
     # --- Model and state: the newest checkpoint's, or new ones ---
@@ -53,10 +66,11 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     if start == config.num_updates:
         log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(held_out.name)
+    size = sum(x.size for x in jax.tree.leaves(abstract.params))
+    log.say(f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}")
     log.say(
-        f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters on {mesh.size} {jax.devices()[0].platform} "
-        f"device(s), mesh {dict(mesh.shape)}; {plan.num_kept} clips, {plan.batches_per_epoch} batches of "
-        f"{config.batch_size} an epoch; from update {start} to {config.num_updates}"
+        f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
+        f"from update {start} to {config.num_updates}"
     )
 
     # --- The loop. Nothing in it waits for the device but the marked lines. ---
@@ -80,7 +94,9 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             state, step_metrics = train_step(state, batch)
             del batch
             pending.append((step + 1, step_metrics))
-            jax.block_until_ready(pending[-2:][0])  # waits for the step before: two in flight, and only their batches alive
+            jax.block_until_ready(
+                pending[-2:][0]
+            )  # waits for the step before: two in flight, and only their batches alive
             last = step + 1 == config.num_updates
             if (step + 1) % config.log_every == 0 or last:
                 flush(log, pending if last else pending[:-1])  # waits, for all but the newest step
@@ -134,7 +150,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m rice_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
+    )
     return configuration.parse(parser, argv)
 
 

@@ -33,7 +33,11 @@ def _block(source: str, ours: str) -> tuple[Rule, ...]:
         Rule(rf"{source}\.attn\.in_proj_bias", f"{ours}/attn/in_proj_bias"),
         *(
             rule
-            for name, path in (("attn\\.out_proj", "attn/out_proj"), ("mlp\\.c_fc", "mlp/c_fc"), ("mlp\\.c_proj", "mlp/c_proj"))
+            for name, path in (
+                ("attn\\.out_proj", "attn/out_proj"),
+                ("mlp\\.c_fc", "mlp/c_fc"),
+                ("mlp\\.c_proj", "mlp/c_proj"),
+            )
             for rule in (
                 Rule(rf"{source}\.{name}\.weight", f"{ours}/{path}/kernel", _transpose),
                 Rule(rf"{source}\.{name}\.bias", f"{ours}/{path}/bias"),

@@ -45,7 +45,7 @@ class Golden:
 
 
 def load(path: Path) -> Golden:
-    """A golden file; sizes are read off its arrays (heads of the encoder: D/64; of the decoder: the rec head's inputs)."""
+    """A golden file; sizes are read off its arrays (heads of the encoder: D/64, of the decoder: rec's inputs)."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     tensors = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}

@@ -59,9 +59,13 @@ def hardest(anchors: np.ndarray, partners: np.ndarray, product: np.ndarray, excl
     return out
 
 
-def match_logit(net: model.Rice, params: Any, image: jax.Array, clip: jax.Array, key_mask: jax.Array, key: Any, rate: float) -> Any:
+def match_logit(
+    net: model.Rice, params: Any, image: jax.Array, clip: jax.Array, key_mask: jax.Array, key: Any, rate: float
+) -> Any:
     """Logit and scores of one pair: all T tokens of the image, the whole decoder, dropout drawn from the pair's key."""
-    decoder = lambda *a, method: net.decoder.apply({"params": params["decoder"]}, *(v[None] for v in a), method=method)[0]
+    decoder = lambda *a, method: net.decoder.apply({"params": params["decoder"]}, *(v[None] for v in a), method=method)[
+        0
+    ]
     x, keys_values = decoder(image, method="image_tokens"), decoder(clip, method="keys_values")
     scores = decoder(x, keys_values, key_mask, method="scores")
     weights = jax.nn.softmax(scores, axis=-1)
@@ -116,7 +120,9 @@ def losses(
     return out
 
 
-def pfr(net: model.Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any) -> Any:
+def pfr(
+    net: model.Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any
+) -> Any:
     """SPEC 6 for the options at their official values; the others are tested where they are defined."""
     rec, heads = params["reconstruction"], net.decoder.heads
     attention = jax.nn.softmax(scores, axis=-1) * (net.decoder.width / heads) ** 0.5

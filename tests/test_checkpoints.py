@@ -63,7 +63,9 @@ def test_another_model_is_refused_leaf_by_leaf(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, kept=1) as checkpoints:
         checkpoints.save(1, state, {})
     abstract, _ = state_on(official.mesh_of(1, 1), embedding=8)
-    with pytest.raises(ValueError, match=r"weights/params/encoder/proj: checkpoint \(32, 16\) float32, config \(32, 8\) float32"):
+    with pytest.raises(
+        ValueError, match=r"weights/params/encoder/proj: checkpoint \(32, 16\) float32, config \(32, 8\) float32"
+    ):
         Checkpoints(tmp_path).restore_params(1, abstract)
 
 

@@ -19,13 +19,22 @@ def test_a_shipped_config_is_found_by_name_from_any_folder(name: str, tmp_path, 
 
 
 def test_a_file_of_the_users_own_comes_first(tmp_path, monkeypatch) -> None:
-    (tmp_path / "smoke.py").write_text("from configs import default\ndef get_config(arg=''):\n c = default.get_config()\n c.seed = 7 if arg == 'seven' else 1\n return c\n")
+    (tmp_path / "smoke.py").write_text(
+        "from configs import default\n"
+        "def get_config(arg=''):\n c = default.get_config()\n c.seed = 7 if arg == 'seven' else 1\n return c\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert parse("--config", "smoke.py:seven").config.seed == 7
 
 
 def test_overrides_take_the_type_of_their_field() -> None:
-    words = ("--config.seed=3", "--config.data.flip=false", "--config.optimizer.learning_rate=2", "--config.data.skip_clips=a,b", "--config.model.stem_channels=8,16")
+    words = (
+        "--config.seed=3",
+        "--config.data.flip=false",
+        "--config.optimizer.learning_rate=2",
+        "--config.data.skip_clips=a,b",
+        "--config.model.stem_channels=8,16",
+    )
     config = parse("--config", "default", *words).config
     assert (config.seed, config.data.flip, config.optimizer.learning_rate) == (3, False, 2.0)
     assert config.data.skip_clips == ("a", "b") and config.model.stem_channels == (8, 16)
@@ -35,7 +44,10 @@ def test_overrides_take_the_type_of_their_field() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--config.optimzer.b1=1", "--config.optimzer.b1: the config has no such field; the nearest is --config.optimizer.b1."),
+        (
+            "--config.optimzer.b1=1",
+            "--config.optimzer.b1: the config has no such field; the nearest is --config.optimizer.b1.",
+        ),
         ("--config.lr=1", "no such field; the nearest is"),
         ("--config.data=1", "--config.data=1: needs a value of type ConfigDict"),
         ("--config.seed=x", "--config.seed=x: needs a value of type int, such as 42."),
@@ -52,7 +64,9 @@ def test_a_wrong_override_says_what_is_meant(word: str, message: str, capsys: py
 
 
 def test_stages_of_the_official_recipe() -> None:
-    weights = {stage: (c.loss.icl, c.loss.pmd, c.loss.pfr) for stage in lpr750k.STAGES if (c := lpr750k.get_config(stage))}
+    weights = {
+        stage: (c.loss.icl, c.loss.pmd, c.loss.pfr) for stage in lpr750k.STAGES if (c := lpr750k.get_config(stage))
+    }
     assert weights == {"icl": (1, 0, 0), "icl_pmd": (1, 1, 0), "icl_pmd_pfr": (1, 1, 1)}
     assert lpr750k.get_config("icl").optimizer.logit_scale_lr_multiplier == 100  # SPEC 3.4
     with pytest.raises(ValueError, match="stages are icl, icl_pmd, icl_pmd_pfr"):
@@ -62,7 +76,11 @@ def test_stages_of_the_official_recipe() -> None:
 def test_every_fault_of_a_config_is_named_at_once() -> None:
     config = default.get_config()
     config.data.resize_mode, config.model.heads, config.batch_size = "squash", 7, 0
-    with pytest.raises(ValueError, match=r"squash.*needs one of stretch, keep_ratio.*width 768 does not divide by model.heads 7.*batch_size is 0.*data.path is not set"):
+    with pytest.raises(
+        ValueError,
+        match=r"squash.*needs one of stretch, keep_ratio.*width 768 does not divide by model.heads 7.*"
+        r"batch_size is 0.*data.path is not set",
+    ):
         configuration.validate(config)
 
 
@@ -78,6 +96,10 @@ def test_a_config_survives_its_text() -> None:
 def test_every_field_of_the_defaults_says_what_it_is() -> None:
     from pathlib import Path
 
-    lines = [line for line in Path(default.__file__).read_text().splitlines() if line.strip().startswith("c.") and "ConfigDict()" not in line]
+    lines = [
+        line
+        for line in Path(default.__file__).read_text().splitlines()
+        if line.strip().startswith("c.") and "ConfigDict()" not in line
+    ]
     assert len(lines) == len(configuration.flat(default.get_config()))
     assert all("  # " in line for line in lines)

@@ -232,6 +232,18 @@ def test_too_many_skipped_clips_fail_with_the_rate(
     assert run(source, tmp_path / "records", "--on-error=skip", "--splits=train", "--max-skip-rate=0.2") == 0
 
 
+def test_a_picture_that_is_mended_after_it_was_skipped_is_stored(source: Path, sound: Path, tmp_path: Path) -> None:
+    arguments = ("--on-error=skip", "--clips-per-shard=1")
+    (source / FRAME).write_bytes(b"text")
+    assert run(source, tmp_path / "records", *arguments) == 1
+    unmended = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").glob("*.tfrecord")}
+    assert run(source, tmp_path / "records", *arguments) == 1
+    assert all(path.stat().st_mtime_ns == changed for path, changed in unmended.items())
+    (source / FRAME).write_bytes((sound / "source" / FRAME).read_bytes())
+    assert run(source, tmp_path / "records", *arguments) == 0
+    assert files_of(tmp_path / "records") == files_of(sound / "records")
+
+
 def test_too_many_skipped_shop_images_fail_too(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,9 @@ def call(run: Path, data: Path, *more: str) -> None:
     evaluate.evaluate(evaluate.parse(["--workdir", str(run), "--data", str(data), *more]))
 
 
-def test_metrics_rankings_and_table(run: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_rankings_and_table(
+    run: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call(run, converted, "--output", str(tmp_path))
     figures = json.loads((tmp_path / "metrics.json").read_text())
     # Two queries among three shop images, one among two: chance (1/3 + 1/3 + 1/2) / 3.
@@ -51,7 +53,11 @@ def test_a_subset_restricts_both_sides(run: Path, converted: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no-such-clip\n", "not in split test's truth, e.g. no-such-clip"), (b"\xff\n", "byte 0 is not UTF-8"), (b"\n", "holds no clip id")],
+    [
+        (b"no-such-clip\n", "not in split test's truth, e.g. no-such-clip"),
+        (b"\xff\n", "byte 0 is not UTF-8"),
+        (b"\n", "holds no clip id"),
+    ],
 )
 def test_a_bad_subset_is_named(run: Path, converted: Path, tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "ids.txt").write_bytes(content)

@@ -108,5 +108,3 @@ def test_parameter_groups_are_the_official_ones() -> None:
         assert optimizer.decays(rule.path, len(dims), config) == (float(decay) > 0), name
         seen += 1
     assert seen == 185
-
-

@@ -27,7 +27,9 @@ def params() -> Any:
     leaves, tree = jax.tree.flatten(start)
     keys = jax.random.split(jax.random.key(4), len(leaves))
     # Every ReLU two-sided, every bias in use, embeddings not all alike.
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 def pictures(kind: str) -> dict[str, np.ndarray]:
@@ -47,14 +49,18 @@ def pictures(kind: str) -> dict[str, np.ndarray]:
     if kind == "all clips identical":
         batch["frames"][:], batch["mask"][:] = batch["frames"][0], batch["mask"][0]
     if kind == "few products":
-        batch["product"][:] = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2])  # two eligible negatives at most
+        batch["product"][:] = np.array(
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2]
+        )  # two eligible negatives at most
     return batch
 
 
 @functools.cache
 def loss_and_gradient(mesh_shape: tuple[int, int], options: tuple[tuple[str, Any], ...]) -> Any:
     mesh = official.mesh_of(*mesh_shape)
-    loss = losses.make_loss(net(), official.loss_options(**dict(options)), mesh, sharding.parameter_specs(params(), mesh))
+    loss = losses.make_loss(
+        net(), official.loss_options(**dict(options)), mesh, sharding.parameter_specs(params(), mesh)
+    )
     return mesh, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -79,7 +85,9 @@ def key() -> jax.Array:
 def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, jax.Array]:
     chosen = tuple(sorted(options.items()))
     mesh, call = loss_and_gradient(mesh_shape, chosen)
-    expected, expected_grads = plain(kind, tuple(item for item in chosen if item[0] not in ("micro_batch", "pair_chunk")))
+    expected, expected_grads = plain(
+        kind, tuple(item for item in chosen if item[0] not in ("micro_batch", "pair_chunk"))
+    )
     (_, parts), grads = call(params(), sharding.to_global(pictures(kind), mesh), key())
     for name, value in expected.items():
         assert float(parts[name]) == pytest.approx(float(value), abs=1e-5), name
@@ -102,7 +110,9 @@ MESHES = [(1, 1), (8, 1), (2, 4)]
 def test_losses_and_gradients_equal_the_plain_definition(kind: str, mesh_shape: tuple[int, int]) -> None:
     parts = check(kind, mesh_shape, unit_slots=2, unit_chunk=2)
     if kind == "one hub" and mesh_shape == (8, 1):
-        assert parts["busiest_device_units"] >= 8  # fifteen images want one clip: the device of that clip decodes them all
+        assert (
+            parts["busiest_device_units"] >= 8
+        )  # fifteen images want one clip: the device of that clip decodes them all
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)

@@ -232,6 +232,7 @@ def test_names_are_read_from_urls_paths_and_ids() -> None:
         "x-0001.png",
         "x-0001",
         "http://a.b/c%2Fx-0001.webp",
+        "http://[a/x-0001.jpg#1",
     ):
         assert name_of(text) == "x-0001"
 

@@ -1,9 +1,9 @@
 """Grouping and mining of hard pairs, on their own."""
 
 import jax
-import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ from rice_jax import pairs
 
 def test_the_docstrings_example() -> None:
     units = pairs.units_of(jnp.array([2, 0, 3, 0, 0]), rows=3, slots=2, multiple=1)
-    count = int(units.count)
+    count = int(units.used)
     assert count == 3
     assert units.pair[:count].tolist() == [[1, 3], [4, 5], [0, 5]]  # 5 = none
     assert units.clip[:count].tolist() == [0, 0, 2]
@@ -29,12 +29,12 @@ def test_every_pair_of_ours_gets_one_slot_of_its_clip_whatever_the_hubs(data: st
     seen = []
     for unit, (members, clip) in enumerate(zip(units.pair.tolist(), units.clip.tolist(), strict=True)):
         real = [pair for pair in members if pair < len(clips)]
-        assert (unit < int(units.count)) == bool(real)
+        assert (unit < int(units.used)) == bool(real)
         assert all(clips[pair] == clip for pair in real)
         seen += real
     assert sorted(seen) == [pair for pair, clip in enumerate(clips) if clip < rows]
     wanted = [clips.count(clip) for clip in range(rows)]
-    assert int(units.count) == sum(-(-n // slots) for n in wanted)  # no unit more than needed
+    assert int(units.used) == sum(-(-n // slots) for n in wanted)  # no unit more than needed
 
 
 def test_the_hardest_partners_come_first_without_those_excluded() -> None:

@@ -1,5 +1,6 @@
 """The order of the data: golden batches, true epochs, and independence from everything but the seed."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -164,3 +165,45 @@ def test_fingerprint_covers_seed_batch_size_count_and_content():
     plans = [Plan(20, 5, 0), Plan(20, 5, 1), Plan(20, 4, 0), Plan(21, 5, 0), Plan(20, 5, 0, content_hash="ab")]
     assert len({plan.fingerprint for plan in plans}) == len(plans)
     assert Plan(20, 5, 0).fingerprint == Plan(20, 5, 0).fingerprint
+
+
+# --- spreading products -----------------------------------------------------------------------------------------------
+
+
+def spread_plan(**changes: object) -> Plan:
+    """20 products of 1 to 20 clips, and a batch of twenty."""
+    product = np.repeat(np.arange(20, dtype=np.int32), np.arange(1, 21))
+    return Plan(**{"num_examples": len(product), "batch_size": 20, "seed": 3, "product": product, **changes})  # type: ignore[arg-type]
+
+
+def test_spreading_shows_each_clip_once_an_epoch() -> None:
+    plan = spread_plan()
+    for epoch in range(3):
+        first = epoch * plan.batches_per_epoch
+        shown = np.concatenate([plan.batch(first + k) for k in range(plan.batches_per_epoch)])
+        everything = np.concatenate([shown, plan.left_out(epoch)])
+        assert sorted(everything.tolist()) == list(range(plan.num_examples))
+
+
+def test_spreading_gives_each_batch_its_share_of_every_product() -> None:
+    plan = spread_plan()
+    for step in range(3 * plan.batches_per_epoch):
+        shown = np.bincount(plan.product[plan.batch(step)], minlength=20)
+        share = np.arange(1, 21) * plan.batch_size / plan.num_examples
+        assert np.abs(shown - share).max() < 2.5, step
+    alone = dataclasses.replace(plan, product=None)
+    products = lambda p: np.mean([len(set(plan.product[p.batch(step)].tolist())) for step in range(60)])
+    assert products(plan) > products(alone) + 1
+
+
+def test_spreading_is_another_order_with_another_fingerprint() -> None:
+    plan, alone = spread_plan(), dataclasses.replace(spread_plan(), product=None)
+    assert plan.fingerprint != alone.fingerprint
+    assert plan.batch(0).tolist() != alone.batch(0).tolist()
+    assert plan.batch(40).tolist() == spread_plan().batch(40).tolist()
+
+
+def test_spreading_knows_the_clips_left_out() -> None:
+    keep = np.arange(0, 210, 3)
+    plan = spread_plan(keep=keep)
+    assert set(plan.batch(0).tolist()) <= set(keep.tolist())

@@ -49,6 +49,9 @@ def test_a_whole_parameter_is_its_shards_in_order() -> None:
     mesh, spec = official.mesh_of(2, 4), sharding.P(None, "fsdp")
     x = jnp.arange(24.0).reshape(3, 8)
     f = jax.shard_map(
-        lambda shard: sharding.mean_over_devices(sharding.whole(shard, spec)), mesh=mesh, in_specs=spec, out_specs=sharding.P()
+        lambda shard: sharding.mean_over_devices(sharding.whole(shard, spec)),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=sharding.P(),
     )
     np.testing.assert_array_equal(f(x), x)

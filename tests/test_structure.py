@@ -14,8 +14,8 @@ from tests import official
 ROOT = Path(__file__).parent.parent
 
 ORDER = {
-    "data_pipeline": "faults tfrecord schema columns shards listing pictures records layouts plan frames examples batches "
-    "survey workers report convert",
+    "data_pipeline": "faults tfrecord schema records plan frames examples batches "
+    "pictures layouts listing survey shards workers columns report convert",
     "rice_jax": "version config sharding model pairs losses optimizer weights step checkpoints metrics retrieval logs "
     "train evaluate",
 }
@@ -40,7 +40,9 @@ def files(package: str) -> list[Path]:
 
 @pytest.mark.parametrize("package", ORDER)
 def test_every_file_has_its_place_in_the_order(package: str) -> None:
-    found = {path.stem for path in files(package)} | {p.name for p in (ROOT / package).iterdir() if (p / "__init__.py").exists()}
+    found = {path.stem for path in files(package)} | {
+        p.name for p in (ROOT / package).iterdir() if (p / "__init__.py").exists()
+    }
     assert found == set(ORDER[package].split())
 
 
@@ -52,7 +54,7 @@ def test_no_file_imports_one_below_it(package: str) -> None:
         for name in imports(path):
             owner, _, rest = name.partition(".")
             target = rest.split(".")[0]
-            if owner == "data_pipeline" and package == "data_pipeline" or owner == package:
+            if (owner == "data_pipeline" and package == "data_pipeline") or owner == package:
                 if target in order and target != place:
                     assert order.index(target) < order.index(place), f"{path.name} imports {name}, which lies below it"
             else:

@@ -390,7 +390,7 @@ def decode_line(path: Path, number: int, line: bytes) -> str:
         raise BadInputError(
             "not UTF-8",
             f"found byte {line[err.start]:#04x} in line {number}, needs UTF-8; convert the file's encoding.",
-            f"annotations/{path.name}",
+            f"{path.parent.name}/{path.name}",
         ) from err
 
 

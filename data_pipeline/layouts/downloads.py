@@ -88,7 +88,7 @@ def find_download(source: Path, kind: str) -> Download:
 def name_of(text: str) -> str:
     """A frame or image id from an id, a path or a url."""
     if "://" in text:
-        text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
+        text = urllib.parse.unquote(text.partition("?")[0].partition("#")[0])
     stem, suffix = os.path.splitext(os.path.basename(text))
     return stem if suffix.lower() in SUFFIXES else stem + suffix
 
