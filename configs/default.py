@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.patch_size = 32  # px
     c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 in place of the patch embedding, one a halving
+    c.model.stem_blocks = ()  # residual convolutions after each of them
     c.model.width = 768  # D
     c.model.layers = 12  # L
     c.model.heads = 12  # of the encoder; CLIP: D/64

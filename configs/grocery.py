@@ -17,7 +17,7 @@ def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
     c.data.image_size = c.data.resize = 64
     c.data.min_scale, c.data.max_aspect, c.data.colour_jitter = 0.6, 1.15, 0.2
     c.data.cache_bytes = 2**30
-    c.model.patch_size, c.model.stem_channels = 16, (32, 64, 128, 192)
+    c.model.patch_size, c.model.stem_channels, c.model.stem_blocks = 16, (32, 64, 128, 192), (0, 0, 0, 0)
     c.model.width, c.model.layers, c.model.heads, c.model.hidden, c.model.embedding = 192, 3, 3, 768, 128
     c.model.decoder_heads = 3
     c.loss.pmd, c.loss.pfr = float("pmd" in arg), 0.1 * ("pfr" in arg)

@@ -329,7 +329,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips or images (0.01)"
     )
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=_positive, default=cores, metavar="N", help=f"processes ({cores})")
     parser.add_argument("--clips-per-shard", type=_positive, metavar="N", help="64 to 1,024, by the number of clips")
     return Options(**vars(parser.parse_args(arguments)))

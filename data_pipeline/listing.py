@@ -15,14 +15,55 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.layouts.annotations import Line, Query, Row, livestream_of
-from data_pipeline.layouts.downloads import hash_names
-from data_pipeline.schema import Clip, Picture, ShopImage
+from data_pipeline.faults import Fault
+from data_pipeline.schema import Box, Clip, Picture, ShopImage
 
 LINE = np.dtype([("file", "<u2"), ("number", "<i4"), ("offset", "<i8"), ("length", "<i4")])
 TABLES = ("livestream", "category", "product", "scale", "duration", "number")
 NONE = -1
+Run = Callable[..., Iterator]  # Workers.run: results in the order of the tasks
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a training list."""
+
+    clip_id: str
+    frames: tuple[str, ...]  # paths (LPR750K) or frame ids (LPR4M)
+    boxes: tuple[tuple[Box, ...], ...] | None  # of each frame; None: not given
+    image_id: str
+    image_path: str | None  # LPR750K only
+    image_title: str
+    category: str
+    category_name: str
+    product: str  # spu id where the list has one, else the image id
+    speech: str
+    scale: str
+    duration: str
+    number: str
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+    """Where a training row stands: enough to read it again, so that nobody needs to keep its frames."""
+
+    file: str  # relative to the source folder
+    number: int  # from 1
+    offset: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Query:
+    """A test clip as its layout lists it."""
+
+    clip_id: str
+    frames: tuple[str, ...]
+    truth: tuple[str, ...]
+    boxes: tuple[tuple[Box, ...], ...] | None
+    speech: str
+    file: str  # where it is listed
 
 
 class Layout(Protocol):
@@ -54,17 +95,14 @@ class Layout(Protocol):
     def truth(self) -> dict[str, tuple[str, ...]]:
         """Clip id -> true image ids, also of clips that are no query."""
 
-    def locate(self, listings: Sequence["Listing"], run: "Run", work: Path) -> list[str]:
+    def locate(self, listings: Sequence["Listing"], run: Run, work: Path) -> list[str]:
         """Finds the pictures that paths do not say, before the first is opened; lines for the report."""
 
-    def read_clip(self, source: "Line | Query", split: str) -> Clip:
+    def read_clip(self, source: Line | Query, split: str) -> Clip:
         """A listed clip with its pictures to be stored; BadInputError."""
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
         """Where a shop image's picture is; BadInputError."""
-
-
-Run = Callable[..., Iterator]  # Workers.run: results in the order of the tasks
 
 
 class Table:
@@ -127,80 +165,6 @@ def sort_images(listing: Listing) -> None:
         name: sorted(place[rows].tolist()) if name == "" else place[rows].tolist()
         for name, rows in listing.galleries.items()
     }
-
-
-# --- test -------------------------------------------------------------------------------------------------------------
-
-
-def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
-    """The listing of the test split; a query without a true image in its gallery is a fault and keeps its place."""
-    queries, faults = layout.queries()
-    shelves, gallery_faults = layout.galleries()
-    images: list[ShopImage] = []
-    galleries: dict[str, list[int]] = {}
-    numbers: dict[tuple[str, str], int] = {}
-    for livestream, shelf in shelves.items():
-        for image in shelf:
-            if numbers.setdefault((image.id, image.reference), len(images)) == len(images):
-                images.append(image)
-        galleries[livestream] = [numbers[image.id, image.reference] for image in shelf]
-    listed = len(queries) + len(faults)
-    faults += gallery_faults
-    queries.sort(key=lambda query: query.clip_id.encode())
-    true_rows: list[int] = []
-    for query in queries:
-        try:
-            true_rows.append(true_row(query, images, galleries))
-        except BadInputError as err:
-            faults.append(err.at(query.file, 0, f"clip {query.clip_id}"))
-            true_rows.append(NONE)
-    livestreams = [tables["livestream"].number(livestream_of(query.clip_id)) for query in queries]
-    hashes = [hash_names(layout.frames_to_locate(query)) for query in queries]
-    listing = Listing(
-        split="test",
-        clip_ids=np.array([query.clip_id.encode() for query in queries], np.bytes_),
-        queries=queries,
-        columns={
-            **{name: np.full(len(queries), NONE, np.int32) for name in TABLES},
-            "livestream": np.array(livestreams, np.int32),
-            "image": np.array(true_rows, np.int32),
-        },
-        images=images,
-        galleries=galleries,
-        truth=layout.truth(),
-        faults=faults,
-        listed=listed,
-        lost_images=len(gallery_faults),
-        frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
-        hash_counts=np.array([len(each) for each in hashes], np.int64),
-    )
-    sort_images(listing)
-    return listing
-
-
-def true_row(query: Query, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
-    """Row of the first true image in the query's gallery; BadInputError if the query cannot be judged."""
-    livestream = livestream_of(query.clip_id)
-    if not query.frames:
-        raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
-    if not query.truth:
-        raise BadInputError(
-            "query without truth",
-            "found no true image in the truth file, needs at least one; add it, or remove the query.",
-        )
-    if not galleries.get(livestream):
-        raise BadInputError(
-            "livestream without gallery",
-            f"found no shop image for livestream {livestream}, needs a gallery; add it to the gallery file.",
-        )
-    for row in galleries[livestream]:
-        if images[row].id in query.truth:
-            return row
-    raise BadInputError(
-        "true image not in its gallery",
-        f"found none of {', '.join(query.truth)} in the gallery of livestream {livestream}, needs one; "
-        "correct the truth or the gallery file.",
-    )
 
 
 def reasons(faults: Iterable[Fault]) -> dict[str, int]:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.layouts.annotations import Line, Query
-from data_pipeline.listing import Layout
+from data_pipeline.listing import Layout, Line, Query
 from data_pipeline.pictures import PictureFolder, check_picture
 from data_pipeline.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.tfrecord import ShardWriter, file_crc, index_path, write_file

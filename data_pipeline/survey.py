@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, lines, livestream_of, parse_row
 from data_pipeline.layouts.downloads import hash_names
-from data_pipeline.listing import LINE, NONE, TABLES, Layout, Listing, Run, Table, list_test, sort_images
+from data_pipeline.listing import LINE, NONE, TABLES, Layout, Listing, Query, Run, Table, sort_images
 from data_pipeline.schema import ShopImage
 
 PART_BYTES = 1 << 24
@@ -250,3 +250,77 @@ def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
     listing.clip_ids = listing.clip_ids[order]
     listing.lines = listing.lines[order]
     listing.columns = {name: values[order] for name, values in listing.columns.items()}
+
+
+# --- test -------------------------------------------------------------------------------------------------------------
+
+
+def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
+    """The listing of the test split; a query without a true image in its gallery is a fault and keeps its place."""
+    queries, faults = layout.queries()
+    shelves, gallery_faults = layout.galleries()
+    images: list[ShopImage] = []
+    galleries: dict[str, list[int]] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    for livestream, shelf in shelves.items():
+        for image in shelf:
+            if numbers.setdefault((image.id, image.reference), len(images)) == len(images):
+                images.append(image)
+        galleries[livestream] = [numbers[image.id, image.reference] for image in shelf]
+    listed = len(queries) + len(faults)
+    faults += gallery_faults
+    queries.sort(key=lambda query: query.clip_id.encode())
+    true_rows: list[int] = []
+    for query in queries:
+        try:
+            true_rows.append(true_row(query, images, galleries))
+        except BadInputError as err:
+            faults.append(err.at(query.file, 0, f"clip {query.clip_id}"))
+            true_rows.append(NONE)
+    livestreams = [tables["livestream"].number(livestream_of(query.clip_id)) for query in queries]
+    hashes = [hash_names(layout.frames_to_locate(query)) for query in queries]
+    listing = Listing(
+        split="test",
+        clip_ids=np.array([query.clip_id.encode() for query in queries], np.bytes_),
+        queries=queries,
+        columns={
+            **{name: np.full(len(queries), NONE, np.int32) for name in TABLES},
+            "livestream": np.array(livestreams, np.int32),
+            "image": np.array(true_rows, np.int32),
+        },
+        images=images,
+        galleries=galleries,
+        truth=layout.truth(),
+        faults=faults,
+        listed=listed,
+        lost_images=len(gallery_faults),
+        frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
+        hash_counts=np.array([len(each) for each in hashes], np.int64),
+    )
+    sort_images(listing)
+    return listing
+
+
+def true_row(query: Query, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
+    """Row of the first true image in the query's gallery; BadInputError if the query cannot be judged."""
+    livestream = livestream_of(query.clip_id)
+    if not query.frames:
+        raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
+    if not query.truth:
+        raise BadInputError(
+            "query without truth",
+            "found no true image in the truth file, needs at least one; add it, or remove the query.",
+        )
+    if not galleries.get(livestream):
+        raise BadInputError(
+            "livestream without gallery",
+            f"found no shop image for livestream {livestream}, needs a gallery; add it to the gallery file.",
+        )
+    for row in galleries[livestream]:
+        if images[row].id in query.truth:
+            return row
+    raise BadInputError(
+        "true image not in its gallery",
+        f"found none of {', '.join(query.truth)} in the gallery of livestream {livestream}, needs one; "
+        "correct the truth or the gallery file.",
+    )

@@ -97,7 +97,7 @@ def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
             value: Any = {"true": True, "false": False}[text.lower()]
         elif kind is tuple:
             words = [word for word in text.split(",") if word]
-            value = tuple(int(word) for word in words) if dotted == "model.stem_channels" else tuple(words)
+            value = tuple(int(word) for word in words) if dotted.startswith("model.") else tuple(words)
         elif kind in (int, float, str):
             value = kind(text)
         else:
@@ -169,7 +169,11 @@ def validate(config: Any) -> None:
         faults.append(
             f"model.stem_channels has {len(stem)} halvings, needs log2 of model.patch_size {fields['model.patch_size']}"
         )
-    if any(int(channels) % 8 for channels in stem):
+    if len(fields["model.stem_blocks"]) != len(stem):
+        faults.append(
+            f"model.stem_blocks {fields['model.stem_blocks']} needs one number for each of model.stem_channels {stem}"
+        )
+    if any(channels % 8 for channels in stem):
         faults.append(f"model.stem_channels {stem}: each needs to divide by 8, the groups of its norm")
     if not fields["data.path"]:
         faults.append("data.path is not set; give --config.data.path=FOLDER, as data_pipeline.convert made it")

@@ -185,33 +185,40 @@ class PatchEmbedding(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions of stride 2 in place of one large patch: learns far faster from few pictures.
+    """3x3 convolutions in place of one large patch: learns far faster from few pictures.
 
-    One convolution, group norm and activation for each halving, then a linear map to the width.
+    A convolution of stride 2 for each halving, each followed by its number of residual blocks (a convolution of stride
+    1); group norm and activation after every convolution; then a linear map to the width.
     """
 
     channels: tuple[int, ...]
+    blocks: tuple[int, ...]
     width: int
     activation: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "n px px 3"]) -> Float[Array, "n g g D"]:
-        for i, channels in enumerate(self.channels):
-            conv = nn.Conv(
-                channels,
-                (3, 3),
-                2,
-                ((1, 1), (1, 1)),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=HE,
-                name=f"conv_{i}",
-            )
-            # Group norm keeps no running statistics, so a picture's tokens never depend on its batch.
-            x = nn.GroupNorm(num_groups=8, dtype=jnp.float32, name=f"norm_{i}")(conv(x)).astype(self.dtype)
-            x = ACTIVATIONS[self.activation](x)
+        for i, (channels, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
+            x = self.convolve(x, channels, 2, f"{i}")
+            for block in range(blocks):
+                x = x + self.convolve(x, channels, 1, f"{i}_{block}")
         return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_width")(x)
+
+    def convolve(self, x: Float[Array, "n h w c"], channels: int, stride: int, name: str) -> Float[Array, "n h2 w2 d"]:
+        conv = nn.Conv(
+            channels,
+            (3, 3),
+            stride,
+            ((1, 1), (1, 1)),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=HE,
+            name=f"conv_{name}",
+        )
+        # Group norm keeps no running statistics, so a picture's tokens never depend on its batch.
+        norm = nn.GroupNorm(num_groups=8, dtype=jnp.float32, name=f"norm_{name}")
+        return ACTIVATIONS[self.activation](norm(conv(x)).astype(self.dtype))
 
 
 class VisionTransformer(nn.Module):
@@ -228,6 +235,7 @@ class VisionTransformer(nn.Module):
     eps: float = 1e-5
     remat: str = "none"
     stem_channels: tuple[int, ...] = ()  # empty: CLIP's patch embedding
+    stem_blocks: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -236,7 +244,9 @@ class VisionTransformer(nn.Module):
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
         if self.stem_channels:
-            embed: nn.Module = ConvStem(self.stem_channels, width, self.activation, self.dtype, name="stem")
+            embed: nn.Module = ConvStem(
+                self.stem_channels, self.stem_blocks, width, self.activation, self.dtype, name="stem"
+            )
         else:
             embed = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")
         x = embed(pictures.astype(self.dtype)).reshape(n, -1, width)
@@ -423,7 +433,8 @@ def build(config: Any) -> Rice:
         embedding=c.embedding,
         activation=c.activation,
         remat=c.remat,
-        stem_channels=tuple(int(channels) for channels in c.stem_channels),
+        stem_channels=c.stem_channels,
+        stem_blocks=c.stem_blocks,
         dtype=dtype,
     )
     decoder = reconstruction = None

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = {
     "data_pipeline": "faults tfrecord schema records plan frames examples batches "
-    "pictures layouts listing survey shards workers columns report convert",
+    "pictures listing layouts survey shards workers columns report convert",
     "rice_jax": "version config sharding model pairs losses optimizer weights step checkpoints metrics retrieval logs "
     "train evaluate",
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.faults import BadInputError, WrongUseError
 from data_pipeline.frames import sample_frames
+from data_pipeline.listing import Line, Query, Row
 from data_pipeline.pictures import SUFFIXES
 from data_pipeline.schema import Box, Clip, Picture
 
@@ -28,48 +29,6 @@ LIST_OF_STRINGS = re.compile(  # possessive (+): a hostile cell costs time linea
         "STRING", r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
     )
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a training list."""
-
-    clip_id: str
-    frames: tuple[str, ...]  # paths (LPR750K) or frame ids (LPR4M)
-    boxes: tuple[tuple[Box, ...], ...] | None  # of each frame; None: not given
-    image_id: str
-    image_path: str | None  # LPR750K only
-    image_title: str
-    category: str
-    category_name: str
-    product: str  # spu id where the list has one, else the image id
-    speech: str
-    scale: str
-    duration: str
-    number: str
-    columns: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Line:
-    """Where a training row stands: enough to read it again, so that nobody needs to keep its frames."""
-
-    file: str  # relative to the source folder
-    number: int  # from 1
-    offset: int
-    length: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Query:
-    """A test clip as its layout lists it."""
-
-    clip_id: str
-    frames: tuple[str, ...]
-    truth: tuple[str, ...]
-    boxes: tuple[tuple[Box, ...], ...] | None
-    speech: str
-    file: str  # where it is listed
 
 
 # --- a clip -----------------------------------------------------------------------------------------------------------

@@ -16,17 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.listing import Layout, Run
 from data_pipeline.pictures import SUFFIXES
 from data_pipeline.schema import Picture
-
-if TYPE_CHECKING:
-    from data_pipeline.listing import Layout, Run
 
 ABSENT, STORED, FAILED = range(3)
 PLACE = np.dtype(
@@ -114,7 +112,7 @@ class ShardScan:
     fault: Fault | None = None
 
 
-def scan_shard(layout: "Layout", download: Download, number: int, hashes_file: Path) -> ShardScan:
+def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Path) -> ShardScan:
     """Finds the wanted names (sorted hashes in a file) in one shard (in a worker)."""
     wanted = np.load(hashes_file, mmap_mode="r")
     scan = ShardScan(np.zeros(0, np.uint64), np.zeros(0, PLACE))
@@ -255,7 +253,7 @@ class Index:
     def places(self) -> NDArray[np.void]:
         return np.load(self.places_file, mmap_mode="r")
 
-    def add(self, hashes: NDArray[np.uint64], run: "Run") -> None:
+    def add(self, hashes: NDArray[np.uint64], run: Run) -> None:
         """Looks for names in every shard. Names that the index has already are not looked for again."""
         wanted = np.setdiff1d(hashes, self.hashes)
         if not len(wanted):

@@ -2,19 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH, Line, Query, Row
+from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
 from data_pipeline.layouts.downloads import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
+from data_pipeline.listing import Layout, Line, Listing, Query, Row, Run
 from data_pipeline.schema import Clip, Picture, ShopImage
-
-if TYPE_CHECKING:
-    from data_pipeline.listing import Layout, Listing, Run
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
 OUTPUTS = ("image", "frame")
@@ -108,7 +105,7 @@ class Lpr4m:
 
     # --- where the pictures are ---------------------------------------------------------------------------------------
 
-    def locate(self, listings: "Sequence[Listing]", run: "Run", work: Path) -> list[str]:
+    def locate(self, listings: Sequence[Listing], run: Run, work: Path) -> list[str]:
         """Looks up the pictures of all splits in the downloads.
 
         First the frames to be stored; then, for clips that miss one of these, all frames: what is left is sampled anew.
@@ -127,7 +124,7 @@ class Lpr4m:
             users[0].faults += index.faults
         return [remark for kind, index in self.indices.items() for remark in _remarks(kind, index)]
 
-    def _clips_with_gaps(self, listing: "Listing", index: Index) -> NDArray[np.int64]:
+    def _clips_with_gaps(self, listing: Listing, index: Index) -> NDArray[np.int64]:
         missing = np.concatenate([[0], np.cumsum(~index.stored(listing.frame_hashes))])
         ends = np.cumsum(listing.hash_counts)
         gaps: NDArray[np.int64] = np.flatnonzero(missing[ends] > missing[ends - listing.hash_counts])
@@ -201,14 +198,14 @@ def _unique(hashes: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     return np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]))
 
 
-def _all_frames(listing: "Listing", rows: NDArray[np.int64], run: "Run") -> list[NDArray[np.uint64]]:
+def _all_frames(listing: Listing, rows: NDArray[np.int64], run: Run) -> list[NDArray[np.uint64]]:
     """Hashes of all frames of the given clips, read by the workers."""
     parts = [rows[begin : begin + LINES_A_TASK].tolist() for begin in range(0, len(rows), LINES_A_TASK)]
     tasks = ([[listing.source(row) for row in part]] for part in parts)
     return list(run(hash_all_frames, tasks, f"{listing.split}: clips with failed downloads", total=len(parts)))
 
 
-def hash_all_frames(layout: "Layout", sources: Sequence[Line | Query]) -> NDArray[np.uint64]:
+def hash_all_frames(layout: Layout, sources: Sequence[Line | Query]) -> NDArray[np.uint64]:
     hashes = []
     for source in sources:
         listed = source if isinstance(source, Query) else annotations.read_line(layout.source, source)

@@ -4,17 +4,15 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH, Line, Query, Row
+from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
 from data_pipeline.layouts.downloads import name_of
+from data_pipeline.listing import Line, Listing, Query, Row, Run
 from data_pipeline.pictures import SUFFIXES, PictureFolder
 from data_pipeline.schema import Clip, Picture, ShopImage
-
-if TYPE_CHECKING:
-    from data_pipeline.listing import Listing, Run
 
 QUERIES, GALLERY = "query_tenframes.json", "gallery_main.txt"
 
@@ -61,7 +59,7 @@ class Lpr750k:
     def frames_to_locate(self, listed: Row | Query) -> Sequence[str]:
         return ()
 
-    def locate(self, listings: "Sequence[Listing]", run: "Run", work: Path) -> list[str]:
+    def locate(self, listings: Sequence[Listing], run: Run, work: Path) -> list[str]:
         return []
 
     @functools.cached_property
