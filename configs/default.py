@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.model.patch_size = 32  # px
     c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 in place of the patch embedding, one a halving
     c.model.stem_blocks = ()  # residual convolutions after each of them
+    c.model.pool = "class_token"  # or "mean" of all tokens: what the embedding is made of
     c.model.width = 768  # D
     c.model.layers = 12  # L
     c.model.heads = 12  # of the encoder; CLIP: D/64
@@ -57,6 +58,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.icl = 1.0  # weight in the sum
+    c.loss.frame_icl = 0.0  # weight of ICL between a clip's even and odd frames; not in RICE, helps from random weights
+    c.loss.patch_drop = 0.0  # share of each picture's patches that training does not encode
     c.loss.pmd = 1.0  # weight; 0 with pfr 0: the model has no decoder
     c.loss.pfr = 1.0  # weight
     c.loss.icl_same_product = "negative"  # other pairs of one product: "masked", or "positive" [9]

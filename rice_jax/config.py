@@ -139,6 +139,7 @@ CHOICES = {
     "data.frame_sampling": ("uniform", "random"),
     "model.activation": ("quick_gelu", "gelu"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.pool": ("class_token", "mean"),
     "model.remat": ("none", "dots", "full"),
     "loss.icl_same_product": ("negative", "masked", "positive"),
     "loss.mining_direction": ("image_to_clip", "clip_to_image", "both"),

@@ -84,7 +84,9 @@ class Progress:
         now = time.monotonic()
         seconds = (now - self._since) / max(1, step - self._step)
         self._step, self._since = step, now
-        parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("icl", "pmd", "pfr") if name in metrics)
+        parts = " ".join(
+            f"{name} {metrics[name]:.3f}" for name in ("icl", "frame_icl", "pmd", "pfr") if name in metrics
+        )
         return (
             f"step {step}/{self._total}  loss {metrics['loss']:.4f} ({parts})  {seconds:.3f} s/step  "
             f"{self._batch_size / seconds:.0f} examples/s  {duration((self._total - step) * seconds)} left"

@@ -116,29 +116,53 @@ class Encoded(NamedTuple):
     clip_tokens: Float[Array, "B S D"]  # frame-major, padding slots included
     images: Float[Array, "B E"]  # unit vectors
     clips: Float[Array, "B E"]
+    halves: tuple[Float[Array, "B E"], Float[Array, "B E"]]  # embeddings of a clip's even and of its odd slots
     key_mask: Bool[Array, "B S"]  # clip tokens of real frames
 
 
-def encode_rows(model: Rice, params: Any, batch: dict[str, Array], micro_batch: int) -> Encoded:
+def encode_rows(model: Rice, options: Any, params: Any, key: Array, batch: dict[str, Array], own: Array) -> Encoded:
     """Every picture of the rows through the shared encoder (SPEC 2), `micro_batch` pictures at a time."""
     mask = batch["mask"]
     n, slots = mask.shape
     pictures = jnp.concatenate([batch["image"][:, None], batch["frames"]], axis=1)
     shown = jnp.concatenate([jnp.ones((n, 1), mask.dtype), mask], axis=1)
 
-    def encode(rows: tuple[Array, Array]) -> tuple[Array, Array]:
-        return call(model.encoder, params["encoder"], normalise(*rows))
+    kept = kept_patches(key, own, slots + 1, model.encoder.patches, options.patch_drop) if options.patch_drop else None
 
-    flat = jax.tree.map(lambda a: a.reshape(n * (slots + 1), *a.shape[2:]), (pictures, shown))
-    tokens, pooled = in_chunks(encode, flat, micro_batch)
+    def encode(rows: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+        pictures, shown, kept = rows
+        return call(model.encoder, params["encoder"], normalise(pictures, shown), kept)
+
+    flat = jax.tree.map(lambda a: a.reshape(n * (slots + 1), *a.shape[2:]), (pictures, shown, kept))
+    tokens, pooled = in_chunks(encode, flat, options.micro_batch)
     tokens, pooled = jax.tree.map(lambda a: a.reshape(n, slots + 1, *a.shape[1:]), (tokens, pooled))
     return Encoded(
         image_tokens=tokens[:, 0],
         clip_tokens=tokens[:, 1:].reshape(n, -1, tokens.shape[-1]),
         images=unit(pooled[:, 0]),
         clips=clip_embedding(pooled[:, 1:], mask),
+        halves=clip_halves(pooled[:, 1:], mask),
         key_mask=jnp.repeat(mask > 0, tokens.shape[2], axis=1),
     )
+
+
+def kept_patches(key: Array, own: Int[Array, " B"], pictures: int, patches: int, drop: float) -> Int[Array, "B n k"]:
+    """Random patches that each picture keeps, by its place in the global batch: the same on any mesh."""
+    key = jax.random.fold_in(key, 2**32 - 1)  # no image has this position, so no pair has this key (pairs.py)
+
+    def one(row: Array, picture: Array) -> Array:
+        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, row), picture), patches)
+        return order[: max(1, round(patches * (1 - drop)))]
+
+    return jax.vmap(lambda row: jax.vmap(lambda picture: one(row, picture))(jnp.arange(pictures)))(own)
+
+
+def clip_halves(pooled: Float[Array, "B N E"], mask: Int[Array, "B N"]) -> tuple[Array, Array]:
+    """Embeddings of a clip's even and of its odd slots; of a clip of one frame, twice that frame's."""
+    slot = jnp.arange(mask.shape[1])[None]
+    odd = mask * (slot % 2)
+    odd = jnp.where(odd.any(axis=1, keepdims=True), odd, mask)
+    return clip_embedding(pooled, mask * (slot % 2 == 0)), clip_embedding(pooled, odd)
 
 
 class Positives(NamedTuple):
@@ -225,22 +249,22 @@ def local_losses(
     model: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Array], key: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The losses of the global batch on one device of the mesh, inside shard_map: (losses, counts), equal on all."""
-    params = jax.tree.map(sharding.whole, params, specs)
-    encoded = encode_rows(model, params, batch, options.micro_batch)
-    rows = encoded.images.shape[0]
+    params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(key)
+    rows = batch["mask"].shape[0]
     own = sharding.first_row(rows) + jnp.arange(rows)
+    encoded = encode_rows(model, options, params, key, batch, own)
     everyone = sharding.gather_rows(encoded.images), sharding.gather_rows(encoded.clips)
     same_product = batch["product"][:, None] == sharding.gather_rows(batch["product"])[None]
 
-    images_clips = (encoded.clips, encoded.images, everyone[1], everyone[0])
-    losses = {
-        "icl": icl_loss(
-            *images_clips, params["logit_scale"], own, same_product, same_product_is=options.icl_same_product
-        )
-    }
+    def icl(a: Array, b: Array, all_a: Array, all_b: Array) -> Array:
+        scale, same_product_is = params["logit_scale"], options.icl_same_product
+        return icl_loss(a, b, all_a, all_b, scale, own, same_product, same_product_is=same_product_is)
+
+    losses = {"icl": icl(encoded.clips, encoded.images, everyone[1], everyone[0])}
+    if options.frame_icl:
+        losses["frame_icl"] = icl(*encoded.halves, *map(sharding.gather_rows, encoded.halves))
     counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), sharding.varying(jnp.int32(0)))
     if model.decoder is not None:
-        key = sharding.varying(key)
         decode = functools.partial(decode_positives, model, options, params, key)
         positives = in_chunks(decode, (encoded, own), options.pair_chunk)
         if options.pmd:

@@ -236,11 +236,17 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     stem_channels: tuple[int, ...] = ()  # empty: CLIP's patch embedding
     stem_blocks: tuple[int, ...] = ()
+    pool: str = "class_token"  # or "mean" of all tokens: what the embedding is made of
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, pictures: Float[Array, "n px px 3"]) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
-        """Normalised pictures to tokens (before ln_post, class token first) and pooled vectors (float32, not unit)."""
+    def __call__(
+        self, pictures: Float[Array, "n px px 3"], kept: Int[Array, "n k"] | None = None
+    ) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
+        """Normalised pictures to tokens (before ln_post, class token first) and pooled vectors (float32, not unit).
+
+        `kept`: the patches of each picture that are encoded, T = 1 + k; all of them unless given.
+        """
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
         if self.stem_channels:
@@ -250,13 +256,21 @@ class VisionTransformer(nn.Module):
         else:
             embed = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")
         x = embed(pictures.astype(self.dtype)).reshape(n, -1, width)
+        position = self.param("positional_embedding", small, (x.shape[1] + 1, width)).astype(self.dtype)
+        x = x + _as(x, position[1:])
+        if kept is not None:
+            x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         class_token = self.param("class_embedding", small, (width,)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(class_token, (n, 1, width)), x], axis=1)
-        x = x + _as(x, self.param("positional_embedding", small, x.shape[1:]))
+        x = jnp.concatenate([jnp.broadcast_to(class_token + position[0], (n, 1, width)), x], axis=1)
         tokens = self.resblocks(LayerNorm(self.eps, name="ln_pre")(x))
-        pooled = LayerNorm(self.eps, name="ln_post")(tokens[:, 0])
+        summary = tokens[:, 0] if self.pool == "class_token" else tokens.mean(axis=1)
+        pooled = LayerNorm(self.eps, name="ln_post")(summary)
         proj = self.param("proj", small, (width, self.embedding))
         return tokens, (pooled @ proj.astype(self.dtype)).astype(jnp.float32)
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
     def resblocks(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
         """All blocks as one scan: compiled once, parameters stacked on a leading axis."""
@@ -435,6 +449,7 @@ def build(config: Any) -> Rice:
         remat=c.remat,
         stem_channels=c.stem_channels,
         stem_blocks=c.stem_blocks,
+        pool=c.pool,
         dtype=dtype,
     )
     decoder = reconstruction = None
