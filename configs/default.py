@@ -5,10 +5,18 @@ Rows in brackets are those of the table of the official code's oddities (SPEC 11
 
 import ml_collections
 
+STAGES = ("icl", "icl_pmd", "icl_pmd_pfr")
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+
+def stage(name: str) -> tuple[float, float]:
+    """Whether a stage has PMD and PFR, as 0 or 1; ValueError for a stage that is none."""
+    if name not in STAGES:
+        raise ValueError(f"--config ...:{name}: no such stage; stages are {', '.join(STAGES)}.")
+    return float("pmd" in name), float("pfr" in name)
+
+
+def get_config() -> ml_collections.ConfigDict:
     """RICE with ViT-B/32 as the official code trains it, without a data set: set data.path."""
-    del arg
     c = ml_collections.ConfigDict()
     c.seed = 42  # of initialisation, order of data, augmentation and dropout
     c.batch_size = 96  # G: pairs (clip, shop image) of the global batch, over all devices
@@ -17,7 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.path = ""  # folder made by data_pipeline.convert
     c.data.train_split = "train"  # trained on
-    c.data.eval_split = "val"  # evaluated during training
+    c.data.eval_split = "val"  # evaluated during training; empty: none
     c.data.skip_clips = ()  # ids of training clips to leave out; part of the plan's fingerprint
     c.data.spread_products = False  # each product's clips evenly over an epoch, for a set whose batches repeat products
     c.data.num_frames = 10  # N: frame slots a clip in training
@@ -92,6 +100,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
     c.mesh.fsdp = 1  # devices that share the parameters' memory
 
+    c.max_nonfinite_updates = 10  # in a row that leave the parameters as they are, before the run stops
     c.log_every = 50  # updates between lines of metrics.jsonl and TensorBoard
     c.eval_every = 500  # updates between evaluations on data.eval_split; 0: only at the end
     c.eval_flip = False  # evaluation adds each picture's mirror image to its pooled vector

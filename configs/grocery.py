@@ -28,7 +28,8 @@ def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
     c.model.width, c.model.layers, c.model.heads, c.model.hidden, c.model.embedding = 128, 3, 2, 512, 128
     c.model.decoder_heads = 2  # 64 channels a head, as in the encoder
 
-    c.loss.pmd, c.loss.pfr = 0.5 * ("pmd" in arg), 0.1 * ("pfr" in arg)  # PFR's tokens are large: 0.1 makes it a peer
+    pmd, pfr = default.stage(arg)
+    c.loss.pmd, c.loss.pfr = 0.5 * pmd, 0.1 * pfr  # PFR's tokens are large: 0.1 makes it a peer
     c.loss.icl_same_product, c.loss.exclude_same_product = "positive", True  # every batch repeats products
     c.loss.frame_icl = 0.5  # two frames of a clip are one product, whatever the shop image looks like
     c.loss.patch_drop = 0.5  # half of the patches: half of the encoder's cost, and no two looks alike

@@ -4,17 +4,12 @@ import ml_collections
 
 from configs import default
 
-STAGES = ("icl", "icl_pmd", "icl_pmd_pfr")
-
 
 def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
-    if arg not in STAGES:
-        raise ValueError(f"--config lpr750k:{arg}: no such stage; stages are {', '.join(STAGES)}.")
     c = default.get_config()
     c.unlock()
     c.batch_size = 128  # the README's figures; the config files say 96
-    c.loss.pmd = float("pmd" in arg)
-    c.loss.pfr = float("pfr" in arg)
+    c.loss.pmd, c.loss.pfr = default.stage(arg)
     if arg == "icl":
         c.optimizer.logit_scale_lr_multiplier = 100.0  # the contrastive head's norm_s lies in a x100 group (SPEC 3.4)
     c.data.test_tail_cut = True  # as the official evaluation does

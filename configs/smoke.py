@@ -5,8 +5,8 @@ import ml_collections
 from configs import default
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    c = default.get_config(arg)
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
     c.unlock()
     c.batch_size = 8
     c.num_updates = 6

@@ -343,15 +343,24 @@ def _splits(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs 0 to 1")
-    return float(text)
+    rate = _number(float, text, "a share of 0 to 1")
+    if not 0 <= rate <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needs a share of 0 to 1")
+    return rate
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
-    return int(text)
+    count = _number(int, text, "a whole number of at least 1")
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needs a whole number of at least 1")
+    return count
+
+
+def _number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text}, needs {needed}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -272,11 +272,6 @@ class Split:
             return {clip: tuple(images) for clip, images in self._truth.items()}
         return {clip: self.truth(row) for row, clip in enumerate(self.clip_ids)}
 
-    @cached_property
-    def truth_ids(self) -> list[tuple[str, ...]]:
-        """The true images of every clip."""
-        return [self.truth(row) for row in range(self.num_clips)]
-
     def _column_path(self, name: str) -> Path:
         return self.path / COLUMNS / f"{self.name}-{name}"
 

@@ -1,5 +1,8 @@
 """Checkpoints: one Orbax item a step, holding the state and what is needed to know that it belongs to this run."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rice_jax.config import warn
 from rice_jax.step import State
 from rice_jax.version import __version__
+
+ITEMS = ("weights", "optimizer", "meta")
 
 
 class Checkpoints:
@@ -21,7 +27,7 @@ class Checkpoints:
         )
         # Named handlers: without them a fresh process cannot read the metadata of what an earlier one saved.
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for name in ("weights", "optimizer"):
+        for name in ITEMS[:2]:
             handler = ocp.StandardCheckpointHandler()
             registry.add(name, ocp.args.StandardSave, handler)
             registry.add(name, ocp.args.StandardRestore, handler)
@@ -30,25 +36,56 @@ class Checkpoints:
         registry.add("meta", ocp.args.JsonRestore, handler)
         self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=registry)
 
+    def steps(self) -> list[int]:
+        """Steps that are there with all their parts, oldest first.
+
+        An interrupted save leaves a folder of another name, which Orbax does not count; a step's folder that lacks a
+        part is told of and passed over.
+        """
+        whole = []
+        for step in sorted(self._manager.all_steps(read=True)):
+            missing = [name for name in ITEMS if not (self.path / str(step) / name).exists()]
+            if missing:
+                warn(f"{self.path}/{step}: lacks {', '.join(missing)} and is passed over; remove that folder.")
+            else:
+                whole.append(step)
+        return whole
+
     def latest(self) -> int | None:
-        """Newest complete step. An interrupted save leaves a folder of another name, which does not count."""
-        return self._manager.latest_step()
+        """Newest complete step."""
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts a save and returns; the state may be donated at once. A step that is there already is left alone.
 
         Raises:
-          ValueError: Orbax would not save this step (its own answer is a silent False).
+          ValueError: the disk is full, or Orbax would not save this step (its own answer is a silent False).
         """
-        if step == self.latest():
+        if step in self._manager.all_steps():
             return
         items = {name: ocp.args.StandardSave(part) for name, part in _split(state).items()}
         items["meta"] = ocp.args.JsonSave({"step": step, "version": __version__, **meta})
-        if not self._manager.save(step, args=ocp.args.Composite(**items)):
-            raise ValueError(f"{self.path}: step {step} was not saved, because a newer step is there.")
+        with self._told():  # also what went wrong in the save before, which went on in the background
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not saved:
+            raise ValueError(
+                f"{self.path}: step {step} was not saved, because a newer one is there; remove that folder."
+            )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+                raise ValueError(
+                    f"{self.path}: no space left for a checkpoint; free some and run the same command again, which "
+                    "goes on from the newest complete one."
+                ) from error
+            raise
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._read(step, {"meta": ocp.args.JsonRestore()})["meta"]
 
     def restore(self, step: int, abstract: State) -> State:
         """The state of a step in the shardings of `abstract`, whatever mesh it was saved from.
@@ -66,14 +103,25 @@ class Checkpoints:
 
     def _restore(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
         self._check(step, parts)
-        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in items}
+        return self._read(step, {name: ocp.args.StandardRestore(part) for name, part in parts.items()})
+
+    def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return {name: restored[name] for name in items}
+        except (ValueError, KeyError, OSError, jax.errors.JaxRuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{self.path}/{step} is damaged ({reason}); remove that folder, and the same command goes on from the "
+                "step before it."
+            ) from error
 
     def _check(self, step: int, parts: dict[str, Any]) -> None:
         # Orbax casts another dtype in silence, and names no leaf when shapes differ.
         metadata = self._manager.item_metadata(step)
-        found = _shapes({name: metadata[name] for name in parts})
+        found = _shapes({name: metadata[name] or {} for name in parts})
+        if not found:
+            raise ValueError(f"{self.path}/{step} is damaged (no metadata); remove that folder.")
         wanted = _shapes(parts)
         faults = [
             f"{name}: checkpoint {found.get(name, 'has none')}, config {wanted.get(name, 'has none')}"
@@ -89,7 +137,8 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         """Waits until what was started is on disk, however the block ended; raises what went wrong on the way."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
         self._manager.close()
 
 

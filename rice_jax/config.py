@@ -7,7 +7,10 @@ report a mistyped field as its bare name, and a file that is not there at the fi
 import argparse
 import difflib
 import importlib.util
+import inspect
 import json
+import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any, NoReturn
 import ml_collections
 
 import configs
+from configs import default
 
 SHIPPED = Path(configs.__path__[0])
 
@@ -26,14 +30,25 @@ def fail(message: str, *, status: int = 1) -> NoReturn:
     raise SystemExit(status)
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[Any], None], values: Any) -> None:
     """Runs a command; what a user can mend is one message on stderr, anything else keeps its traceback."""
+    # For one failed save Orbax logs a traceback a thread; the error is raised all the same, and said here once.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main(values)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if isinstance(error, ImportError) and "pip install" not in str(error):
-            raise
+    except ValueError as error:
         fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(
+            where
+            if error.errno is None
+            else f"{where}; check that path and its space, then run the same command again."
+        )
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", status=130)
 
@@ -59,16 +74,18 @@ def shipped_path(name: str) -> str:
 
 def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
     """Raises ValueError, naming the nearest field, when `dotted` is no field of the config."""
-    node: Any = config
-    for part in dotted.split("."):
-        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-            known = sorted(flat(config))
-            near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.4) or difflib.get_close_matches(
-                dotted.rsplit(".")[-1], known, n=1, cutoff=0.2
-            )
-            hint = f"; the nearest is --config.{near[0]}" if near else f"; fields are {', '.join(known)}"
-            raise ValueError(f"--config.{dotted}: the config has no such field{hint}.")
-        node = node[part]
+    known = flat(config)
+    sections = {name.rpartition(".")[0] for name in known}
+    if dotted in known or dotted in sections:
+        return
+    leaf = dotted.rpartition(".")[2]
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    initials = [name for short, name in by_leaf.items() if "".join(word[0] for word in short.split("_")) == leaf]
+    near = near or initials[:1]  # lr
+    hint = f"the nearest is --config.{near[0]}" if near else f"fields are {', '.join(known)}"
+    raise ValueError(f"--config.{dotted}: the config has no such field; {hint}.")
 
 
 def load(name: str) -> ml_collections.ConfigDict:
@@ -81,6 +98,8 @@ def load(name: str) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config {path}: has no function get_config(); see configs/default.py.")
+    if colon and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"--config {name}: that config takes no argument after the colon.")
     return module.get_config(argument) if colon else module.get_config()
 
 
@@ -109,6 +128,14 @@ def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
     section[leaf] = value
 
 
+def split_override(word: str) -> tuple[str, str]:
+    """'--config.a.b=c' as ('a.b', 'c'); ValueError for anything else."""
+    name, equals, text = word.removeprefix("--config.").partition("=")
+    if not word.startswith("--config.") or not equals:
+        raise ValueError(f"{word}: not understood; fields of the config are set as --config.field=value.")
+    return name, text
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command that takes --config and --config.field=value; `config` is then the config, locked.
 
@@ -124,22 +151,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     try:
         arguments.config = load(arguments.config)
         for word in rest:
-            name, equals, text = word.removeprefix("--config.").partition("=")
-            if not word.startswith("--config.") or not equals:
-                raise ValueError(f"{word}: not understood; fields of the config are set as --config.field=value.")
-            override(arguments.config, name, text)
+            override(arguments.config, *split_override(word))
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
     arguments.config.lock()
     return arguments
 
 
+# What a run may change when it goes on: none of it moves a batch or a loss.
+FREE = (
+    "mesh", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept", "max_nonfinite_updates", "data.path",
+    "data.threads", "data.workers", "data.cache_bytes", "data.eval_split", "data.eval_num_frames",
+    "data.test_tail_cut", "eval_batch_size", "eval_flip",
+)  # fmt: skip
+
 CHOICES = {
     "data.resize_mode": ("stretch", "keep_ratio"),
     "data.frame_sampling": ("uniform", "random"),
     "model.activation": ("quick_gelu", "gelu"),
-    "model.dtype": ("float32", "bfloat16"),
     "model.pool": ("class_token", "mean"),
+    "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "loss.icl_same_product": ("negative", "masked", "positive"),
     "loss.mining_direction": ("image_to_clip", "clip_to_image", "both"),
@@ -147,36 +178,55 @@ CHOICES = {
     "optimizer.eps_placing": ("uncorrected", "corrected"),
     "optimizer.decay_rule": ("official", "no_1d"),
 }
+COUNTS = (  # at least 1
+    "batch_size", "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept",
+    "data.num_frames", "data.eval_num_frames", "data.image_size", "model.patch_size", "model.width", "model.layers",
+    "model.heads", "model.hidden", "model.embedding", "model.decoder_heads", "loss.unit_slots", "loss.unit_chunk",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "eval_every", "max_nonfinite_updates", "data.threads", "data.workers", "data.cache_bytes", "loss.icl",
+    "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.micro_batch", "loss.pair_chunk", "model.decoder_self_eps",
+    "optimizer.learning_rate", "optimizer.decoder_lr_multiplier", "optimizer.logit_scale_lr_multiplier",
+    "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
+)  # fmt: skip
+SHARES = (  # 0 to 1, without 1
+    "loss.cross_dropout", "loss.patch_drop", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay",
+)  # fmt: skip
 
 
 def validate(config: Any) -> None:
-    """Raises ValueError with every value of the config that cannot be meant."""
-    fields, faults = flat(config), []
+    """Raises ValueError with every value of the config that cannot be meant (data_pipeline checks the frames')."""
+    f, faults = flat(config), []
     for name, choices in CHOICES.items():
-        if fields[name] not in choices:
-            faults.append(f"{name} is {fields[name]!r}, needs one of {', '.join(choices)}")
+        if f[name] not in choices:
+            faults.append(f"{name} is {f[name]!r}, needs one of {', '.join(choices)}")
+    for names, low, high in ((COUNTS, 1, math.inf), (NOT_NEGATIVE, 0, math.inf), (SHARES, 0, 1)):
+        for name in names:
+            if not low <= f[name] < high:
+                faults.append(
+                    f"{name} is {f[name]}, needs at least {low}" + (f" and less than {high}" if high == 1 else "")
+                )
+    if faults:
+        raise ValueError("config: " + "; ".join(faults) + ".")
     for whole, part in (
         ("data.image_size", "model.patch_size"),
         ("model.width", "model.heads"),
         ("model.width", "model.decoder_heads"),
     ):
-        if fields[part] < 1 or fields[whole] % fields[part]:
-            faults.append(f"{whole} {fields[whole]} does not divide by {part} {fields[part]}")
-    for name in ("batch_size", "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept"):
-        if fields[name] < 1:
-            faults.append(f"{name} is {fields[name]}, needs at least 1")
-    stem = fields["model.stem_channels"]
-    if stem and 2 ** len(stem) != fields["model.patch_size"]:
+        if f[whole] % f[part]:
+            faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
+    stem, blocks = f["model.stem_channels"], f["model.stem_blocks"]
+    if stem and 2 ** len(stem) != f["model.patch_size"]:
+        faults.append(f"model.stem_channels {stem} needs log2 of model.patch_size {f['model.patch_size']} numbers")
+    if len(blocks) != len(stem) or any(channels < 1 or channels % 8 for channels in stem):
         faults.append(
-            f"model.stem_channels has {len(stem)} halvings, needs log2 of model.patch_size {fields['model.patch_size']}"
+            f"model.stem_channels {stem} needs multiples of 8, and model.stem_blocks {blocks} as many numbers"
         )
-    if len(fields["model.stem_blocks"]) != len(stem):
+    if f["optimizer.warmup_updates"] >= f["num_updates"]:
         faults.append(
-            f"model.stem_blocks {fields['model.stem_blocks']} needs one number for each of model.stem_channels {stem}"
+            f"optimizer.warmup_updates {f['optimizer.warmup_updates']} must lie below num_updates {f['num_updates']}"
         )
-    if any(channels % 8 for channels in stem):
-        faults.append(f"model.stem_channels {stem}: each needs to divide by 8, the groups of its norm")
-    if not fields["data.path"]:
+    if not f["data.path"]:
         faults.append("data.path is not set; give --config.data.path=FOLDER, as data_pipeline.convert made it")
     if faults:
         raise ValueError("config: " + "; ".join(faults) + ".")
@@ -200,12 +250,27 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
+    """The config of a text. A field that came after it was written has its default.
+
+    Raises:
+      ValueError: no JSON, or fields that the defaults do not have.
+    """
+
     def tuples(node: Any) -> Any:  # JSON has lists only
         if isinstance(node, dict):
             return {name: tuples(value) for name, value in node.items()}
         return tuple(node) if isinstance(node, list) else node
 
-    return ml_collections.ConfigDict(tuples(json.loads(text))).lock()
+    config = default.get_config()
+    try:
+        saved = tuples(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the run's config is no JSON ({error}); restore config.json or train anew.") from error
+    unknown = sorted(flat(saved).keys() - flat(config).keys())
+    if unknown:
+        raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")
+    config.update(saved)
+    return config
 
 
 def differences(old: Any, new: Any, *, free: tuple[str, ...] = ()) -> list[str]:

@@ -12,25 +12,35 @@ from pathlib import Path
 from data_pipeline.records import open_dataset
 from rice_jax import config as configuration
 from rice_jax import retrieval
+from rice_jax.version import __version__
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    model = retrieval.load(arguments.workdir, step=arguments.step)
+    model = retrieval.load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)
     split = dataset.split(arguments.split)
     subset = read_ids(arguments.subset) if arguments.subset else None
-    output = arguments.output or arguments.workdir / f"evaluation-{arguments.split}"
+    name = "-".join(["evaluation", split.name, *([arguments.subset.stem] if arguments.subset else [])])
+    output = arguments.output or arguments.workdir / name
 
-    # All that decides an embedding or its place names the folder: another checkpoint never finds this one's.
-    identity = [model.fingerprint, dataset.content_hash, split.name, configuration.to_json(model.config), subset]
+    # All that decides an embedding or its place names the folder: another model's are never taken for this one's.
+    about = {
+        "model": model.fingerprint,
+        "step": model.step,
+        "data": dataset.content_hash,
+        "split": split.name,
+        "subset": arguments.subset.name if arguments.subset else None,
+        "version": __version__,
+    }
+    identity = [about, configuration.to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = retrieval.EmbeddingStore(output / "embeddings" / key)
     result = retrieval.evaluate(model, split, subset=subset, store=store, show_progress=not arguments.json)
 
-    (output / "rankings.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in retrieval.rankings(result, split))
-    )
-    (output / "metrics.json").write_text(json.dumps(result.figures, indent=2) + "\n")
+    lines = (json.dumps(line) + "\n" for line in retrieval.rankings(result, split))
+    (output / "rankings.jsonl").write_text("".join(lines))
+    text = json.dumps(result.figures | about, indent=2) + "\n"
+    (output / "metrics.json").write_text(text)
     print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
 
 
@@ -53,16 +63,24 @@ def read_ids(path: Path) -> list[str]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m rice_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.field=value sets what does not touch the weights: eval_flip, data.test_tail_cut, ...",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument("--data", type=Path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="which of its splits (default: test)")
     parser.add_argument("--subset", type=Path, help="file of clip ids, one a line: only these queries count")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT)")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
-    return parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        arguments.overrides = dict(configuration.split_override(word) for word in rest)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    return arguments
 
 
 if __name__ == "__main__":

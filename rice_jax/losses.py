@@ -6,7 +6,6 @@ T tokens a picture, D width, E embedding, S = N*T, K candidates.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,15 +94,22 @@ def pfr_loss(
 # --- what feeds them --------------------------------------------------------------------------------------------------
 
 
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not above `most`."""
+    return max(size for size in range(1, most + 1) if n % size == 0)
+
+
 def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
     """f over chunks of the leading axis, each recomputed in the backward pass; 0: all at once, nothing recomputed.
+
+    Chunks are of one size, hence of the largest that divides the rows and is not above `chunk`.
 
     With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
     if not chunk or n <= chunk:
         return f(rows)
-    chunk = math.gcd(n, chunk)
+    chunk = divisor(n, chunk)
     split = jax.tree.map(lambda a: a.reshape(n // chunk, chunk, *a.shape[1:]), rows)
     out = jax.lax.map(jax.checkpoint(f), split)
     return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), out)
@@ -238,7 +244,7 @@ def hard_pair_loss(
         missing += jnp.sum(~found)
     if options.mining_direction in ("clip_to_image", "both"):
         hard, found = pairs.hardest(encoded.clips, all_images, excluded)
-        chunk = math.gcd(rows, options.unit_chunk)
+        chunk = divisor(rows, options.unit_chunk)
         logits = pairs.clip_to_image_logits(*inputs, hard, chunk=chunk)
         losses.append(pmd_loss(positives.logit, logits, found))
         missing += jnp.sum(~found)

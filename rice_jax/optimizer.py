@@ -13,11 +13,6 @@ from rice_jax.sharding import path_name
 def schedule(config: Any) -> optax.Schedule:
     """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, a cosine to 0 at num_updates (SPEC 7.4)."""
     o = config.optimizer
-    if not 0 <= o.warmup_updates < config.num_updates:
-        raise ValueError(
-            f"optimizer.warmup_updates {o.warmup_updates} must lie below num_updates {config.num_updates}; "
-            "shorten the warm-up."
-        )
     cosine = optax.cosine_decay_schedule(o.learning_rate, config.num_updates - o.warmup_updates)
     return optax.join_schedules(
         [optax.linear_schedule(0, o.learning_rate, o.warmup_updates), cosine], [o.warmup_updates]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Shaped
 from tqdm import tqdm
 
 from data_pipeline.batches import clip_batches, image_batches
@@ -17,7 +18,7 @@ from data_pipeline.frames import FrameOptions
 from data_pipeline.records import Split
 from rice_jax import metrics, model, sharding
 from rice_jax.checkpoints import Checkpoints, read_config
-from rice_jax.config import from_json
+from rice_jax.config import FREE, from_json, override
 from rice_jax.step import abstract_state
 
 KS = (1, 3, 5, 10)
@@ -61,7 +62,7 @@ class Model:
       net: the Flax modules.
       params: their parameters, on the devices of `mesh`.
       batch_size: clips encoded at once, over all devices; any number may be passed, the rest of a batch is padded.
-      fingerprint: of the parameters' origin: the run's plan and the checkpoint's step.
+      step: updates that the parameters have seen.
     """
 
     config: Any
@@ -69,36 +70,49 @@ class Model:
     params: Any
     mesh: Mesh
     batch_size: int
-    fingerprint: str = ""
+    step: int = 0
 
     def encode_clips(
-        self, frames: UInt8[np.ndarray, "n N px px 3"], mask: Int[np.ndarray, "n N"]
+        self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"]
     ) -> Float[np.ndarray, "n E"]:
         """Embeddings of clips: float32, unit length.
 
         Args:
-          frames: RGB levels 0..255, px = config.data.image_size, any number N of slots (another N compiles anew).
+          frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (another N compiles anew).
           mask: 1 for a frame, 0 for an empty slot, at least one frame a clip.
 
         Raises:
           ValueError: another picture size, or a clip without a frame.
         """
+        frames, mask = np.asarray(frames), np.asarray(mask)
         self._check(frames, axes=5)
-        if mask.shape != frames.shape[:2] or not (mask > 0).any(axis=1).all():
+        if mask.shape != frames.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
             raise ValueError(
-                f"mask {mask.shape}: needs one row a clip of frames {frames.shape}, with at least one 1 in each."
+                f"mask {mask.shape}: needs a row of 0 and 1, with at least one 1, for each of frames {frames.shape}."
             )
-        return self._encode(_encode_clips, frames, mask)
+        return self._encode(_encode_clips, frames, mask.astype(np.int32))
 
-    def encode_images(self, images: UInt8[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
+    def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
         """Embeddings of shop images: float32, unit length. Pictures as in encode_clips."""
+        images = np.asarray(images)
         self._check(images, axes=4)
         return self._encode(_encode_images, images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the parameters: equal models have equal ones, whatever folder they come from."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
 
     def _check(self, pictures: np.ndarray, *, axes: int) -> None:
         size = self.config.data.image_size
         if pictures.ndim != axes or pictures.shape[-3:] != (size, size, 3):
             raise ValueError(f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3).")
+        if pictures.dtype != np.uint8:
+            raise ValueError(f"pictures of {pictures.dtype}: need uint8, RGB levels 0 to 255.")
 
     def _encode(self, encode: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
         out = []
@@ -113,31 +127,41 @@ class Model:
         return np.concatenate(out) if out else np.zeros((0, self.config.model.embedding), np.float32)
 
 
-def load(run: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> Model:
+def load(
+    run: str | Path, *, step: int | None = None, mesh: Mesh | None = None, overrides: Mapping[str, str] | None = None
+) -> Model:
     """The model of a training run: `model = rice_jax.load("runs/grocery")`.
 
     Args:
       run: the training's workdir.
       step: a checkpoint's number of updates; the newest unless given.
       mesh: where the parameters go; all devices of this process unless given.
+      overrides: fields of the config that training may change too, such as {"eval_flip": "true"}.
 
     Raises:
       FileNotFoundError: no run, no checkpoint, or none of that step.
+      ValueError: a damaged checkpoint or config, or an override of a field that the model was trained with.
     """
     text = read_config(Path(run))
-    checkpoints = Checkpoints(run) if text is not None else None
-    found = checkpoints.latest() if checkpoints is not None else None
-    if text is None or checkpoints is None or found is None:
+    checkpoints = Checkpoints(run) if text is not None and (Path(run) / "checkpoints").is_dir() else None
+    steps = checkpoints.steps() if checkpoints is not None else []
+    if text is None or checkpoints is None or not steps:
         raise FileNotFoundError(
             f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}."
         )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     config = from_json(text)
+    for name, value in (overrides or {}).items():
+        if not any(name == free or name.startswith(free + ".") for free in FREE):
+            raise ValueError(f"--config.{name}: the model was trained with it, so it cannot be changed now.")
+        override(config, name, value)
     mesh = sharding.make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = model.build(config)
-    step = found if step is None else step
     params = checkpoints.restore_params(step, abstract_state(net, config, mesh))
-    fingerprint = f"{checkpoints.meta(step)['plan']} {step}"
-    return Model(config, net, params, mesh, batch_size=config.eval_batch_size, fingerprint=fingerprint)
+    batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
+    return Model(config, net, params, mesh, batch_size=batch_size, step=step)
 
 
 class EmbeddingStore:
@@ -165,7 +189,7 @@ class EmbeddingStore:
                 with temporary.open("wb") as file:
                     np.save(file, out[-1])
                 temporary.rename(path)
-        return np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+        return np.concatenate(out) if out else encode(rows)
 
 
 def embed(
@@ -194,7 +218,7 @@ def embed(
             for part in encoded(batches, call, *names):
                 out.append(part)
                 bar.update(min(m.batch_size, len(rows) - (len(out) - 1) * m.batch_size))
-        return np.concatenate(out)[: len(rows)]
+        return np.concatenate([np.zeros((0, m.config.model.embedding), np.float32), *out])[: len(rows)]
 
     with bar:
         clips = store.blocks(
@@ -231,6 +255,8 @@ def evaluate(
     Raises:
       ValueError: the split has no truth, or `subset` holds an id that the truth list does not.
     """
+    if not split.galleries:
+        raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
     truth = split.truth_by_clip
     if subset is not None:
         unknown = [clip for clip in subset if clip not in truth]
@@ -239,12 +265,10 @@ def evaluate(
                 f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}."
             )
         truth = {clip: truth[clip] for clip in dict.fromkeys(subset)}
-    if not truth:
-        raise ValueError(f"split {split.name} has no queries with a truth; evaluate a split that has (val or test).")
     clip_rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
     names = [split.gallery_name(row) for row in clip_rows.tolist()]
     shown = sorted(set(names))
-    image_rows = np.unique(np.concatenate([split.galleries[name] for name in shown]))
+    image_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in shown)]))
     place = np.full(split.num_images, -1)
     place[image_rows] = np.arange(len(image_rows))
 
@@ -256,7 +280,7 @@ def evaluate(
         clips,
         images,
         galleries=[place[split.galleries[name]] for name in shown],
-        gallery_of=np.array([index[name] for name in names]),
+        gallery_of=np.array([index[name] for name in names], np.int64),
         image_ids=[split.image_ids[row] for row in image_rows.tolist()],
         truth=[truth[split.clip_ids[row]] for row in clip_rows.tolist()],
         top_k=max(KS),

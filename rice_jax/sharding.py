@@ -99,6 +99,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def check_batches(mesh: Mesh, **sizes: int) -> None:
+    """Raises ValueError, naming the config's field, when a global batch cannot be split over the mesh."""
+    for name, size in sizes.items():
+        if size % mesh.size:
+            raise ValueError(
+                f"{name} {size} does not divide by the mesh's {mesh.size} devices {dict(mesh.shape)}; "
+                f"set {name} to {max(1, round(size / mesh.size)) * mesh.size}, or take fewer devices."
+            )
+
+
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Positions in the global batch that this process feeds, in the order in which its devices want them: int64 [b].
 
@@ -117,16 +127,6 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch (NumPy) as arrays of the global batch, on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def describe(state: Any, shardings: Any) -> list[str]:
-    """A line a parameter: path, shape, spec, bytes on one device."""
-
-    def line(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> str:
-        size = int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        return f"{path_name(path):<60} {leaf.shape!s:<20} {sharding.spec!s:<40} {size:>12,} B"
-
-    return jax.tree.leaves(jax.tree_util.tree_map_with_path(line, state, shardings))
 
 
 # --- inside shard_map: what crosses devices ---------------------------------------------------------------------------
@@ -164,15 +164,14 @@ def first_row(local_rows: int) -> jax.Array:
     return jax.lax.axis_index(BATCH) * local_rows
 
 
-def whole(shard: jax.Array, spec: PartitionSpec, dtype: Any = None) -> jax.Array:
+def whole(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
     """A parameter's shard to the whole of it, varying over the mesh; once a step, outside every loop.
 
     Its transpose is one reduce-scatter a tensor. Were the value left unvarying, each micro-batch would reduce its
-    gradient. `dtype` is the one to travel in (bfloat16 halves the traffic and rounds the weights).
+    gradient.
     """
     split = [axis for axis, name in enumerate(spec) if name == "fsdp"]
     if not split:
         return varying(shard)
     shard = jax.lax.pcast(shard, "data", to="varying")
-    travelling = shard if dtype is None else shard.astype(dtype)
-    return jax.lax.all_gather(travelling, "fsdp", axis=split[0], tiled=True).astype(shard.dtype)
+    return jax.lax.all_gather(shard, "fsdp", axis=split[0], tiled=True)

@@ -20,52 +20,43 @@ from rice_jax.checkpoints import Checkpoints, read_config, write_config
 from rice_jax.logs import Log, Progress
 from rice_jax.step import abstract_state, init_state, make_train_step
 
-# What a run may change when it goes on: none of it moves a batch or a loss.
-FREE = (
-    "mesh",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoints_kept",
-    "data.path",
-    "data.threads",
-    "data.workers",
-)
-
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
 
     Raises:
-      ValueError: a config that does not hold together or does not fit the data, or a workdir of another run.
+      ValueError: a config that does not hold together or does not fit the data, a workdir of another run, a damaged
+        checkpoint or record, or a loss that stays not finite.
     """
     # --- Config, data, mesh ---
     configuration.validate(config)
-    claim_workdir(workdir, config)
     dataset = open_dataset(config.data.path)
-    train, held_out = dataset.split(config.data.train_split), dataset.split(config.data.eval_split)
-    keep = rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
-    product = np.asarray(train.columns["product"]) if config.data.spread_products else None
+    train = dataset.split(config.data.train_split)
+    held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
     plan = Plan(
-        train.num_clips, config.batch_size, config.seed, keep=keep, product=product, content_hash=dataset.content_hash
+        train.num_clips,
+        config.batch_size,
+        config.seed,
+        keep=rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None,
+        product=np.asarray(train.columns["product"]) if config.data.spread_products else None,
+        content_hash=dataset.content_hash,
     )
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
     # --- Model and state: the newest checkpoint's, or new ones ---
     net = model.build(config)
     abstract = abstract_state(net, config, mesh)
-    checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
+    checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
     start = checkpoints.latest()
+    refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
+    write_config(workdir, meta["config"])
     if start is None:
         start, state = 0, init_state(net, config, abstract)
     else:
-        check_plan(checkpoints.meta(start), meta)
         state = checkpoints.restore(start, abstract)
-    log = Log(workdir, step=start)
-    if start == config.num_updates:
-        log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
-        return log.last_evaluation(held_out.name)
+    log = Log(workdir, step=start, patience=config.max_nonfinite_updates)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
     log.say(f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}")
     log.say(
@@ -75,9 +66,8 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
 
     # --- The loop. Nothing in it waits for the device but the marked lines. ---
     train_step = make_train_step(net, config, mesh, abstract)
-    progress = Progress(step=start, total=config.num_updates, batch_size=config.batch_size)
+    progress = Progress(total=config.num_updates, batch_size=config.batch_size)
     pending: list[tuple[int, Any]] = []  # metrics that the device may still be computing
-    figures: dict[str, float] = {}
     batches = train_batches(
         train,
         plan,
@@ -88,61 +78,68 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
         workers=config.data.workers,
         cache_bytes=config.data.cache_bytes,
     )
-    with checkpoints, batches:
+    with checkpoints, log, batches:
+        if held_out is not None and evaluation_is_due(start, config) and not log.has_evaluation(start, held_out.name):
+            evaluate_held_out(config, net, state, mesh, held_out, log, start)  # killed between save and evaluation
         for step in range(start, config.num_updates):
             batch = sharding.to_global(next(batches), mesh)
-            state, step_metrics = train_step(state, batch)
+            with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
+                state, metrics = train_step(state, batch)
             del batch
-            pending.append((step + 1, step_metrics))
-            jax.block_until_ready(
-                pending[-2:][0]
-            )  # waits for the step before: two in flight, and only their batches alive
-            last = step + 1 == config.num_updates
-            if (step + 1) % config.log_every == 0 or last:
-                flush(log, pending if last else pending[:-1])  # waits, for all but the newest step
-                pending = [] if last else pending[-1:]
-                if log.newest:
-                    log.say(progress.line(step + 1, log.newest))
-            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-                weights = state.average or state.params
-                encoder = retrieval.Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
-                figures = retrieval.evaluate(encoder, held_out).figures  # waits
-                log.write(step + 1, {f"{held_out.name}/{name}": value for name, value in figures.items()})
-                log.say(f"step {step + 1}  {held_out.name}: {retrieval.one_line(figures)}")
-                progress.pause()
-            if last or (step + 1) % config.checkpoint_every == 0:
-                checkpoints.save(step + 1, state, meta)  # waits for the copy to the host, not for the disk
-    log.close()
-    return figures
+            done = step + 1
+            pending.append((done, metrics))
+            jax.block_until_ready(pending[-2:][0])  # waits for the step before: two in flight, and no more batches
+            if not progress.started:
+                log.say(f"update {done} compiled and done after {progress.start(done)}")
+            if done % config.log_every == 0 or done == config.num_updates:
+                pending = log.write_updates(pending[:-1]) + pending[-1:]  # waits, for all but the newest
+                log.say(progress.line(done, log.newest))
+            if done % config.checkpoint_every == 0 or done == config.num_updates:
+                pending = log.write_updates(pending)  # waits; a checkpoint's updates are all in the log
+                checkpoints.save(done, state, meta)  # waits for the copy to the host, not for the disk
+                progress.pause(done)
+            if held_out is not None and evaluation_is_due(done, config):
+                pending = log.write_updates(pending)
+                evaluate_held_out(config, net, state, mesh, held_out, log, done)  # waits
+                progress.pause(done)
+        if start == config.num_updates:
+            log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
+        return log.last_evaluation(held_out.name) if held_out is not None else {}
 
 
-def claim_workdir(workdir: Path, config: Any) -> None:
-    """Makes the workdir this config's; ValueError when it holds another's, naming the fields that differ."""
+def evaluation_is_due(done: int, config: Any) -> bool:
+    """After the last update always; between, every eval_every updates, 0 meaning never."""
+    return done == config.num_updates or bool(done and config.eval_every and done % config.eval_every == 0)
+
+
+def evaluate_held_out(config: Any, net: Any, state: Any, mesh: Any, held_out: Any, log: Log, done: int) -> None:
+    weights = state.average or state.params
+    encoder = retrieval.Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
+    figures = retrieval.evaluate(encoder, held_out).figures
+    log.write(done, {f"{held_out.name}/{name}": value for name, value in figures.items()})
+    log.say(f"step {done}  {held_out.name}: {retrieval.one_line(figures)}")
+
+
+def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """ValueError when the workdir's checkpoints are of another config or of other data, naming what differs."""
     held = read_config(workdir)
-    if held is None:
-        write_config(workdir, configuration.to_json(config))
-        return
-    changed = configuration.differences(configuration.from_json(held), config, free=FREE)
+    if saved is None or held is None:
+        return  # nothing trained here yet, so nothing to lose
+    changed = configuration.differences(configuration.from_json(held), config, free=configuration.FREE)
     if changed:
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
         )
-
-
-def check_plan(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved["plan"] != now["plan"]:
         raise ValueError(
-            f"the checkpoint's order of data (plan {saved['plan']}, data {saved['data'][:12]}) is not this run's "
-            f"({now['plan']}, data {now['data'][:12]}): data.path holds other clips; give the set it was trained on."
+            f"{workdir}: the checkpoint's order of data (plan {saved['plan']}, data {saved['data'][:12]}) is not this "
+            f"run's ({now['plan']}, data {now['data'][:12]}): data.path holds other clips; give those of before."
         )
 
 
-def flush(log: Log, metrics: list[tuple[int, Any]]) -> None:
-    for step, values in metrics:
-        log.write(step, jax.device_get(values))
-
-
 def main(arguments: argparse.Namespace) -> None:
+    # A run that goes on need not compile anew; in the workdir, so that it goes when the run goes.
+    jax.config.update("jax_compilation_cache_dir", str(arguments.workdir / "compiled"))
     train_and_evaluate(arguments.config, arguments.workdir)
 
 

@@ -48,7 +48,9 @@ def test_overrides_take_the_type_of_their_field() -> None:
             "--config.optimzer.b1=1",
             "--config.optimzer.b1: the config has no such field; the nearest is --config.optimizer.b1.",
         ),
-        ("--config.lr=1", "no such field; the nearest is"),
+        ("--config.lr=1", "no such field; the nearest is --config.optimizer.learning_rate."),
+        ("--config.batchsize=1", "the nearest is --config.batch_size."),
+        ("--config.xyz=1", "no such field; fields are batch_size, "),
         ("--config.data=1", "--config.data=1: needs a value of type ConfigDict"),
         ("--config.seed=x", "--config.seed=x: needs a value of type int, such as 42."),
         ("--config.data.flip=maybe", "needs a value of type bool"),
@@ -65,7 +67,7 @@ def test_a_wrong_override_says_what_is_meant(word: str, message: str, capsys: py
 
 def test_stages_of_the_official_recipe() -> None:
     weights = {
-        stage: (c.loss.icl, c.loss.pmd, c.loss.pfr) for stage in lpr750k.STAGES if (c := lpr750k.get_config(stage))
+        stage: (c.loss.icl, c.loss.pmd, c.loss.pfr) for stage in default.STAGES if (c := lpr750k.get_config(stage))
     }
     assert weights == {"icl": (1, 0, 0), "icl_pmd": (1, 1, 0), "icl_pmd_pfr": (1, 1, 1)}
     assert lpr750k.get_config("icl").optimizer.logit_scale_lr_multiplier == 100  # SPEC 3.4
@@ -75,13 +77,49 @@ def test_stages_of_the_official_recipe() -> None:
 
 def test_every_fault_of_a_config_is_named_at_once() -> None:
     config = default.get_config()
-    config.data.resize_mode, config.model.heads, config.batch_size = "squash", 7, 0
+    config.data.resize_mode, config.batch_size = "squash", 0
     with pytest.raises(
-        ValueError,
-        match=r"squash.*needs one of stretch, keep_ratio.*width 768 does not divide by model.heads 7.*"
-        r"batch_size is 0.*data.path is not set",
+        ValueError, match=r"squash.*needs one of stretch, keep_ratio; batch_size is 0, needs at least 1"
     ):
         configuration.validate(config)
+    config = default.get_config()
+    config.model.heads = 7
+    with pytest.raises(ValueError, match=r"model.width 768 does not divide by model.heads 7; data.path is not set"):
+        configuration.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loss.cross_dropout", 1.5), ("optimizer.learning_rate", float("nan")), ("optimizer.ema_decay", 2.0),
+        ("optimizer.b1", 1.0), ("loss.icl", -1.0), ("loss.micro_batch", -1), ("eval_every", -1), ("seed", -1),
+        ("model.layers", 0), ("data.cache_bytes", -5), ("data.num_frames", 0), ("loss.unit_slots", 0),
+        ("optimizer.warmup_updates", 5000), ("model.stem_channels", (8, 16)), ("model.pool", "max"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_meant_is_refused(field: str, value: object) -> None:
+    config = default.get_config()
+    config.data.path = "somewhere"
+    configuration.validate(config)
+    *parents, leaf = field.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    section[leaf] = value
+    with pytest.raises(ValueError, match=field):
+        configuration.validate(config)
+
+
+@pytest.mark.parametrize("name", ["grocery:icl_pdm", "lpr750k:pfr", "grocery:"])
+def test_a_mistyped_stage_is_refused(name: str) -> None:
+    with pytest.raises(SystemExit):
+        parse("--config", name)
+
+
+def test_a_config_without_argument_refuses_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--config", "smoke:x")
+    assert "takes no argument" in capsys.readouterr().err
 
 
 def test_a_config_survives_its_text() -> None:

@@ -1,13 +1,17 @@
 """The evaluation command: figures, subset, resumption, bad input."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 from data_pipeline.records import open_dataset
-from rice_jax import evaluate, retrieval, train
+from rice_jax import evaluate, retrieval, step, train
 from tests.test_train import smoke_config
 
 
@@ -82,11 +86,29 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(
     assert whole == pieces
 
 
-def test_another_checkpoint_does_not_find_these_embeddings(run: Path, converted: Path, tmp_path: Path) -> None:
-    call(run, converted, "--output", str(tmp_path))
-    folders = set((tmp_path / "embeddings").iterdir())
-    call(run, converted, "--output", str(tmp_path), "--split", "val")
-    assert len(set((tmp_path / "embeddings").iterdir()) - folders) == 1
+def test_another_model_of_the_same_config_does_not_find_these_embeddings(
+    run: Path, converted: Path, tmp_path: Path
+) -> None:
+    call(run, converted, "--output", str(tmp_path / "out"))
+    shutil.copytree(run, tmp_path / "run")
+    config = smoke_config(converted, num_updates=3, data={"path": str(converted)})
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with mock.patch.object(step, "random_key", lambda seed: jax.random.key(seed + 1, impl="threefry2x32")):
+        train.train_and_evaluate(config, tmp_path / "run")
+    call(tmp_path / "run", converted, "--output", str(tmp_path / "out"))
+    assert len(list((tmp_path / "out" / "embeddings").iterdir())) == 2
+
+
+def test_queries_without_frames_count_as_misses(
+    run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_dataset(converted).split("test")
+    known = split.truth_by_clip
+    monkeypatch.setattr(type(split), "truth_by_clip", {**known, "never-downloaded": ("image",)})
+    result = retrieval.evaluate(retrieval.load(run), split)
+    assert result.figures["queries"] == 4 and result.figures["recall@3"] == pytest.approx(75)
+    alone = retrieval.evaluate(retrieval.load(run), split, subset=["never-downloaded"])
+    assert alone.figures["queries"] == 1 and alone.figures["recall@10"] == 0
 
 
 def test_every_query_counts_once_whatever_the_batch(run: Path, converted: Path) -> None:
@@ -94,13 +116,34 @@ def test_every_query_counts_once_whatever_the_batch(run: Path, converted: Path) 
     rows = np.arange(split.num_clips)
     model = retrieval.load(run)
     embed = lambda size: retrieval.embed(
-        retrieval.dataclasses.replace(model, batch_size=size), split, rows, np.arange(split.num_images),
+        dataclasses.replace(model, batch_size=size), split, rows, np.arange(split.num_images),
         store=retrieval.EmbeddingStore(None), show_progress=False,
     )  # fmt: skip
     for one, other in zip(embed(8), embed(16), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_a_split_without_queries_says_what_to_do(run: Path, converted: Path) -> None:
+def test_a_split_without_galleries_says_what_to_do(run: Path, converted: Path) -> None:
+    with pytest.raises(ValueError, match="split train has no galleries to rank in; evaluate val or test"):
+        call(run, converted, "--split", "train")
     with pytest.raises(ValueError, match="nowhere"):
         call(run, converted, "--split", "nowhere")
+
+
+def test_evaluations_of_subsets_do_not_overwrite_each_other(run: Path, converted: Path, tmp_path: Path) -> None:
+    clip = open_dataset(converted).split("test").clip_ids[0]
+    (tmp_path / "first.txt").write_text(clip)
+    call(run, converted)
+    call(run, converted, "--subset", str(tmp_path / "first.txt"), "--config.eval_flip=true")
+    found = [
+        json.loads((run / name / "metrics.json").read_text()) for name in ("evaluation-test", "evaluation-test-first")
+    ]
+    assert [(f["queries"], f["subset"], f["step"]) for f in found] == [(3, None, 3), (1, "first.txt", 3)]
+
+
+def test_what_was_trained_with_cannot_be_overridden(run: Path, converted: Path) -> None:
+    with pytest.raises(ValueError, match="was trained with it"):
+        call(run, converted, "--config.data.image_size=64")
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.parse(["--workdir", "a", "--data", "b", "--splitt", "test"])
+    assert exit_.value.code == 2

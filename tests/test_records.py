@@ -130,7 +130,7 @@ def test_galleries_keep_the_order_of_the_file(converted: Path) -> None:
     for row, clip_id in enumerate(test.clip_ids):
         clip = next(each for each in TEST if each.id == clip_id)
         assert [test.image_ids[image] for image in test.gallery_of(row)] == [IMAGE_IDS[i] for i in GALLERIES[clip.live]]
-        assert test.truth(row) == test.truth_ids[row] == (IMAGE_IDS[clip.product],)
+        assert test.truth(row) == test.truth_by_clip[clip.id] == (IMAGE_IDS[clip.product],)
         assert test.columns["image"][row] in test.gallery_of(row)
 
 

@@ -20,7 +20,7 @@ ORDER = {
     "train evaluate",
 }
 COMMANDS = {"convert", "train", "evaluate"}  # nobody imports a command
-PRESETS = [default.get_config(), grocery.get_config(), smoke.get_config(), *map(lpr750k.get_config, lpr750k.STAGES)]
+PRESETS = [default.get_config(), grocery.get_config(), smoke.get_config(), *map(lpr750k.get_config, default.STAGES)]
 
 
 def imports(path: Path) -> set[str]:

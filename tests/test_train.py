@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,25 +70,102 @@ def test_a_finished_run_is_left_as_it_is(run: Path, converted: Path, capsys: pyt
     assert "all 6 updates are done" in capsys.readouterr().out
     assert figures["queries"] == 1
     assert (run / "metrics.jsonl").read_bytes() == before
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert len(events.Scalars("loss")) == 6
+    assert [event.step for event in events.Scalars("val/recall_at_1")] == [6]
 
 
 def test_a_workdir_refuses_another_config_and_names_the_fields(run: Path, converted: Path) -> None:
     config = smoke_config(converted, seed=1)
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(
-        ValueError, match=r"(?s)holds a run with another config.*optimizer.learning_rate: 0.001 -> 0.5.*seed: 42 -> 1"
-    ):
+    fields = r"(?s)holds a run with another config.*optimizer.learning_rate: 0.001 -> 0.5.*seed: 42 -> 1"
+    with pytest.raises(ValueError, match=fields):
         train.train_and_evaluate(config, run)
 
 
-def test_a_workdir_may_go_on_with_other_intervals(run: Path, converted: Path) -> None:
-    train.train_and_evaluate(smoke_config(converted, log_every=1, checkpoints_kept=1), run)
+def test_a_run_goes_on_with_other_intervals_and_loses_no_line(converted: Path, tmp_path: Path) -> None:
+    """Logging, evaluation and checkpoints that do not divide each other; the second half with other ones."""
+    config = smoke_config(converted, num_updates=7, log_every=4, eval_every=2, checkpoint_every=5)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    whole = lines_of(tmp_path / "whole")
+    assert [line["step"] for line in whole if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in whole if "val/queries" in line] == [2, 4, 6, 7]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "7")
+    config.log_every, config.checkpoints_kept = 1, 1
+    train.train_and_evaluate(config, tmp_path / "again")
+    assert lines_of(tmp_path / "again") == whole
+    events = EventAccumulator(str(tmp_path / "again" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.step for event in events.Scalars("val/recall_at_1")] == [2, 4, 6, 7]
 
 
-def test_other_data_than_the_checkpoint_was_trained_on_is_refused(run: Path) -> None:
-    now = {"plan": "0123", "data": "4567"}
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(converted: Path, tmp_path: Path) -> None:
+    train.train_and_evaluate(smoke_config(converted, num_updates=3), tmp_path)
+    whole = lines_of(tmp_path)
+    assert "val/queries" in whole[-1]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole[:-1]) + '{"step": 3, "va')
+    train.train_and_evaluate(smoke_config(converted, num_updates=3), tmp_path)
+    assert lines_of(tmp_path) == whole
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_is_refused(run: Path, converted: Path, tmp_path: Path) -> None:
+    from data_pipeline.convert import Options, convert
+
+    source = converted.parent / "lpr750k"
+    convert(Options(layout="lpr750k", source=source, output=tmp_path, splits=("train", "val"), clips_per_shard=5))
     with pytest.raises(ValueError, match="holds other clips"):
-        train.check_plan({"plan": "89ab", "data": "cdef"}, now)
+        train.train_and_evaluate(smoke_config(tmp_path), run)
+
+
+def test_a_set_without_validation_clips_trains_without_evaluation(converted: Path, tmp_path: Path) -> None:
+    config = smoke_config(converted, num_updates=2)
+    config.data.eval_split = ""
+    assert train.train_and_evaluate(config, tmp_path) == {}
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_a_refused_command_does_not_claim_the_workdir(converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set batch_size to 24 or less"):
+        train.train_and_evaluate(smoke_config(converted, batch_size=500), tmp_path)
+    train.train_and_evaluate(smoke_config(converted, num_updates=1, optimizer={"warmup_updates": 0}), tmp_path)
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_diverged_run_keeps_its_parameters_warns_and_stops(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = smoke_config(converted, num_updates=9, max_nonfinite_updates=2, checkpoint_every=1)
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(ValueError, match=r"was not finite for 3 updates in a row; lower optimizer.learning_rate"):
+        train.train_and_evaluate(config, tmp_path)
+    assert "warning: update" in capsys.readouterr().err
+    bad = [line for line in lines_of(tmp_path) if not line["finite"]]
+    assert len(bad) == 3 and bad[0]["loss"] is None
+    assert bad[0]["logit_scale"] == bad[1]["logit_scale"]  # nothing moved
+    assert bad[0]["ledger"] != bad[1]["ledger"]  # but the data went on
+
+
+@pytest.mark.parametrize("damage", ["empty folder", "part missing", "file cut"])
+def test_a_damaged_checkpoint_is_told_in_one_line(
+    run: Path, converted: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if damage == "empty folder":
+        (checkpoints / "9").mkdir()
+    elif damage == "part missing":
+        shutil.rmtree(checkpoints / "6" / "weights")
+    else:
+        for path in (checkpoints / "6" / "weights").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000:
+                path.write_bytes(path.read_bytes()[:500])
+        with pytest.raises(ValueError, match=r"checkpoints/6 is damaged .*; remove that folder"):
+            rice_jax.load(tmp_path / "run")
+        return
+    assert rice_jax.load(tmp_path / "run").step == (6 if damage == "empty folder" else 3)
+    assert "is passed over; remove that folder" in capsys.readouterr().err
 
 
 def test_fewer_clips_than_one_batch_is_an_error(converted: Path, tmp_path: Path) -> None:
@@ -106,7 +184,7 @@ def command(data: Path, workdir: Path) -> list[str]:
     return [
         sys.executable, "-m", "rice_jax.train", "--config", "smoke", f"--config.data.path={data}",
         "--workdir", str(workdir),
-        "--config.num_updates=40", "--config.checkpoint_every=5", "--config.log_every=1",
+        "--config.num_updates=40", "--config.checkpoint_every=5", "--config.log_every=4",
     ]  # fmt: skip
 
 
@@ -192,12 +270,50 @@ def test_any_number_of_pictures_is_encoded(loaded: rice_jax.Model) -> None:
     assert loaded.encode_images(images[:0]).shape == (0, 16)
 
 
-def test_a_clip_without_frames_and_another_size_are_refused(loaded: rice_jax.Model) -> None:
-    frames = np.zeros((1, 3, 32, 32, 3), np.uint8)
+def test_wrong_arrays_are_refused(loaded: rice_jax.Model) -> None:
+    frames, mask = np.zeros((1, 3, 32, 32, 3), np.uint8), np.ones((1, 3), np.int32)
     with pytest.raises(ValueError, match="at least one 1"):
         loaded.encode_clips(frames, np.zeros((1, 3), np.int32))
+    with pytest.raises(ValueError, match="a row of 0 and 1"):
+        loaded.encode_clips(frames, 2 * mask)
     with pytest.raises(ValueError, match=r"ending in \(32, 32, 3\)"):
         loaded.encode_images(np.zeros((1, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="pictures of float32: need uint8"):  # 0..1 or 0..255? nobody can know
+        loaded.encode_images(np.zeros((1, 32, 32, 3), np.float32))
+
+
+def test_a_run_of_an_older_version_takes_the_defaults_of_new_fields(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    text = path.read_text()
+    assert '"pool": "class_token",' in text
+    path.write_text(text.replace('"pool": "class_token",', ""))
+    assert rice_jax.load(tmp_path / "run").config.model.pool == "class_token"
+    path.write_text(text.replace('"pool"', '"pooling"'))
+    with pytest.raises(ValueError, match="fields of another version: model.pooling"):
+        rice_jax.load(tmp_path / "run")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="config is no JSON"):
+        rice_jax.load(tmp_path / "run")
+
+
+def test_a_step_that_is_not_there_names_those_that_are(run: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 4; there are 3, 6"):
+        rice_jax.load(run, step=4)
+
+
+def test_only_what_does_not_touch_the_weights_can_be_overridden(run: Path) -> None:
+    assert rice_jax.load(run, overrides={"eval_flip": "true"}).config.eval_flip
+    with pytest.raises(ValueError, match="was trained with it"):
+        rice_jax.load(run, overrides={"model.width": "64"})
+
+
+def test_mirror_images_count_when_asked(run: Path) -> None:
+    image = np.random.default_rng(2).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    both = np.concatenate([image, image[:, :, ::-1]])
+    plain, flipped = rice_jax.load(run), rice_jax.load(run, overrides={"eval_flip": "true"})
+    np.testing.assert_allclose(*flipped.encode_images(both), atol=1e-6)
+    assert np.abs(np.subtract(*plain.encode_images(both))).max() > 1e-3
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
