@@ -43,7 +43,7 @@ class Checkpoints:
         part is told of and passed over.
         """
         whole = []
-        for step in sorted(self._manager.all_steps(read=True)):
+        for step in sorted(self._manager.all_steps()):
             missing = [name for name in ITEMS if not (self.path / str(step) / name).exists()]
             if missing:
                 warn(f"{self.path}/{step}: lacks {', '.join(missing)} and is passed over; remove that folder.")
@@ -106,11 +106,17 @@ class Checkpoints:
         return self._read(step, {name: ocp.args.StandardRestore(part) for name, part in parts.items()})
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        try:
+        with self._readable(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             return {name: restored[name] for name in items}
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """What Orbax raises on a damaged step, as one line."""
+        try:
+            yield
         except (ValueError, KeyError, OSError, jax.errors.JaxRuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(
                 f"{self.path}/{step} is damaged ({reason}); remove that folder, and the same command goes on from the "
                 "step before it."
@@ -118,10 +124,11 @@ class Checkpoints:
 
     def _check(self, step: int, parts: dict[str, Any]) -> None:
         # Orbax casts another dtype in silence, and names no leaf when shapes differ.
-        metadata = self._manager.item_metadata(step)
-        found = _shapes({name: metadata[name] or {} for name in parts})
-        if not found:
-            raise ValueError(f"{self.path}/{step} is damaged (no metadata); remove that folder.")
+        with self._readable(step):
+            metadata = self._manager.item_metadata(step)
+            found = _shapes({name: metadata[name] for name in parts})
+            if not found:
+                raise ValueError("its metadata name no array")
         wanted = _shapes(parts)
         faults = [
             f"{name}: checkpoint {found.get(name, 'has none')}, config {wanted.get(name, 'has none')}"

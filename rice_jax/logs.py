@@ -92,7 +92,7 @@ class Log:
     def has_evaluation(self, step: int, split: str) -> bool:
         return any(line["step"] == step and f"{split}/queries" in line for line in self._evaluations(split))
 
-    def last_evaluation(self, split: str) -> dict[str, float]:
+    def last_evaluation(self, split: str) -> dict[str, int | float]:
         """The figures of the newest evaluation in the file; empty when there is none."""
         found = self._evaluations(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}

@@ -234,7 +234,7 @@ def embed(
 class Result:
     """One evaluation: figures, and per query what stands behind them."""
 
-    figures: dict[str, float]
+    figures: dict[str, int | float]
     clip_rows: np.ndarray  # of the split, one a query
     ranking: metrics.Ranking  # its top_images are rows of the split
 
@@ -289,7 +289,7 @@ def evaluate(
     ranking = dataclasses.replace(ranking, top_images=top)
 
     count = len(truth)
-    figures: dict[str, float] = {"queries": count}
+    figures: dict[str, int | float] = {"queries": count}
     for name, values in (
         ("recall", metrics.recall_at(ranking.rank, KS, denominator=count)),
         ("strict_recall", metrics.recall_at(ranking.strict_rank, KS, denominator=count)),
@@ -313,12 +313,12 @@ def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
         yield {"clip": split.clip_ids[row], "rank": None if rank == metrics.NEVER else rank, "top": top}
 
 
-def one_line(figures: Mapping[str, float]) -> str:
+def one_line(figures: Mapping[str, int | float]) -> str:
     recall = "  ".join(f"R@{k} {figures[f'recall@{k}']:.2f}" for k in KS)
     return f"{recall}  (chance {figures['chance_recall@1']:.2f}, {figures['queries']:.0f} queries)"
 
 
-def table(figures: Mapping[str, float]) -> str:
+def table(figures: Mapping[str, int | float]) -> str:
     """The figures as evaluate prints them: percent, two decimals, as the official script."""
     low, high = metrics.wilson_interval(figures["recall@1"], int(figures["queries"]))
     rows = [f"{'':>22}" + "".join(f"{f'R@{k}':>9}" for k in KS)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from rice_jax import losses, sharding
 from rice_jax.model import Rice
@@ -58,7 +58,7 @@ def _shardings(abstract: State) -> State:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def ledger(index: Int[Array, " G"]) -> Int[Array, "2"]:
+def ledger(index: Int[Array, " G"]) -> UInt32[Array, "2"]:
     """Two position-weighted sums (uint32) of a global batch's rows: the same on every host, another for any swap."""
     row, place = index.astype(jnp.uint32), jnp.arange(index.shape[0], dtype=jnp.uint32)
     first = jnp.sum((row + 1) * (2 * place + 1), dtype=jnp.uint32)
@@ -83,7 +83,7 @@ def make_train_step(
             # A short average at first: the start's random weights should not weigh for long.
             d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
         def advance(new: Array, old: Array) -> Array:  # counters go on, so that the position in the data is the step

@@ -21,7 +21,7 @@ from rice_jax.logs import Log, Progress
 from rice_jax.step import abstract_state, init_state, make_train_step
 
 
-def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
 
     Raises:

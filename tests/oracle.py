@@ -51,6 +51,19 @@ def icl(images: jax.Array, clips: jax.Array, scale: jax.Array, product: np.ndarr
     return total / (2 * count)
 
 
+def frame_icl(net: model.Rice, options: Any, params: Any, batch: dict[str, Any]) -> jax.Array:
+    """ICL between the means of each clip's even and of its odd frames; a clip of one frame meets itself."""
+    mask = np.asarray(batch["mask"])
+    frames = model.normalise(jnp.asarray(batch["frames"]), jnp.asarray(mask))
+    pooled = jax.vmap(lambda x: net.encoder.apply({"params": params["encoder"]}, x)[1])(frames)
+    even, odd = [], []
+    for i, count in enumerate(mask.sum(axis=1).tolist()):
+        even.append(pooled[i, 0:count:2].mean(axis=0))
+        odd.append(pooled[i, 1:count:2].mean(axis=0) if count > 1 else pooled[i, 0])
+    halves = norm(jnp.stack(even)), norm(jnp.stack(odd))
+    return icl(*halves, params["logit_scale"], np.asarray(batch["product"]), options.icl_same_product)
+
+
 def hardest(anchors: np.ndarray, partners: np.ndarray, product: np.ndarray, exclude: bool) -> list[list[int]]:
     out = []
     for i, anchor in enumerate(anchors):
@@ -92,6 +105,8 @@ def losses(
     count, slots, tokens, width = clip_tokens.shape
     product = np.asarray(batch["product"])
     out = {"icl": icl(images, clips, params["logit_scale"], product, options.icl_same_product)}
+    if options.frame_icl:
+        out["frame_icl"] = frame_icl(net, options, params, batch)
     clip_tokens = clip_tokens.reshape(count, slots * tokens, width)
     key_mask = jnp.repeat(jnp.asarray(batch["mask"]) > 0, tokens, axis=1)
     call = jax.vmap(

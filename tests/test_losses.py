@@ -28,7 +28,7 @@ def params() -> Any:
     keys = jax.random.split(jax.random.key(4), len(leaves))
     # Every ReLU two-sided, every bias in use, embeddings not all alike.
     return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     )
 
 
@@ -134,7 +134,27 @@ def test_same_product_pairs_are_no_negatives(icl: str, mesh_shape: tuple[int, in
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (8, 1)])
 def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int]) -> None:
-    check("random", mesh_shape, micro_batch=4, pair_chunk=1)
+    check("random", mesh_shape, micro_batch=5, pair_chunk=1, frame_icl=1.0)
+
+
+def test_patches_that_are_left_out_do_not_depend_on_the_mesh() -> None:
+    """Half of the four patches: the same ones on one device and on eight, another half in another step."""
+    options = (("frame_icl", 1.0), ("patch_drop", 0.5))
+    results = []
+    for mesh_shape in ((1, 1), (8, 1)):
+        mesh, call = loss_and_gradient(mesh_shape, options)
+        results.append(jax.device_get(call(params(), sharding.to_global(pictures("random"), mesh), key())))
+    (one, one_parts), one_grads = results[0]
+    (eight, _), eight_grads = results[1]
+    assert float(one) == pytest.approx(float(eight), abs=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(eight_grads), jax.tree.leaves(one_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(1e-4 * np.abs(theirs).max(), 1e-6))
+    mesh, call = loss_and_gradient((1, 1), options)
+    (_, other), _ = call(params(), pictures("random"), jax.random.fold_in(key(), 1))
+    assert abs(float(other["icl"]) - float(one_parts["icl"])) > 1e-4
+    kept = losses.kept_patches(key(), jnp.arange(50), 3, 4, 0.5)
+    assert kept.shape == (50, 3, 2)
+    assert all(len(set(row)) == 2 and set(row) <= {0, 1, 2, 3} for row in kept.reshape(-1, 2).tolist())
 
 
 def test_a_batch_of_one_product_has_no_matching_loss() -> None:
