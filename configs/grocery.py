@@ -14,7 +14,7 @@ def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
     c = default.get_config()
     c.unlock()
     c.batch_size = 64
-    c.num_updates = 1300  # about 17 minutes of one core
+    c.num_updates = 1300  # about 19 minutes of one core
 
     # Two random frames and random crops, so that hardly a picture is seen twice; pictures of 64 px, for the CPU's sake.
     c.data.num_frames, c.data.frame_sampling, c.data.tail_cut = 2, "random", False

@@ -343,16 +343,16 @@ def _splits(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> float:
-    rate = _number(float, text, "a share of 0 to 1")
+    rate = _number(float, text, "0 to 1")
     if not 0 <= rate <= 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs a share of 0 to 1")
+        raise argparse.ArgumentTypeError(f"found {text}, needs 0 to 1")
     return rate
 
 
 def _positive(text: str) -> int:
-    count = _number(int, text, "a whole number of at least 1")
+    count = _number(int, text, "a whole number")
     if count < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
     return count
 
 
