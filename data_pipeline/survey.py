@@ -222,7 +222,7 @@ def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> NDArray[n
 
     for file in range(len(listing.files)):
         of_file = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
-        usual = int(np.bincount(columns[of_file]).argmax()) if len(of_file) else 0
+        usual = int(np.argmax(np.bincount(columns[of_file]))) if len(of_file) else 0
         for row in of_file[columns[of_file] != usual]:
             detail = f"found {columns[row]} columns between tabs, needs {usual} as the file's other lines"
             refuse(row, "wrong number of columns", f"{detail}; restore the line.")

@@ -380,7 +380,7 @@ def _true_places(
     pair_query = np.repeat(truth_query, found)
     pair_place = entry_place[np.repeat(begin, found) + _count_within_groups(found)]
     entries_q = np.bincount(pair_query, minlength=len(truth))
-    true_qm = np.full((len(truth), max(int(entries_q.max(initial=0)), 1)), -1, np.int32)
+    true_qm = np.full((len(truth), max(int(np.max(entries_q, initial=0)), 1)), -1, np.int32)
     true_qm[pair_query, _count_within_groups(entries_q)] = pair_place
     return true_qm, entries_q.astype(np.int32)
 
