@@ -229,7 +229,7 @@ def hard_pair_loss(
         weights = jax.nn.softmax(decoder(x, keys_values, key_mask[clip], method="scores"), axis=-1)
         if options.cross_dropout:
             where = jnp.broadcast_to((first + clip)[:, None], image.shape)
-            keys = pairs.pair_keys(jax.random.wrap_key_data(key_data), image, where)
+            keys = pairs.pair_keys(jax.random.wrap_key_data(key_data, impl="threefry2x32"), image, where)
             weights = pairs.dropped(weights, keys, options.cross_dropout)
         return decoder(x, weights, keys_values, method="logit")
 
