@@ -1,7 +1,7 @@
 """A small ViT from random weights on a few hundred clips of a few dozen products, on the CPU of a laptop.
 
-ARG names the losses: icl, icl_pmd, or icl_pmd_pfr (default). Chosen on validation clips; benchmarks/RESULTS.md has the
-figures. Without CLIP's weights the danger is not a slow start but learning 387 clips by heart, and every departure
+ARG names the losses: icl, icl_pmd, or icl_pmd_pfr (default). benchmarks/RESULTS.md has the
+figures, how it was chosen, and what was not told apart. Without CLIP's weights the danger is not a slow start but learning 387 clips by heart, and every departure
 from the official recipe below is there for that.
 """
 
