@@ -7,7 +7,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "rice_jax" / "version.py").read_text().split('"')[-2]
 
-# Lower bounds are the versions whose API the code was run against; each upper bound names what breaks.
+# Lower bounds are versions whose API the code needs; no newer one is known to break it, so there are no upper bounds.
 CORE = [
     "jax>=0.10",  # jax.shard_map, lax.pcast, AxisType
     "flax>=0.12.8",

@@ -1,8 +1,8 @@
 """A small ViT from random weights on a few hundred clips of a few dozen products, on the CPU of a laptop.
 
-ARG names the losses: icl, icl_pmd, or icl_pmd_pfr (default). benchmarks/RESULTS.md has the
-figures, how it was chosen, and what was not told apart. Without CLIP's weights the danger is not a slow start but learning 387 clips by heart, and every departure
-from the official recipe below is there for that.
+ARG names the losses: icl, icl_pmd, or icl_pmd_pfr (default). benchmarks/RESULTS.md has the figures, how the recipe was
+chosen, and what was not told apart. Without CLIP's weights the danger is not a slow start but learning 387 clips by
+heart, and the departures from the official recipe below are there for that.
 """
 
 import ml_collections
