@@ -19,13 +19,14 @@ def get_config() -> ml_collections.ConfigDict:
     """RICE with ViT-B/32 as the official code trains it, without a data set: set data.path."""
     c = ml_collections.ConfigDict()
     c.seed = 42  # of initialisation, order of data, augmentation and dropout
-    c.batch_size = 96  # G: pairs (clip, shop image) of the global batch, over all devices
+    c.batch_size = 96  # G: pairs (clip, shop image) of the global batch, on all devices; 0: fits the set, up to 64
+    c.init_from = ""  # weights to start from: CLIP's, the official code's or a run's (docs/weights.md); empty: random
     c.num_updates = 5000  # optimiser steps; an incomplete batch at an epoch's end is dropped
 
     c.data = ml_collections.ConfigDict()
     c.data.path = ""  # folder made by data_pipeline.convert
     c.data.train_split = "train"  # trained on
-    c.data.eval_split = "val"  # evaluated during training; empty: none
+    c.data.eval_split = "val"  # evaluated during training; empty: none; "auto": val if the set has it
     c.data.skip_clips = ()  # ids of training clips to leave out; part of the plan's fingerprint
     c.data.spread_products = False  # each product's clips evenly over an epoch, for a set whose batches repeat products
     c.data.num_frames = 10  # N: frame slots a clip in training
@@ -40,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.consistent_augment = False  # one crop and flip a clip instead of one a frame [16]
     c.data.min_scale = 1.0  # below 1: random-resized-crop of at least this share of the area, in training
     c.data.max_aspect = 1.0  # above 1: that crop's width : height is off by up to this factor, either way
+    c.data.shrink_to = 0  # px: those crops are of pictures shrunk to this shorter side, to save memory; 0: as they are
     c.data.colour_jitter = 0.0  # strength of brightness, contrast and saturation changes, in training
     c.data.apply_exif = False  # turn pictures as their EXIF orientation says
     c.data.cache_bytes = 0  # memory for decoded and resized training pictures: the same pixels, for a set that fits

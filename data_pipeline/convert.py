@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.columns import Converted, encode_json, make_manifest
 from data_pipeline.faults import BadInputError, WrongUseError
+from data_pipeline.layouts.folder import Folder
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.layouts.lpr750k import Lpr750k
 from data_pipeline.listing import NONE, Layout, Listing
@@ -28,10 +29,10 @@ from data_pipeline.report import make_report, print_report
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
 from data_pipeline.survey import list_splits
-from data_pipeline.tfrecord import file_crc, sync_folder, write_file
+from data_pipeline.tfrecord import sync_folder, write_file
 from data_pipeline.workers import Workers
 
-LAYOUTS: dict[str, Callable[[Path, str | None, int | None], Layout]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m}
+LAYOUTS: Mapping[str, type[Lpr750k | Lpr4m | Folder]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m, "folder": Folder}
 SPLITS = ("train", "val", "test")
 SAMPLED_FRAMES = 10  # all that SPEC 9.1 ever reads
 IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
@@ -101,19 +102,20 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
 
 def open_source(options: Options) -> tuple[Layout, tuple[str, ...]]:
     """The layout of the source and the splits to convert."""
-    if not (options.source / "annotations").is_dir():
+    kind = LAYOUTS[options.layout]
+    if absent := [f"{name}/" for name in kind.FOLDERS if not (options.source / name).is_dir()]:
         raise WrongUseError(
-            f"{options.source}: found no folder annotations/, needs the unpacked download of {options.layout}; "
-            "correct --source."
+            f"{options.source}: found no folder {' and '.join(absent)}, needs the layout {options.layout} of "
+            "docs/data_formats.md; correct --source."
         )
     stored = SAMPLED_FRAMES if options.frames == "sampled" else None
-    layout: Layout = LAYOUTS[options.layout](options.source, options.train_annotation, stored)
+    layout: Layout = kind(options.source, options.train_annotation, stored)
     there = layout.splits()
     splits = tuple(split for split in SPLITS if split in (options.splits or there))
     if missing := [split for split in splits if split not in there]:
         raise WrongUseError(
-            f"{options.source}: found no list for {', '.join(missing)} (lists for {', '.join(there) or 'no split'}), "
-            "needs it in annotations/; leave the split out with --splits."
+            f"{options.source}: found nothing for {', '.join(missing)} (only for {', '.join(there) or 'no split'}), "
+            f"needs it in {layout.FOLDERS[0]}/; leave the split out with --splits."
         )
     if not splits:
         raise WrongUseError(
@@ -121,16 +123,12 @@ def open_source(options: Options) -> tuple[Layout, tuple[str, ...]]:
             "correct --source or --layout."
         )
     if left_out := [split for split in SPLITS if split not in splits and not options.splits]:
-        print(f"{options.source}: no list for {', '.join(left_out)}; converting {', '.join(splits)}.", file=sys.stderr)
+        print(f"{options.source}: nothing for {', '.join(left_out)}; converting {', '.join(splits)}.", file=sys.stderr)
     return layout, splits
 
 
 def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
     """What makes a conversion this one: options that change its records, and the lists by name, size and checksum."""
-    lists = [path for split in splits if split != "test" for path in layout.training_lists(split)]
-    lists += layout.test_files() if "test" in splits else []
-    if "val" in splits and "train" not in splits and "train" in layout.splits():
-        lists += layout.training_lists("train")  # validation's gallery has its shop images
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
@@ -138,7 +136,7 @@ def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict
         "frames": options.frames,
         "stored_frames": SAMPLED_FRAMES if options.frames == "sampled" else None,
         "clips_per_shard": options.clips_per_shard,
-        "lists": {path.name: [path.stat().st_size, file_crc(path)] for path in lists},
+        "lists": layout.checksums(splits),
     }
 
 
@@ -273,7 +271,7 @@ def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
 
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
     """Writes all faults to a file. ConversionError if they are not to be skipped, or too many of a split are."""
-    faults = [fault for split in converted for fault in split.faults]
+    faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
     path = options.output / FAULTS
     path.unlink(missing_ok=True)
     if not faults:
@@ -310,7 +308,9 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
 def parse_options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser("python -m data_pipeline.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="how the source is laid out on disk")
-    parser.add_argument("--source", required=True, type=Path, metavar="DIR", help="the unpacked download")
+    parser.add_argument(
+        "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
+    )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder of the records, made if missing"
     )

@@ -33,7 +33,7 @@ class BadInputError(ValueError):
 
     def at(self, file: str, line: int = 0, subject: str = "") -> Fault:
         if self.file is not None and self.file != file:  # the picture is at fault, the line only names it
-            named = f" (named by {file}{f' line {line}' if line else ''})"
+            named = "" if self.file.startswith(f"{file}/") else f" (named by {file}{f' line {line}' if line else ''})"
             return Fault(self.reason, self.file, self.detail + named, subject=subject)
         return Fault(self.reason, file, self.detail, line, subject)
 

@@ -10,12 +10,12 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.faults import Fault
+from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.schema import Box, Clip, Picture, ShopImage
 
 LINE = np.dtype([("file", "<u2"), ("number", "<i4"), ("offset", "<i8"), ("length", "<i4")])
@@ -29,6 +29,7 @@ class Row:
     """One line of a training list."""
 
     clip_id: str
+    livestream: str
     frames: tuple[str, ...]  # paths (LPR750K) or frame ids (LPR4M)
     boxes: tuple[tuple[Box, ...], ...] | None  # of each frame; None: not given
     image_id: str
@@ -55,42 +56,39 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Query:
-    """A test clip as its layout lists it."""
+class ListedClip:
+    """A clip that no training list has a line of, as its layout lists it: those of test, and all of a folder's."""
 
     clip_id: str
+    livestream: str
     frames: tuple[str, ...]
     truth: tuple[str, ...]
-    boxes: tuple[tuple[Box, ...], ...] | None
-    speech: str
     file: str  # where it is listed
+    boxes: tuple[tuple[Box, ...], ...] | None = None
+    speech: str = ""
+    fault: BadInputError | None = None  # it keeps its place, without a record
 
 
 class Layout(Protocol):
     """One layout on disk. Picklable and small: each worker has its own."""
 
+    FOLDERS: ClassVar[tuple[str, ...]]  # that a source must have; the first is where its splits are told
     source: Path
 
     def splits(self) -> tuple[str, ...]:
-        """Those of train, val, test that the source has lists for."""
+        """Those of train, val, test that the source has clips for."""
 
-    def training_lists(self, split: str) -> list[Path]:
-        """The files of the training or validation list."""
+    def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
+        """Size and CRC32C, by name, of all that says what the splits are: a conversion of other ones is another."""
 
-    def test_files(self) -> list[Path]:
-        """The files that say what the test split is."""
-
-    def shop_image(self, row: Row, split: str) -> ShopImage:
-        """The shop image of a training row."""
-
-    def frames_to_locate(self, listed: Row | Query) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
         """The frames whose place must be looked up for all clips at once; none where a path says it."""
 
-    def queries(self) -> tuple[list[Query], list[Fault]]:
-        """The test clips, and what is wrong with the others."""
+    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
+        """The clips of a split without a training list, and what is wrong with those that have no place among them."""
 
-    def galleries(self) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Livestream -> its shop images in the order of the file."""
+    def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
+        """Livestream -> its shop images in the order of the file; asked for the same splits."""
 
     def truth(self) -> dict[str, tuple[str, ...]]:
         """Clip id -> true image ids, also of clips that are no query."""
@@ -98,11 +96,22 @@ class Layout(Protocol):
     def locate(self, listings: Sequence["Listing"], run: Run, work: Path) -> list[str]:
         """Finds the pictures that paths do not say, before the first is opened; lines for the report."""
 
-    def read_clip(self, source: Line | Query, split: str) -> Clip:
+    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
         """A listed clip with its pictures to be stored; BadInputError."""
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
         """Where a shop image's picture is; BadInputError."""
+
+
+@runtime_checkable
+class TextLayout(Layout, Protocol):
+    """A layout whose training and validation clips are lines of text files."""
+
+    def training_lists(self, split: str) -> list[Path]:
+        """The files of the training or validation list."""
+
+    def shop_image(self, row: Row, split: str) -> ShopImage:
+        """The shop image of a training row."""
 
 
 class Table:
@@ -137,18 +146,18 @@ class Listing:
     frame_hashes: NDArray[np.uint64]  # of the frames to locate, one clip after the other
     hash_counts: NDArray[np.int64]
     lost_images: int = 0  # rows of the gallery file that are at fault
-    lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # training: one a clip
+    lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # of a list: one a clip
     files: list[str] = dataclasses.field(default_factory=list)  # what LINE's `file` counts, relative to the source
-    queries: list[Query] = dataclasses.field(default_factory=list)  # test: one a clip
+    clips: list[ListedClip] = dataclasses.field(default_factory=list)  # where there are no lines: one a clip
     truth: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # test: all of the truth file
     image_products: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # one an image
 
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def source(self, ordinal: int) -> Line | Query:
-        if self.queries:
-            return self.queries[ordinal]
+    def source(self, ordinal: int) -> Line | ListedClip:
+        if self.clips:
+            return self.clips[ordinal]
         file, number, offset, length = self.lines[ordinal].item()
         return Line(self.files[file], number, offset, length)
 

@@ -236,7 +236,7 @@ class Split:
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Livestream id -> rows of images in the file's order, doubles kept. Validation has one gallery, named ""."""
+        """Livestream id -> rows of images in the file's order, doubles kept. Validation of a download has one: ""."""
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.listing import Layout, Line, Query
+from data_pipeline.listing import Layout, Line, ListedClip
 from data_pipeline.pictures import PictureFolder, check_picture
 from data_pipeline.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.tfrecord import ShardWriter, file_crc, index_path, write_file
@@ -24,7 +24,7 @@ class ClipEntry:
 
     ordinal: int
     id: str
-    source: Line | Query
+    source: Line | ListedClip
     image_index: int
     product: str  # of its row, or of its shop image where the layout names none for clips
     product_index: int

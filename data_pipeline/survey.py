@@ -8,9 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, lines, livestream_of, parse_row
+from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, lines, parse_row
 from data_pipeline.layouts.downloads import hash_names
-from data_pipeline.listing import LINE, NONE, TABLES, Layout, Listing, Query, Run, Table, sort_images
+from data_pipeline.listing import (
+    LINE,
+    NONE,
+    TABLES,
+    Layout,
+    ListedClip,
+    Listing,
+    Run,
+    Table,
+    TextLayout,
+    sort_images,
+)  # fmt: skip
 from data_pipeline.schema import ShopImage
 
 PART_BYTES = 1 << 24
@@ -21,8 +32,8 @@ def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[L
     tables = {name: Table() for name in TABLES}
     listings: list[Listing] = []
     for split in splits:
-        if split == "test":
-            listings.append(list_test(layout, tables))
+        if split == "test" or not isinstance(layout, TextLayout):
+            listings.append(list_clips(layout, split, tables))
         else:
             shelf = _training_images(layout, listings, run) if split == "val" else ()
             listings.append(list_training(layout, split, tables, run, shelf))
@@ -33,7 +44,7 @@ def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[L
         ]
         products = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
         listing.image_products = products
-        if listing.split == "test":
+        if listing.clips:
             listing.columns["product"] = np.append(products, np.int32(NONE))[listing.columns["image"]]
     texts = {}
     for name, table in tables.items():
@@ -45,7 +56,7 @@ def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[L
     return listings, texts
 
 
-def _training_images(layout: Layout, listings: Sequence[Listing], run: Run) -> Iterator[ShopImage]:
+def _training_images(layout: TextLayout, listings: Sequence[Listing], run: Run) -> Iterator[ShopImage]:
     """Validation has no gallery in these layouts: its own are all shop images of both lists, converted or not."""
     if listings:
         yield from listings[0].images
@@ -91,7 +102,7 @@ class Survey:
     num_lines: int = 0
 
 
-def survey_part(layout: Layout, split: str, part: Part) -> Survey:
+def survey_part(layout: TextLayout, split: str, part: Part) -> Survey:
     """Reads a part of a training list (in a worker)."""
     survey = Survey()
     file = str(part.path.relative_to(layout.source))
@@ -109,7 +120,7 @@ def survey_part(layout: Layout, split: str, part: Part) -> Survey:
         category = f"{row.category}\t{row.category_name}".strip("\t")
         survey.clip_ids.append(row.clip_id.encode())
         survey.lines.append(line)
-        survey.texts.append((livestream_of(row.clip_id), category, row.product, row.scale, row.duration, row.number))
+        survey.texts.append((row.livestream, category, row.product, row.scale, row.duration, row.number))
         survey.images.append(image)
         survey.columns.append(row.columns)
         survey.frame_hashes.append(hash_names(layout.frames_to_locate(row)))
@@ -145,7 +156,7 @@ class ImageNumbers:
 
 
 def list_training(
-    layout: Layout, split: str, tables: dict[str, Table], run: Run, shelf: Iterable[ShopImage] = ()
+    layout: TextLayout, split: str, tables: dict[str, Table], run: Run, shelf: Iterable[ShopImage] = ()
 ) -> Listing:
     """The listing of a training list; shelf: further shop images of validation's gallery."""
     paths = layout.training_lists(split)
@@ -192,7 +203,7 @@ def _arrays(survey: Survey, tables: dict[str, Table], images: ImageNumbers) -> d
     return arrays
 
 
-def _surveys(layout: Layout, split: str, paths: Sequence[Path], run: Run) -> Iterator[Survey]:
+def _surveys(layout: TextLayout, split: str, paths: Sequence[Path], run: Run) -> Iterator[Survey]:
     """The parts' surveys in order, line numbers counted from the beginning of each file."""
     parts = [
         Part(file, path, begin, begin + PART_BYTES)
@@ -252,13 +263,13 @@ def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
     listing.columns = {name: values[order] for name, values in listing.columns.items()}
 
 
-# --- test -------------------------------------------------------------------------------------------------------------
+# --- test, and folders ------------------------------------------------------------------------------------------------
 
 
-def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
-    """The listing of the test split; a query without a true image in its gallery is a fault and keeps its place."""
-    queries, faults = layout.queries()
-    shelves, gallery_faults = layout.galleries()
+def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
+    """The listing of a split without a training list; a clip without a true image in its gallery keeps its place."""
+    clips, faults = layout.listed_clips(split)
+    shelves, gallery_faults = layout.galleries(split)
     images: list[ShopImage] = []
     galleries: dict[str, list[int]] = {}
     numbers: dict[tuple[str, str], int] = {}
@@ -267,30 +278,30 @@ def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
             if numbers.setdefault((image.id, image.reference), len(images)) == len(images):
                 images.append(image)
         galleries[livestream] = [numbers[image.id, image.reference] for image in shelf]
-    listed = len(queries) + len(faults)
+    listed = len(clips) + len(faults)
     faults += gallery_faults
-    queries.sort(key=lambda query: query.clip_id.encode())
+    clips.sort(key=lambda clip: clip.clip_id.encode())
     true_rows: list[int] = []
-    for query in queries:
+    for clip in clips:
         try:
-            true_rows.append(true_row(query, images, galleries))
+            true_rows.append(true_row(clip, images, galleries))
         except BadInputError as err:
-            faults.append(err.at(query.file, 0, f"clip {query.clip_id}"))
+            faults.append(err.at(clip.file, 0, f"clip {clip.clip_id}"))
             true_rows.append(NONE)
-    livestreams = [tables["livestream"].number(livestream_of(query.clip_id)) for query in queries]
-    hashes = [hash_names(layout.frames_to_locate(query)) for query in queries]
+    livestreams = [tables["livestream"].number(clip.livestream) for clip in clips]
+    hashes = [hash_names(layout.frames_to_locate(clip)) for clip in clips]
     listing = Listing(
-        split="test",
-        clip_ids=np.array([query.clip_id.encode() for query in queries], np.bytes_),
-        queries=queries,
+        split=split,
+        clip_ids=np.array([clip.clip_id.encode() for clip in clips], np.bytes_),
+        clips=clips,
         columns={
-            **{name: np.full(len(queries), NONE, np.int32) for name in TABLES},
+            **{name: np.full(len(clips), NONE, np.int32) for name in TABLES},
             "livestream": np.array(livestreams, np.int32),
             "image": np.array(true_rows, np.int32),
         },
         images=images,
-        galleries=galleries,
-        truth=layout.truth(),
+        galleries={} if split == "train" else galleries,
+        truth=layout.truth() if split == "test" else {},
         faults=faults,
         listed=listed,
         lost_images=len(gallery_faults),
@@ -301,26 +312,27 @@ def list_test(layout: Layout, tables: dict[str, Table]) -> Listing:
     return listing
 
 
-def true_row(query: Query, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
-    """Row of the first true image in the query's gallery; BadInputError if the query cannot be judged."""
-    livestream = livestream_of(query.clip_id)
-    if not query.frames:
+def true_row(clip: ListedClip, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
+    """Row of the first true image in the clip's gallery; BadInputError if it cannot be judged."""
+    if clip.fault:
+        raise clip.fault
+    if not clip.frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
-    if not query.truth:
+    if not clip.truth:
         raise BadInputError(
             "query without truth",
             "found no true image in the truth file, needs at least one; add it, or remove the query.",
         )
-    if not galleries.get(livestream):
+    if not galleries.get(clip.livestream):
         raise BadInputError(
             "livestream without gallery",
-            f"found no shop image for livestream {livestream}, needs a gallery; add it to the gallery file.",
+            f"found no shop image for livestream {clip.livestream}, needs a gallery; add it to the gallery file.",
         )
-    for row in galleries[livestream]:
-        if images[row].id in query.truth:
+    for row in galleries[clip.livestream]:
+        if images[row].id in clip.truth:
             return row
     raise BadInputError(
         "true image not in its gallery",
-        f"found none of {', '.join(query.truth)} in the gallery of livestream {livestream}, needs one; "
+        f"found none of {', '.join(clip.truth)} in the gallery of livestream {clip.livestream}, needs one; "
         "correct the truth or the gallery file.",
     )

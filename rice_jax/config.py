@@ -5,6 +5,7 @@ report a mistyped field as its bare name, and a file that is not there at the fi
 """
 
 import argparse
+import copy
 import difflib
 import importlib.util
 import inspect
@@ -165,6 +166,7 @@ FREE = (
     "data.test_tail_cut", "eval_batch_size", "eval_flip",
 )  # fmt: skip
 
+FITTED_BATCH = 64  # pairs, at most, of a batch that fits to the set
 CHOICES = {
     "data.resize_mode": ("stretch", "keep_ratio"),
     "data.frame_sampling": ("uniform", "random"),
@@ -179,15 +181,16 @@ CHOICES = {
     "optimizer.decay_rule": ("official", "no_1d"),
 }
 COUNTS = (  # at least 1
-    "batch_size", "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept",
+    "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept",
     "data.num_frames", "data.eval_num_frames", "data.image_size", "model.patch_size", "model.width", "model.layers",
     "model.heads", "model.hidden", "model.embedding", "model.decoder_heads", "loss.unit_slots", "loss.unit_chunk",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "eval_every", "max_nonfinite_updates", "data.threads", "data.workers", "data.cache_bytes", "loss.icl",
-    "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.micro_batch", "loss.pair_chunk", "model.decoder_self_eps",
-    "optimizer.learning_rate", "optimizer.decoder_lr_multiplier", "optimizer.logit_scale_lr_multiplier",
-    "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
+    "seed", "batch_size", "eval_every", "max_nonfinite_updates", "data.threads", "data.workers", "data.cache_bytes",
+    "loss.icl", "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.micro_batch", "loss.pair_chunk",
+    "model.decoder_self_eps", "optimizer.learning_rate", "optimizer.decoder_lr_multiplier",
+    "optimizer.logit_scale_lr_multiplier", "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay",
+    "optimizer.clip_norm",
 )  # fmt: skip
 SHARES = (  # 0 to 1, without 1
     "loss.cross_dropout", "loss.patch_drop", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay",
@@ -230,6 +233,23 @@ def validate(config: Any) -> None:
         faults.append("data.path is not set; give --config.data.path=FOLDER, as data_pipeline.convert made it")
     if faults:
         raise ValueError("config: " + "; ".join(faults) + ".")
+
+
+def fitted(config: Any, *, clips: int, splits: Sequence[str], devices: int) -> Any:
+    """The config with what it leaves to the data set filled in: batch_size 0, data.eval_split "auto".
+
+    clips: to train on. The batch is that of equal batches of at most FITTED_BATCH, so that an epoch leaves few clips
+    out, and divides by the devices.
+    """
+    config = copy.deepcopy(config)
+    if not config.batch_size:
+        if clips < devices:
+            raise ValueError(f"{clips} training clips: need one for each of {devices} devices; take fewer devices.")
+        size = clips // -(-clips // FITTED_BATCH)
+        config.batch_size = max(1, size // devices) * devices
+    if config.data.eval_split == "auto":
+        config.data.eval_split = "val" if "val" in splits else ""
+    return config
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rice_jax import config as configuration
 from rice_jax import model, retrieval, sharding
 from rice_jax.checkpoints import Checkpoints, read_config, write_config
 from rice_jax.logs import Log, Progress
+from rice_jax.sources import initialise
 from rice_jax.step import abstract_state, init_state, make_train_step
 
 
@@ -32,32 +33,40 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     configuration.validate(config)
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)
+    keep = rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    config = configuration.fitted(
+        config, clips=train.num_clips if keep is None else len(keep), splits=dataset.splits, devices=mesh.size
+    )
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
     plan = Plan(
         train.num_clips,
         config.batch_size,
         config.seed,
-        keep=rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None,
+        keep=keep,
         product=np.asarray(train.columns["product"]) if config.data.spread_products else None,
         content_hash=dataset.content_hash,
     )
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
     # --- Model and state: the newest checkpoint's, or new ones ---
     net = model.build(config)
     abstract = abstract_state(net, config, mesh)
-    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
     checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
     start = checkpoints.latest()
+    config.init_from = config.init_from or saved_start(workdir, start)
+    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
     refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
     write_config(workdir, meta["config"])
     if start is None:
         start, state = 0, init_state(net, config, abstract)
+        state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
     else:
-        state = checkpoints.restore(start, abstract)
+        state, notes = checkpoints.restore(start, abstract), []
     log = Log(workdir, step=start, patience=config.max_nonfinite_updates)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
+    for note in notes:
+        log.say(note)
     log.say(f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}")
     log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
@@ -118,6 +127,16 @@ def evaluate_held_out(config: Any, net: Any, state: Any, mesh: Any, held_out: An
     figures = retrieval.evaluate(encoder, held_out).figures
     log.write(done, {f"{held_out.name}/{name}": value for name, value in figures.items()})
     log.say(f"step {done}  {held_out.name}: {retrieval.one_line(figures)}")
+
+
+def saved_start(workdir: Path, start: int | None) -> str:
+    """The init_from of the run that goes on, which needs not be said again; ValueError for imported weights."""
+    held = read_config(workdir)
+    if start == 0:
+        raise ValueError(
+            f"{workdir} holds imported weights and no run; give another --workdir, and --config.init_from={workdir}."
+        )
+    return configuration.from_json(held).init_from if start and held is not None else ""
 
 
 def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:

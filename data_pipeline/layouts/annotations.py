@@ -8,15 +8,17 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from data_pipeline.faults import BadInputError, WrongUseError
+from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.frames import sample_frames
-from data_pipeline.listing import Line, Query, Row
+from data_pipeline.layouts.downloads import name_of
+from data_pipeline.listing import Line, ListedClip, Row, TextLayout
 from data_pipeline.pictures import SUFFIXES
 from data_pipeline.schema import Box, Clip, Picture
+from data_pipeline.tfrecord import file_crc
 
 TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
@@ -24,6 +26,7 @@ NO_IMAGE = "image id without an image"
 MAX_LINE_BYTES = 1 << 24  # a clip of one hour at a frame a second takes 0.5 MB
 MAX_JSON_BYTES = 1 << 30
 MAX_ID_BYTES = 200  # LPR4M's clip ids have 64
+T = TypeVar("T")
 LIST_OF_STRINGS = re.compile(  # possessive (+): a hostile cell costs time linear in its length
     r"""\[\s*+(?:STRING\s*+(?:,\s*+STRING\s*+)*+,?+\s*+)?+\]""".replace(
         "STRING", r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -40,24 +43,24 @@ def stored_positions(count: int, stored_frames: int | None) -> tuple[int, ...]:
 
 
 def clip_of(
-    listed: Row | Query, frames: tuple[Picture, ...], positions: tuple[int, ...], num_frames: int, failed: int = 0
+    listed: Row | ListedClip, frames: tuple[Picture, ...], positions: tuple[int, ...], num_frames: int, failed: int = 0
 ) -> Clip:
-    """The clip of a training row or a query, with the frames that are to be stored.
+    """The clip of a training row or of a query, with the frames that are to be stored.
 
     positions: theirs in the list; num_frames: how many exist; failed: how many downloads are known to have failed.
     """
     clip = Clip(
         id=listed.clip_id,
-        livestream=livestream_of(listed.clip_id),
+        livestream=listed.livestream,
         frames=frames,
         positions=positions,
         original_frames=num_frames,
-        image_ids=listed.truth if isinstance(listed, Query) else (listed.image_id,),
+        image_ids=listed.truth if isinstance(listed, ListedClip) else (listed.image_id,),
         boxes=None if listed.boxes is None else tuple(listed.boxes[position] for position in positions),
         speech=listed.speech,
         failed_downloads=failed,
     )
-    if isinstance(listed, Query):
+    if isinstance(listed, ListedClip):
         return clip
     return dataclasses.replace(
         clip,
@@ -104,6 +107,7 @@ def parse_row(line: bytes) -> Row:
         image_path, product = None, cells[3]
     return Row(
         clip_id=checked_id(cells[0], "clip"),
+        livestream=livestream_of(cells[0]),
         frames=frames,
         boxes=boxes,
         image_id=checked_id(cells[3], "image"),
@@ -231,7 +235,54 @@ def read_line(root: Path, line: Line) -> Row:
         return parse_row(file.read(line.length))
 
 
+# --- test -------------------------------------------------------------------------------------------------------------
+
+
+def queries(
+    source: Path,
+    file: Path,
+    entries: Mapping[str, T],
+    frames_of: Callable[[T], tuple[str, ...]],
+    truth: Mapping[str, tuple[str, ...]],
+) -> tuple[list[ListedClip], list[Fault]]:
+    """The test clips that `file` lists, with their truth, boxes and speech; and a fault for each of the others.
+
+    entries: what the file says of each clip id, from which `frames_of` makes its frames.
+    """
+    boxes = load_boxes(find_optional(source, BOXES))
+    speech = load_texts(find_optional(source, SPEECH))
+    name = str(file.relative_to(source))
+    clips, faults = [], []
+    for clip_id, entry in entries.items():
+        try:
+            frames = frames_of(entry)
+            of_frame = [boxes.get(name_of(frame)) for frame in frames]
+            clip = ListedClip(
+                clip_id=checked_id(clip_id, "clip"),
+                livestream=livestream_of(clip_id),
+                frames=frames,
+                truth=truth.get(clip_id, ()),
+                file=name,
+                boxes=tuple(each or () for each in of_frame) if any(of_frame) else None,
+                speech=speech.get(clip_id, ""),
+            )
+            clips.append(clip)
+        except BadInputError as err:
+            faults.append(err.at(name, 0, f"clip {clip_id}"))
+    return clips, faults
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def checksums(layout: TextLayout, splits: Sequence[str], test_files: Callable[[], list[Path]]) -> dict[str, list[int]]:
+    """Size and CRC32C of the lists of the splits, by file name."""
+    wanted = [split for split in splits if split != "test"]
+    if wanted == ["val"] and "train" in layout.splits():
+        wanted.append("train")  # validation's gallery has its shop images
+    files = [path for split in wanted for path in layout.training_lists(split)]
+    files += test_files() if "test" in splits else []
+    return {path.name: [path.stat().st_size, file_crc(path)] for path in files}
 
 
 def find_one(source: Path, pattern: str, *, needed_for: str) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
 from data_pipeline.layouts.downloads import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
-from data_pipeline.listing import Layout, Line, Listing, Query, Row, Run
+from data_pipeline.listing import Layout, Line, ListedClip, Listing, Row, Run
 from data_pipeline.schema import Clip, Picture, ShopImage
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
@@ -20,6 +21,8 @@ LINES_A_TASK = 1000
 
 class Lpr4m:
     """The source folder with annotations/ and the outputs training_frame, training_image, test_frame, test_image."""
+
+    FOLDERS: ClassVar[tuple[str, ...]] = ("annotations",)
 
     def __init__(self, source: Path, train_annotation: str | None, stored_frames: int | None) -> None:
         self.source = source
@@ -41,7 +44,10 @@ class Lpr4m:
             return annotations.training_lists(self.source, self.train_annotation)
         return [annotations.find_one(self.source, "training_videoinfo_val*", needed_for="validation")]
 
-    def test_files(self) -> list[Path]:
+    def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
+        return annotations.checksums(self, splits, self._test_files)
+
+    def _test_files(self) -> list[Path]:
         needed = [
             annotations.find_one(self.source, pattern, needed_for="the test split") for pattern in (TRUTH, GALLERIES)
         ]
@@ -53,42 +59,23 @@ class Lpr4m:
     def shop_image(self, row: Row, split: str) -> ShopImage:
         return ShopImage(row.image_id, row.image_id, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: Row | Query) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
         positions = annotations.stored_positions(len(listed.frames), self.stored_frames)
         return [name_of(listed.frames[position]) for position in positions]
 
     def truth(self) -> dict[str, tuple[str, ...]]:
         return annotations.load_id_lists(annotations.find_one(self.source, TRUTH, needed_for="the test split"))
 
-    def queries(self) -> tuple[list[Query], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
         """Clips of the test frames: LPR4M has no list of its queries, a frame's id begins with its clip's."""
-        truth = self.truth()
-        boxes = annotations.load_boxes(annotations.find_optional(self.source, BOXES))
-        speech = annotations.load_texts(annotations.find_optional(self.source, SPEECH))
         urls = self._frame_urls()
         names: dict[str, list[str]] = {}
         for name in _names_of_list(urls) if urls else list_names(find_download(self.source, "test_frame")):
             names.setdefault(name.rpartition("-")[0], []).append(name)
-        file = str(urls.relative_to(self.source)) if urls else "test_frame"
-        queries, faults = [], []
-        for clip_id, frames in names.items():
-            frames = sorted(set(frames), key=lambda name: (len(name), name))
-            of_frame = [boxes.get(frame) for frame in frames]
-            try:
-                query = Query(
-                    clip_id=annotations.checked_id(clip_id, "clip"),
-                    frames=tuple(frames),
-                    truth=truth.get(clip_id, ()),
-                    boxes=tuple(each or () for each in of_frame) if any(of_frame) else None,
-                    speech=speech.get(clip_id, ""),
-                    file=file,
-                )
-                queries.append(query)
-            except BadInputError as err:
-                faults.append(err.at(file, 0, f"clip {clip_id}"))
-        return queries, faults
+        in_order = lambda frames: tuple(sorted(set(frames), key=lambda name: (len(name), name)))
+        return annotations.queries(self.source, urls or self.source / "test_frame", names, in_order, self.truth())
 
-    def galleries(self) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
+    def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         path = annotations.find_one(self.source, GALLERIES, needed_for="the test split")
         titles = annotations.load_texts(annotations.find_optional(self.source, TITLES))
         shelves = {
@@ -132,8 +119,8 @@ class Lpr4m:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def read_clip(self, source: Line | Query, split: str) -> Clip:
-        listed = source if isinstance(source, Query) else annotations.read_line(self.source, source)
+    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
+        listed = source if isinstance(source, ListedClip) else annotations.read_line(self.source, source)
         frames, positions, existing, failed = self._frames(listed.frames, _output(split, "frame"))
         return annotations.clip_of(listed, frames, positions, existing, failed)
 
@@ -205,10 +192,10 @@ def _all_frames(listing: Listing, rows: NDArray[np.int64], run: Run) -> list[NDA
     return list(run(hash_all_frames, tasks, f"{listing.split}: clips with failed downloads", total=len(parts)))
 
 
-def hash_all_frames(layout: Layout, sources: Sequence[Line | Query]) -> NDArray[np.uint64]:
+def hash_all_frames(layout: Layout, sources: Sequence[Line | ListedClip]) -> NDArray[np.uint64]:
     hashes = []
     for source in sources:
-        listed = source if isinstance(source, Query) else annotations.read_line(layout.source, source)
+        listed = source if isinstance(source, ListedClip) else annotations.read_line(layout.source, source)
         hashes.append(hash_names([name_of(text) for text in listed.frames]))
     return np.concatenate(hashes)
 

@@ -4,13 +4,12 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
-from data_pipeline.layouts.downloads import name_of
-from data_pipeline.listing import Line, Listing, Query, Row, Run
+from data_pipeline.listing import Line, ListedClip, Listing, Row, Run
 from data_pipeline.pictures import SUFFIXES, PictureFolder
 from data_pipeline.schema import Clip, Picture, ShopImage
 
@@ -19,6 +18,8 @@ QUERIES, GALLERY = "query_tenframes.json", "gallery_main.txt"
 
 class Lpr750k:
     """The source folder with annotations/, query/, gallery/, training_image/, training_video_0x/."""
+
+    FOLDERS: ClassVar[tuple[str, ...]] = ("annotations",)
 
     def __init__(self, source: Path, train_annotation: str | None, stored_frames: int | None) -> None:
         self.source = source
@@ -40,7 +41,10 @@ class Lpr750k:
             return annotations.training_lists(self.source, self.train_annotation)
         return [annotations.find_one(self.source, "training_videoinfo_val*", needed_for="validation")]
 
-    def test_files(self) -> list[Path]:
+    def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
+        return annotations.checksums(self, splits, self._test_files)
+
+    def _test_files(self) -> list[Path]:
         folder = self.source / "annotations"
         optional = (annotations.find_optional(self.source, pattern) for pattern in (BOXES, SPEECH, TITLES))
         return [folder / QUERIES, folder / GALLERY, self._truth_file, *(path for path in optional if path)]
@@ -56,7 +60,7 @@ class Lpr750k:
             )
         return ShopImage(row.image_id, row.image_path, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: Row | Query) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
         return ()
 
     def locate(self, listings: Sequence[Listing], run: Run, work: Path) -> list[str]:
@@ -69,31 +73,11 @@ class Lpr750k:
     def truth(self) -> dict[str, tuple[str, ...]]:
         return annotations.load_id_lists(self._truth_file)
 
-    def queries(self) -> tuple[list[Query], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
         path = annotations.find_one(self.source, QUERIES, needed_for="the test split")
-        truth = self.truth()
-        boxes = annotations.load_boxes(annotations.find_optional(self.source, BOXES))
-        speech = annotations.load_texts(annotations.find_optional(self.source, SPEECH))
-        queries, faults = [], []
-        file = str(path.relative_to(self.source))
-        for clip_id, entry in annotations.load_json_object(path).items():
-            try:
-                frames = _frames_of(entry)
-                of_frame = [boxes.get(name_of(frame)) for frame in frames]
-                query = Query(
-                    clip_id=annotations.checked_id(clip_id, "clip"),
-                    frames=frames,
-                    truth=truth.get(clip_id, ()),
-                    boxes=tuple(each or () for each in of_frame) if any(of_frame) else None,
-                    speech=speech.get(clip_id, ""),
-                    file=file,
-                )
-                queries.append(query)
-            except BadInputError as err:
-                faults.append(err.at(file, 0, f"clip {clip_id}"))
-        return queries, faults
+        return annotations.queries(self.source, path, annotations.load_json_object(path), _frames_of, self.truth())
 
-    def galleries(self) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
+    def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         """Rows of the gallery file. A picture that several livestreams show is stored once.
 
         The official code reads each row's own file: a file that differs from the first of its name stays apart.
@@ -126,9 +110,9 @@ class Lpr750k:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def read_clip(self, source: Line | Query, split: str) -> Clip:
-        if isinstance(source, Query):
-            listed: Row | Query = source
+    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
+        if isinstance(source, ListedClip):
+            listed: Row | ListedClip = source
             paths = [f"query/{frame}" for frame in source.frames]
         else:
             listed = annotations.read_line(self.source, source)

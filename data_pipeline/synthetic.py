@@ -1,0 +1,304 @@
+"""A livestream shop drawn by the project itself: python -m data_pipeline.synthetic --output DIR
+
+Products in 34 categories with siblings that differ in their pattern alone, shop images, clips and lists, laid out as
+LPR750K is (SPEC 8.1-8.6). The same seed and sizes give the same files, whatever the number of workers. Killed, the same
+command goes on where it stopped. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
+"""
+
+import argparse
+import concurrent.futures.process
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_pipeline.drawing.catalogue import Clip, Product, Shop, plan_shop
+from data_pipeline.drawing.dice import Dice
+from data_pipeline.drawing.products import CATEGORIES, draw_product, shop_image
+from data_pipeline.drawing.rooms import Room, draw_room
+from data_pipeline.drawing.scenes import Scene, backdrop, draw_overlay
+from data_pipeline.drawing.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
+from data_pipeline.faults import WrongUseError
+from data_pipeline.folders import WORK, claim, locked
+from data_pipeline.frames import sample_frames
+from data_pipeline.tfrecord import write_file
+from data_pipeline.workers import Workers
+
+PRODUCTS, CLIPS_A_PRODUCT = 102, 8
+SHELF = 9  # products that fit on the shelf behind the host
+SAMPLED = 10  # frames of a query (SPEC 8.8)
+NO_BOX = (0, 0, 0, 0)  # SPEC 8.5
+VERSION = 1  # of the drawing: raise it when the same seed gives other files
+DONE, ANNOTATIONS = "synthetic.json", "annotations"
+SCALES = (
+    ("small", 0.1),
+    ("medium", 0.25),
+    ("large", 1.0),
+)  # up to which share of the frame the boxes cover, on average
+DURATIONS = (("short", 4), ("medium", 7), ("long", math.inf))  # up to how many seconds the product is shown
+Boxes = list[Box | None]  # of a clip's frames; None: the product is not shown
+
+
+def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: int) -> Shop:
+    """Draws the shop, unless it is there already. WrongUseError as `plan_shop` and `claim` say."""
+    shop = plan_shop(products=products, clips=clips, seed=seed)
+    identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        if claim(output, identity, output / DONE):
+            print(f"{output}: already drawn, nothing to do.")
+        else:
+            for left_over in output.glob("[!.]*/.*.tmp"):
+                shutil.rmtree(left_over)  # of a clip that was being drawn when the run was killed
+            write_lists(shop, output, _draw(Studio(shop, output), workers))
+            summary = summarize(shop)
+            write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
+            _print(summary)
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    return shop
+
+
+def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
+    """All pictures; the boxes by clip."""
+    shop = studio.shop
+    (studio.output / WORK / "sprites").mkdir(exist_ok=True)
+    seconds = [sum(clip.length for clip in clips) for clips in shop.clips_by_livestream]
+    boxes: dict[int, Boxes] = {}
+    with Workers(workers, studio) as pool:
+        products = [(product.index,) for product in shop.products]
+        for _ in pool.run(Studio.draw_product, products, "products", total=len(products), unit="product"):
+            pass
+        livestreams = [(live.index,) for live in shop.livestreams]
+        for drawn in pool.run(
+            Studio.draw_livestream, livestreams, "clips", total=sum(seconds), unit="frame",
+            weigh=lambda task: seconds[task[0]],
+        ):  # fmt: skip
+            boxes |= drawn
+    return boxes
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: a key of caches by what it is, not by all that it holds
+class Studio:
+    """Draws what the shop plans, in whatever process."""
+
+    shop: Shop
+    output: Path
+
+    def draw_product(self, index: int) -> None:
+        """The sprite, kept for the clips, and the shop image wherever it is looked for."""
+        kept = self.sprite_path(index)
+        if kept.exists():
+            return
+        product, seed = self.shop.products[index], self.shop.seed
+        shape, light = Dice(seed, "shape", product.group), Dice(seed, "light", product.group)  # the siblings' too
+        picture = draw_product(product.category, product.palette, product.pattern, shape, Dice(seed, "pattern", index))
+        data = _encode(shop_image(picture, product.palette, light), "JPEG", quality=90)
+        for path in image_paths(self.shop, product):
+            (self.output / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.output / path).write_bytes(data)
+        write_file(kept, _encode(picture, "PNG", compress_level=1))  # last: where it is, the others are whole
+
+    def draw_livestream(self, index: int) -> dict[int, Boxes]:
+        """The livestream's clips; their boxes."""
+        return {clip.index: self._draw_clip(clip) for clip in self.shop.clips_by_livestream[index]}
+
+    def _draw_clip(self, clip: Clip) -> Boxes:
+        """The clip's folder, unless it is there; it appears whole or not at all."""
+        scene = self.scene(clip)
+        folder = self.output / clip.folder
+        if not folder.exists():
+            unfinished = folder.with_name(f".{folder.name}.tmp")
+            unfinished.mkdir(parents=True)
+            for second, frame_id in enumerate(clip.frame_ids):
+                data = _encode(scene.frame(second), "JPEG", quality=85)
+                (unfinished / f"{frame_id}.jpg").write_bytes(data)
+            unfinished.replace(folder)
+        return [scene.box(second) for second in range(clip.length)]
+
+    def scene(self, clip: Clip) -> Scene:
+        seed, dice = self.shop.seed, Dice(self.shop.seed, "scene", clip.index)
+        product, *others = (_sprite(self, index) for index in (clip.product, *clip.others))
+        room, palm, fingers, overlay = _set(self, clip.livestream)
+        lights = Dice(seed, "lights", clip.livestream)
+        shots = plan_shots(lights, dice, product, clip.length, range(*clip.shown), passing=bool(others))
+        behind = backdrop(room, dice, others, shots[sum(clip.shown) // 2])
+        return Scene(behind, palm, fingers, product, others[-1] if others else None, overlay, shots)
+
+    def sprite_path(self, index: int) -> Path:
+        return self.output / WORK / "sprites" / f"{index:06d}.png"
+
+
+@functools.lru_cache(maxsize=256)  # half a megabyte each
+def _sprite(studio: Studio, index: int) -> Sprite:
+    with Image.open(studio.sprite_path(index)) as picture:
+        return Sprite(picture.copy())
+
+
+@functools.lru_cache(maxsize=2)
+def _set(studio: Studio, livestream: int) -> tuple[Room, Sprite, Sprite, Image.Image]:
+    """The livestream's room, hand and overlay."""
+    dice = Dice(studio.shop.seed, "room", livestream)
+    shelf = studio.shop.livestreams[livestream].shelf
+    room = draw_room(dice, [_sprite(studio, index).picture for index in shelf[:SHELF]])
+    return room, Sprite(room.palm), Sprite(room.fingers), draw_overlay(dice)
+
+
+def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def image_paths(shop: Shop, product: Product) -> list[str]:
+    """Where the product's shop image lies: for training, and in every gallery that shows it."""
+    training = [f"training_image/{product.image_id}.jpg"] if product.seen else []
+    return [*training, *(f"gallery/{live.id}/{product.image_id}-0.jpg" for live in shop.galleries_of[product.index])]
+
+
+def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
+    """The folder of annotations, whole or not at all: its presence is what the converter looks for."""
+    products = shop.products
+    test = shop.clips_of("test")
+    truth = {clip.id: [products[clip.product].image_id] for clip in test}
+    queries = {
+        clip.id: {
+            "frames": [f"{clip.id}/{clip.frame_ids[k]}.jpg" for k in sample_frames(clip.length, SAMPLED).tolist()],
+            "gt": truth[clip.id],
+        }
+        for clip in test
+    }
+    galleries = {live.id: [products[index].image_id for index in live.shelf] for live in shop.galleries}
+    of_frame = {
+        frame: [box or NO_BOX] for clip in test for frame, box in zip(clip.frame_ids, boxes[clip.index], strict=True)
+    }
+    shown = sorted({index for live in shop.galleries for index in live.shelf})
+    training = {
+        split: [_training_row(clip, products[clip.product], boxes[clip.index]) for clip in shop.clips_of(split)]
+        for split in ("train", "val")
+    }
+    files: dict[str, Any] = {
+        f"training_videoinfo_{len(training['train'])}.txt": training["train"],
+        "training_videoinfo_val.txt": training["val"],
+        "query_tenframes.json": queries,
+        "gallery_main.txt": [f"{live}/{image}-0.jpg" for live, shelf in galleries.items() for image in shelf],
+        f"test_videoid_to_gtimage_{len(test)}.json": truth,
+        f"test_liveid_to_gallery_{len(galleries)}.json": galleries,
+        f"test_frameid2gtbox_{len(test)}_{len(of_frame)}.json": of_frame,
+        f"test_videoid_asr_{len(test)}.txt": [f"{clip.id}\t{clip.speech}" for clip in test],
+        f"test_image_title_{len(shown)}.txt": [f"{products[i].image_id}\t{products[i].title}" for i in shown],
+        "test_videoid_seen.txt": [clip.id for clip in test if products[clip.product].seen],
+        "test_videoid_unseen.txt": [clip.id for clip in test if not products[clip.product].seen],
+    }
+    folder = output / WORK / ANNOTATIONS
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content) if isinstance(content, dict) else "".join(f"{line}\n" for line in content)
+        write_file(folder / name, text.encode())
+    shutil.rmtree(output / ANNOTATIONS, ignore_errors=True)  # of a run that was killed before its last file
+    folder.replace(output / ANNOTATIONS)
+
+
+def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
+    """Thirteen columns (SPEC 8.3, and 8.4's last three)."""
+    frames = [f"{clip.folder}/{frame}.jpg" for frame in clip.frame_ids]
+    category = str(list(CATEGORIES).index(product.category))
+    cells = [
+        clip.id, str(frames), str([list(box or NO_BOX) for box in boxes]), product.image_id,
+        f"training_image/{product.image_id}.jpg", product.title, category, product.category, f"spu{product.index:05d}",
+        clip.speech, scale_of(boxes), duration_of(clip), "multiple" if clip.others else "single",
+    ]  # fmt: skip
+    return "\t".join(cells)
+
+
+def scale_of(boxes: Boxes) -> str:
+    """By the share of the frame that the product's box covers, on average over the frames that show it."""
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in boxes if box]
+    share = sum(areas) / len(areas) / (WIDTH * HEIGHT)
+    return next(name for name, most in SCALES if share <= most)
+
+
+def duration_of(clip: Clip) -> str:
+    seconds = clip.shown[1] - clip.shown[0]
+    return next(name for name, most in DURATIONS if seconds <= most)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def summarize(shop: Shop) -> dict[str, Any]:
+    """What was drawn, in numbers. chance: recall@1 of a blind guess, percent."""
+    test = shop.clips_of("test")
+    shelf = [len(shop.livestreams[clip.livestream].shelf) for clip in test]
+    return {
+        "categories": len({product.category for product in shop.products}),
+        "products": len(shop.products),
+        "products_unseen": sum(not product.seen for product in shop.products),
+        "livestreams": len(shop.livestreams),
+        **{f"clips_{split}": len(shop.clips_of(split)) for split in ("train", "val", "test")},
+        "frames": sum(clip.length for clip in shop.clips),
+        "galleries": len(shop.galleries),
+        "gallery_images": sum(len(live.shelf) for live in shop.galleries),
+        "chance": round(100 * sum(1 / images for images in shelf) / len(shelf), 2),
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' '):<18}{value:>12,}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m data_pipeline.synthetic", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if missing")
+    parser.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"with siblings ({PRODUCTS})")
+    parser.add_argument("--clips", type=int, metavar="N", help=f"of all splits ({CLIPS_A_PRODUCT} a product)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another shop (0)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
+    parsed = parser.parse_args(arguments)
+    if parsed.workers < 1:
+        parser.error(f"--workers: found {parsed.workers}, needs at least 1")
+    if parsed.clips is None:
+        parsed.clips = CLIPS_A_PRODUCT * parsed.products
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        synthesize(**vars(options))
+    except WrongUseError as err:
+        print(err, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
+    except concurrent.futures.process.BrokenProcessPool:
+        print("A worker process died (killed, or out of memory); run the same command again.", file=sys.stderr)
+    except OSError as err:
+        print(
+            f"{options.output}: {err}; mend it and run the same command again: what is drawn is kept.", file=sys.stderr
+        )
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
