@@ -36,12 +36,15 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",
     ],  # the second is needed and not declared by the first
+    "torch": ["torch>=2.4"],  # to write .pth files; they are read without it. 6 GB from the index, hence not in `test`
     "test": [
         *FAST,
         *PARQUET,
         "pytest>=8",
         "hypothesis>=6.100",
         "beartype>=0.20",
+        "nbclient>=0.10",  # runs the notebook
+        "ipykernel>=6",
         "tensorboard>=2.18",  # reads back the event files that tensorboardX wrote
         "ruff>=0.9",
         "mypy>=1.14",
@@ -56,7 +59,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["rice_jax", "configs", "data_pipeline", "data_pipeline.layouts"],
+    packages=["rice_jax", "configs", "data_pipeline", "data_pipeline.drawing", "data_pipeline.layouts"],
     package_data={"rice_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,123 +1,427 @@
-"""Names of others and ours: one table a source and one loop, closed in both directions.
+"""Weights in and out.
 
-A rule is (pattern on the source's name, our path, transform). A stack of blocks is stored by us on a leading axis, so
-a pattern with a group `(\\d+)` collects its layers. Exactly one rule must match every tensor, and every parameter
-of ours must be filled; all faults are reported together.
+python -m rice_jax.weights import SOURCE --output DIR [--activation quick_gelu|gelu] [--image-size PX]
+python -m rice_jax.weights export RUN --format official|pth|huggingface|stablehlo --output DIR [--step N]
+python -m rice_jax.weights show PATH [--json]
+
+SOURCE is a file or folder of OpenAI's CLIP, Hugging Face's, open_clip's, or of the official RICE; DIR then opens with
+rice_jax.load, rice_jax.evaluate and --config.init_from. RUN is a training run or an imported folder.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import argparse
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-Tensor = np.ndarray
+from rice_jax import config as configuration
+from rice_jax import exports, model, naming, retrieval
+from rice_jax.checkpoints import Checkpoints, write_config
+from rice_jax.contents import look
+from rice_jax.sources import (
+    RUN,
+    is_run,
+    load_on_one_device,
+    measure,
+    read_source,
+    read_unused,
+    save_unused,
+    write_safetensors,
+)
+from rice_jax.step import State
+from rice_jax.version import __version__
+
+Tensors = dict[str, np.ndarray]
+DECODER = "transformer.transformer"  # as the official code calls it
+LICENCE = "The licence is that of the weights' source and of the data they were trained on; none is granted here."
 
 
-class Rule(NamedTuple):
-    pattern: str
-    path: str | None  # None: known, and not used
-    transform: Callable[[Tensor], Tensor] = lambda x: x
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it when the block ends well, and goes when it does not.
+
+    Raises:
+      ValueError: something is there already.
+    """
+    output = output.absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output}: holds something already; give a folder that is empty or not there yet.")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _transpose(x: Tensor) -> Tensor:
-    return x.T  # torch's linear layers are [out, in]
+def check_equal(ours: Any, again: Any, what: str) -> None:
+    """ValueError unless two trees of parameters are the same, bit for bit."""
+    left, right = naming.flattened(ours), naming.flattened(again)
+    wrong = [name for name in left.keys() | right.keys() if not _same(left.get(name), right.get(name))]
+    if wrong:
+        raise ValueError(
+            f"{what} does not read back as it was written ({', '.join(sorted(wrong)[:5])}); the disk may be at fault: "
+            "nothing was kept, run the same command again."
+        )
 
 
-def _block(source: str, ours: str) -> tuple[Rule, ...]:
-    """The twelve tensors of a CLIP block."""
+def _same(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)
+
+
+# --- In ---
+
+
+def import_weights(arguments: argparse.Namespace) -> None:
+    if is_run(arguments.source):
+        raise ValueError(
+            f"{arguments.source}: is a run already; give it to rice_jax.load or --config.init_from as it is."
+        )
+    with new_folder(arguments.output) as folder:
+        source = read_source(arguments.source, activation=arguments.activation, image_size=arguments.image_size)
+        said = source.config.model.activation
+        if arguments.activation not in (None, said):
+            raise ValueError(f"--activation {arguments.activation}: the file says {said}; leave the option out.")
+        about = {"name": arguments.source.name, "kind": source.kind, "notes": list(source.notes)}
+        state = State(jnp.int32(0), jax.tree.map(jnp.asarray, source.params), {}, {})
+        write_config(folder, configuration.to_json(source.config))
+        with Checkpoints(folder, kept=1) as checkpoints:
+            checkpoints.save(0, state, {"source": about})
+        save_unused(source.unused, folder)
+        check_equal(source.params, jax.device_get(load_on_one_device(folder).params), str(arguments.output))
+        check_equal(source.unused, read_unused(folder), str(arguments.output))
+    print(f"{arguments.source}: {source.kind}, {sizes(source.config)}")
+    for note in source.notes:
+        print(f"  {note}")
+    print(f"written to {arguments.output}; train from it with --config.init_from={arguments.output}")
+
+
+def sizes(config: Any) -> str:
+    c = config.model
+    parts = ["encoder", *(["decoder"] if config.loss.pmd or config.loss.pfr else [])]
+    heads = f", {c.decoder_heads} decoder heads" if len(parts) > 1 else ""
     return (
-        *(Rule(rf"{source}\.ln_{i}\.weight", f"{ours}/ln_{i}/scale") for i in (1, 2)),
-        *(Rule(rf"{source}\.ln_{i}\.bias", f"{ours}/ln_{i}/bias") for i in (1, 2)),
-        Rule(rf"{source}\.attn\.in_proj_weight", f"{ours}/attn/in_proj_kernel", _transpose),
-        Rule(rf"{source}\.attn\.in_proj_bias", f"{ours}/attn/in_proj_bias"),
-        *(
-            rule
-            for name, path in (
-                ("attn\\.out_proj", "attn/out_proj"),
-                ("mlp\\.c_fc", "mlp/c_fc"),
-                ("mlp\\.c_proj", "mlp/c_proj"),
-            )
-            for rule in (
-                Rule(rf"{source}\.{name}\.weight", f"{ours}/{path}/kernel", _transpose),
-                Rule(rf"{source}\.{name}\.bias", f"{ours}/{path}/bias"),
-            )
-        ),
+        f"{' and '.join(parts)}: patch {c.patch_size}, {config.data.image_size} px, width {c.width}, "
+        f"{c.layers} layers, {c.heads} heads, MLP {c.hidden}, embedding {c.embedding}, {c.activation}{heads}"
     )
 
 
-ENCODER = r"image_encoder\.model"
-DECODER = r"transformer\.transformer"
-
-OFFICIAL: tuple[Rule, ...] = (  # SPEC 2.6, 15.1 and golden/parameters.csv
-    Rule(rf"{ENCODER}\.class_embedding", "encoder/class_embedding"),
-    Rule(rf"{ENCODER}\.positional_embedding", "encoder/positional_embedding"),
-    Rule(rf"{ENCODER}\.proj", "encoder/proj"),  # used un-transposed (2.4)
-    Rule(rf"{ENCODER}\.conv1\.weight", "encoder/conv1/kernel", lambda x: x.transpose(2, 3, 1, 0)),
-    *(Rule(rf"{ENCODER}\.ln_{part}\.weight", f"encoder/ln_{part}/scale") for part in ("pre", "post")),
-    *(Rule(rf"{ENCODER}\.ln_{part}\.bias", f"encoder/ln_{part}/bias") for part in ("pre", "post")),
-    *_block(rf"{ENCODER}\.transformer\.resblocks\.(\d+)", "encoder/resblocks"),
-    Rule(r"transformer\.logit_scale", "logit_scale"),
-    Rule(rf"{DECODER}\.embeddings\..*", None),  # bypassed, never trained (5.1)
-    *_block(rf"{DECODER}\.transformer\.layers\.0", "decoder/self_layer"),
-    *_block(rf"{DECODER}\.transformer\.layers\.1", "decoder/cross_layer"),
-    Rule(rf"{DECODER}\.pooler\.layer_norm\.weight", "decoder/pooler_norm/scale"),
-    Rule(rf"{DECODER}\.pooler\.layer_norm\.bias", "decoder/pooler_norm/bias"),
-    Rule(rf"{DECODER}\.pooler\.dense\.weight", "decoder/dense/kernel", _transpose),
-    Rule(r"transformer\.heads\.vim\.weight", "decoder/match", lambda x: x[0]),
-    Rule(r"transformer\.heads\.rec\.0\.weight", "reconstruction/conv1_kernel", lambda x: x[:, :, 0, 0].T),
-    Rule(r"transformer\.heads\.rec\.0\.bias", "reconstruction/conv1_bias"),
-    Rule(r"transformer\.heads\.rec\.2\.weight", "reconstruction/conv2_kernel", lambda x: x[0, :, 0, 0]),
-    Rule(r"transformer\.heads\.rec\.2\.bias", "reconstruction/conv2_bias"),
-)
+# --- Out ---
 
 
-def convert(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...] = OFFICIAL) -> dict[str, Any]:
-    """Another program's tensors as our parameters: nested dicts of NumPy arrays.
+def official_tensors(m: retrieval.Model, unused: Tensors) -> Tensors:
+    """All tensors of the official checkpoint of this model, by their names (SPEC 3.4, 5.8, 15.1).
 
     Raises:
-      ValueError: tensors without a rule or with two, and blocks with a layer missing; all of them in one message.
+      ValueError: parameters that the official code does not have.
     """
-    flat: dict[str, Tensor] = {}
-    layers: dict[str, dict[int, Tensor]] = {}
-    faults = []
-    for name, tensor in tensors.items():
-        try:
-            rule, found = match(name, rules)
-        except ValueError as error:
-            faults.append(f"{error} (shape {tensor.shape})")
-            continue
-        if rule.path is None:
-            continue
-        if found.groups():
-            layers.setdefault(rule.path, {})[int(found[1])] = rule.transform(tensor)
-        else:
-            flat[rule.path] = rule.transform(tensor)
-    for path, stack in layers.items():
-        if sorted(stack) != list(range(len(stack))):
-            faults.append(f"{path}: layers {sorted(stack)} are not 0 to {len(stack) - 1}")
-        else:
-            flat[path] = np.stack([stack[layer] for layer in range(len(stack))])
-    if faults:
-        raise ValueError("these tensors are not of the official RICE model:\n  " + "\n  ".join(faults))
-    return nested(flat)
+    flat = naming.flattened(jax.device_get(m.params))
+    untrained = {name: x for name, x in unused.items() if name.startswith((f"{DECODER}.transformer.", f"{DECODER}.po"))}
+    embeddings = {name: x for name, x in unused.items() if name.startswith(f"{DECODER}.embeddings.")}
+    if m.net.decoder is not None:
+        table, kept = naming.OFFICIAL, _embeddings(m, flat) | _of_this_size(m, embeddings)
+    elif untrained:  # imported from MovingFashion's ICL alone, whose checkpoint has a decoder that saw no training
+        table, kept = naming.OFFICIAL_NO_HEAD, _embeddings(m, flat) | _of_this_size(m, embeddings) | untrained
+    else:
+        scale = "transformer.logit_scale"  # not used beside norm_s, and there
+        table, kept = naming.OFFICIAL_CONTRASTIVE, {scale: unused.get(scale, np.asarray(4.0))}
+    foreign = sorted(flat.keys() - {rule.path for rule in table})
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} parameter(s) have no place in the official code: {', '.join(foreign[:5])}; it "
+            "knows CLIP's patch embedding only (model.stem_channels empty)."
+        )
+    return {name: np.asarray(x, np.float32) for name, x in (naming.invert(flat, table) | kept).items()}
 
 
-def match(name: str, rules: tuple[Rule, ...] = OFFICIAL) -> tuple[Rule, re.Match[str]]:
-    """The one rule for a source's tensor; ValueError when there is none or more than one."""
-    matches = [(rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, name))]
-    if len(matches) != 1:
-        raise ValueError(f"{name}: {'several rules match' if matches else 'no rule matches'}")
-    return matches[0]
+def _embeddings(m: retrieval.Model, flat: Tensors) -> Tensors:
+    """The decoder's embeddings, which nothing reads, as the official code starts them (SPEC 5.8)."""
+    width = m.config.model.width
+    return {
+        f"{DECODER}.embeddings.class_embedding": np.random.default_rng(m.config.seed).normal(size=width),
+        f"{DECODER}.embeddings.position_embedding.weight": flat["encoder/positional_embedding"],
+        f"{DECODER}.embeddings.layer_norm.weight": np.ones(width),
+        f"{DECODER}.embeddings.layer_norm.bias": np.zeros(width),
+    }
 
 
-def nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{'a/b': x} as {'a': {'b': x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = value
-    return tree
+def _of_this_size(m: retrieval.Model, embeddings: Tensors) -> Tensors:
+    """Imported ones, but for positions of another image size."""
+    tokens = 1 + m.net.encoder.patches
+    return {name: x for name, x in embeddings.items() if "position" not in name or len(x) == tokens}
+
+
+def write_official(m: retrieval.Model, unused: Tensors, folder: Path) -> None:
+    tensors = official_tensors(m, unused)
+    write_safetensors(tensors, folder / "model.safetensors")
+    _describe_and_read_back(m, tensors, folder)
+
+
+def write_pth(m: retrieval.Model, unused: Tensors, folder: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            "--format pth needs torch: pip install 'rice_jax[torch]' (or take --format official)."
+        ) from error
+    tensors = official_tensors(m, unused)
+    # np.array, C: torch shares the memory of what it is given, and ours is read-only and transposed here and there.
+    state = {name: torch.from_numpy(np.array(x, order="C")) for name, x in tensors.items()}
+    torch.save(state, folder / "rice_final.pth")
+    _describe_and_read_back(m, tensors, folder)
+
+
+def _describe_and_read_back(m: retrieval.Model, tensors: Tensors, folder: Path) -> None:
+    """Our config beside the official names, so that a reader of ours need not guess what no tensor shows."""
+    write_config(folder, configuration.to_json(m.config))
+    check_equal(tensors, {name: tensor.read() for name, tensor in look(folder).tensors.items()}, str(folder))
+    check_equal(jax.device_get(m.params), read_source(folder).params, str(folder))
+
+
+def write_huggingface(m: retrieval.Model, unused: Tensors, folder: Path) -> None:
+    """The encoder as CLIPVisionModelWithProjection, with what prepares its pictures."""
+    del unused
+    c, data = m.config.model, m.config.data
+    if c.stem_channels or c.pool != "class_token":
+        raise ValueError("--format huggingface: CLIP has no model.stem_channels, and model.pool class_token only.")
+    encoder = naming.flattened({"encoder": jax.device_get(m.params["encoder"])})
+    write_safetensors(naming.invert(encoder, naming.HUGGING_FACE), folder / "model.safetensors")
+    stated = {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "hidden_size": c.width,
+        "intermediate_size": c.hidden,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_channels": 3,
+        "image_size": data.image_size,
+        "patch_size": c.patch_size,
+        "projection_dim": c.embedding,
+        "hidden_act": c.activation,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preparation(data), indent=2) + "\n")
+    again = read_source(folder)
+    check_equal(naming.nested(encoder), {"encoder": again.params["encoder"]}, str(folder))
+
+
+def write_stablehlo(m: retrieval.Model, unused: Tensors, folder: Path) -> None:
+    del unused
+    exports.export_programs(m, folder)  # reads back and compares by itself
+
+
+def preparation(data: Any) -> dict[str, Any]:
+    """The config's `data` section as preprocessor_config.json of Hugging Face: what evaluation does to a picture."""
+    stretch = data.resize_mode == "stretch"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": data.resize, "width": data.resize} if stretch else {"shortest_edge": data.resize},
+        "resample": 2 if stretch else 3,  # Pillow's bilinear, bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": data.image_size, "width": data.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.MEAN),
+        "image_std": list(model.STD),
+    }
+
+
+FORMATS = {
+    "official": write_official,
+    "pth": write_pth,
+    "huggingface": write_huggingface,
+    "stablehlo": write_stablehlo,
+}
+USE = {
+    "official": 'safetensors.torch.load_file("model.safetensors")  # for load_state_dict of the official code',
+    "pth": 'torch.load("rice_final.pth", weights_only=True)  # for its load_state_dict(strict=True)',
+    "huggingface": "transformers.CLIPVisionModelWithProjection.from_pretrained(FOLDER)  # its image_embeds: any length",
+    "stablehlo": 'load_programs(FOLDER)["encode_images"](images)  # the function in rice_jax/exports.py: copy it',
+}
+
+
+def export(arguments: argparse.Namespace) -> None:
+    if not is_run(arguments.run):
+        raise ValueError(
+            f"{arguments.run}: is no run and no imported folder; import it first (rice_jax.weights import)."
+        )
+    with new_folder(arguments.output) as folder:
+        m = load_on_one_device(arguments.run, arguments.step)
+        FORMATS[arguments.format](m, read_unused(arguments.run), folder)
+        warnings = departures(m.config) if arguments.format in ("official", "pth") else []
+        card = model_card(m, arguments.run, arguments.format, warnings)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    for warning in warnings:
+        configuration.warn(warning)
+    print(f"{arguments.run}: {sizes(m.config)}; step {m.step}")
+    for name, size in files.items():
+        print(f"  {name}  {size:,} bytes")
+    print(f"written to {arguments.output}, read back and compared")
+
+
+def departures(config: Any) -> list[str]:
+    """In what the official code, as it is published, computes something else from the same weights."""
+    c = config.model
+    official = {
+        "model.activation": (c.activation, "quick_gelu"),
+        "model.pool": (c.pool, "class_token"),
+        "model.heads": (c.heads, c.width // 64),
+        "model.hidden": (c.hidden, 4 * c.width),
+    }
+    if config.loss.pmd or config.loss.pfr:
+        official |= {
+            "model.decoder_heads": (c.decoder_heads, 8),
+            "model.cross_kv_norm": (c.cross_kv_norm, False),
+            "model.decoder_self_eps": (c.decoder_self_eps, 1e-12),
+        }
+    return [
+        f"{name} is {ours}, where the official code has {theirs}: with these weights it computes something else."
+        for name, (ours, theirs) in official.items()
+        if ours != theirs
+    ]
+
+
+def model_card(m: retrieval.Model, run: Path, form: str, warnings: list[str]) -> str:
+    """README.md of an export: what it is, how to open it, what it was trained on, and how good it is."""
+    meta = Checkpoints(run).meta(m.step)
+    count = sum(x.size for x in jax.tree.leaves(m.params))
+    lines = [
+        f"# RICE, {form}",
+        "",
+        f"Which shop image does a clip of a livestream show? {sizes(m.config)}; {count:,} parameters, "
+        f"after {m.step} updates. Made by rice_jax {__version__}.",
+        "",
+        f"```python\n{USE[form]}\n```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters (fingerprint) | `{m.fingerprint}` |",
+        f"| data (content hash of its manifest) | `{meta.get('data', 'none: not trained here')}` |",
+        f"| started from | {_origin(m.config, meta)} |",
+        "",
+        *(line for warning in warnings for line in (f"**Note.** {warning}", "")),
+        "## Metrics",
+        "",
+        *_metrics(run, m),
+        "",
+        "## Licence",
+        "",
+        LICENCE,
+        "",
+        "## Config",
+        "",
+        f"```json\n{configuration.to_json(m.config)}```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(config: Any, meta: Mapping[str, Any]) -> str:
+    source = meta.get("source")
+    if source:
+        return f"{source['name']} ({source['kind']}): {'; '.join(source['notes'])}"
+    return config.init_from or "random weights"
+
+
+def _metrics(run: Path, m: retrieval.Model) -> list[str]:
+    """A line a figure: of this model's evaluations in the run's folder, and of the training's own at this step."""
+    found = []
+    for path in sorted(run.glob("evaluation-*/metrics.json")):
+        figures = json.loads(path.read_text())
+        if figures.get("model") == m.fingerprint:
+            found.append((path.parent.name, figures))
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found += [("during training", line) for line in lines if line["step"] == m.step and "loss" not in line]
+    rows = [
+        f"| {where} | {name} | {value:.2f} |"
+        for where, figures in found
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and name != "step"
+    ]
+    return ["| evaluation | figure | value (recall in percent) |", "|---|---|--:|", *rows] if rows else ["None yet."]
+
+
+# --- What is there ---
+
+
+def show(arguments: argparse.Namespace) -> None:
+    path, faults = arguments.path, list[str]()
+    if is_run(path):
+        m = load_on_one_device(path)
+        kind, file, config = RUN, path, m.config
+        rows = [(name, x.shape, str(x.dtype), name) for name, x in naming.flattened(m.params).items()]
+    else:
+        found = look(path)
+        kind, file = found.kind, found.file
+        config, faults = measure(found)
+        rows = [(name, x.shape, x.dtype, _goal(name, found.table)) for name, x in found.tensors.items()]
+    if arguments.json:
+        tensors = [dict(zip(("name", "shape", "dtype", "to"), row, strict=True)) for row in rows]
+        sized = {"image_size": config.data.image_size, **config.model}
+        print(json.dumps({"file": str(file), "kind": kind, "model": sized, "tensors": tensors, "faults": faults}))
+        return
+    print(f"{file}: {kind}, {sizes(config)}")
+    width = max(len(name) for name, *_ in rows)
+    for name, shape, dtype, goal in rows:
+        print(f"  {name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>14}  {dtype:>8}  {goal}")
+    for fault in faults:
+        print(f"fault: {fault}")
+
+
+def _goal(name: str, table: naming.Table) -> str:
+    try:
+        rule, found = naming.match(name, table)
+    except ValueError as error:
+        return str(error).rpartition(": ")[2]
+    if rule.path is None:
+        return "not used"
+    return (
+        rule.path + (f"[{found[1]}]" if found.groups() else "") + ("" if rule.part is None else f" {'qkv'[rule.part]}")
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    {"import": import_weights, "export": export, "show": show}[arguments.command](arguments)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("import", help="weights of others as a folder that rice_jax opens")
+    command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    command.add_argument(
+        "--activation", choices=sorted(model.ACTIVATIONS), help="of the MLPs, where the file does not say"
+    )
+    command.add_argument("--image-size", type=int, metavar="PX", help="resize position embeddings for this image size")
+    command = commands.add_parser("export", help="a run for other programs")
+    command.add_argument("run", type=Path, metavar="RUN", help="a training run or an imported folder")
+    command.add_argument("--format", choices=FORMATS, required=True)
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    command.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
+    command = commands.add_parser("show", help="what is in a file, a folder or a run, and what would go where")
+    command.add_argument("path", type=Path, metavar="PATH")
+    command.add_argument("--json", action="store_true", help="as one line of JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())

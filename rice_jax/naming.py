@@ -1,0 +1,250 @@
+"""Names of others and ours: one table a source, read in both directions.
+
+A rule is (their name, our path, change of axes). A stack of blocks is stored by us on a leading axis, so `*` in a name
+stands for a layer's number; `part` is the place of theirs in a tensor that we keep joined (q, k, v). Exactly one rule
+must match every tensor. `**` stands for anything, in rules of tensors that are known and not used.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tensor = np.ndarray
+
+
+class Axes(NamedTuple):
+    """A change of axes, from theirs to ours and back."""
+
+    ours: Callable[[Tensor], Tensor]
+    theirs: Callable[[Tensor], Tensor]
+
+
+SAME = Axes(lambda x: x, lambda x: x)
+LINEAR = Axes(lambda x: x.T, lambda x: x.T)  # torch's linear layers are [out, in]
+PATCHES = Axes(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # convolutions [out, in, h, w]
+ROW = Axes(lambda x: np.asarray(x[0]), lambda x: x[None])  # a linear layer of one output
+POINTS = Axes(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # a 1x1 convolution
+POINT = Axes(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # and one of one output
+
+
+class Rule(NamedTuple):
+    name: str
+    path: str | None  # None: known, and not used
+    axes: Axes = SAME
+    part: int | None = None
+
+    @property
+    def pattern(self) -> str:
+        return re.escape(self.name).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
+
+
+Table = tuple[Rule, ...]
+
+
+def _norm(name: str, path: str) -> Table:
+    return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
+
+
+def _linear(name: str, path: str) -> Table:
+    return Rule(f"{name}.weight", f"{path}/kernel", LINEAR), Rule(f"{name}.bias", f"{path}/bias")
+
+
+def _block(name: str, path: str) -> Table:
+    """The twelve tensors of a CLIP block."""
+    return (
+        *_norm(f"{name}.ln_1", f"{path}/ln_1"),
+        Rule(f"{name}.attn.in_proj_weight", f"{path}/attn/in_proj_kernel", LINEAR),
+        Rule(f"{name}.attn.in_proj_bias", f"{path}/attn/in_proj_bias"),
+        *_linear(f"{name}.attn.out_proj", f"{path}/attn/out_proj"),
+        *_norm(f"{name}.ln_2", f"{path}/ln_2"),
+        *_linear(f"{name}.mlp.c_fc", f"{path}/mlp/c_fc"),
+        *_linear(f"{name}.mlp.c_proj", f"{path}/mlp/c_proj"),
+    )
+
+
+def _tower(name: str) -> Table:
+    """CLIP's vision transformer by OpenAI's names (SPEC 2.6)."""
+    return (
+        Rule(f"{name}.class_embedding", "encoder/class_embedding"),
+        Rule(f"{name}.positional_embedding", "encoder/positional_embedding"),
+        Rule(f"{name}.proj", "encoder/proj"),  # used un-transposed (2.4)
+        Rule(f"{name}.conv1.weight", "encoder/conv1/kernel", PATCHES),
+        *_norm(f"{name}.ln_pre", "encoder/ln_pre"),
+        *_block(f"{name}.transformer.resblocks.*", "encoder/resblocks"),
+        *_norm(f"{name}.ln_post", "encoder/ln_post"),
+    )
+
+
+def _not_used(*names: str) -> Table:
+    return tuple(Rule(name, None) for name in names)
+
+
+_DECODER = "transformer.transformer"
+_ENCODER = _tower("image_encoder.model")
+_EMBEDDINGS = _not_used(  # bypassed, never trained (SPEC 5.1)
+    f"{_DECODER}.embeddings.class_embedding",
+    f"{_DECODER}.embeddings.position_embedding.weight",
+    f"{_DECODER}.embeddings.layer_norm.weight",
+    f"{_DECODER}.embeddings.layer_norm.bias",
+)
+OFFICIAL: Table = (  # with the head `pretraining`: SPEC 3.4, 15.1 and golden/parameters.csv
+    *_ENCODER,
+    Rule("transformer.logit_scale", "logit_scale"),
+    *_EMBEDDINGS,
+    *_block(f"{_DECODER}.transformer.layers.0", "decoder/self_layer"),
+    *_block(f"{_DECODER}.transformer.layers.1", "decoder/cross_layer"),
+    *_norm(f"{_DECODER}.pooler.layer_norm", "decoder/pooler_norm"),
+    Rule(f"{_DECODER}.pooler.dense.weight", "decoder/dense/kernel", LINEAR),
+    Rule("transformer.heads.vim.weight", "decoder/match", ROW),
+    Rule("transformer.heads.rec.0.weight", "reconstruction/conv1_kernel", POINTS),
+    Rule("transformer.heads.rec.0.bias", "reconstruction/conv1_bias"),
+    Rule("transformer.heads.rec.2.weight", "reconstruction/conv2_kernel", POINT),
+    Rule("transformer.heads.rec.2.bias", "reconstruction/conv2_bias"),
+)
+OFFICIAL_NO_HEAD: Table = (  # MovingFashion's ICL alone: a decoder that was never trained
+    *_ENCODER,
+    Rule("transformer.logit_scale", "logit_scale"),
+    *_EMBEDDINGS,
+    *_not_used(f"{_DECODER}.transformer.layers.**", f"{_DECODER}.pooler.**"),
+)
+OFFICIAL_CONTRASTIVE: Table = (  # the head `contrastive`: LPR's ICL alone, whose other scale is not used
+    *_ENCODER,
+    Rule("transformer.contrastive_norm.norm_s", "logit_scale", ROW),
+    *_not_used("transformer.logit_scale"),
+)
+_TEXT = _not_used(
+    "positional_embedding",
+    "token_embedding.weight",
+    "transformer.resblocks.**",
+    "ln_final.**",
+    "text_projection",
+    "logit_scale",
+)
+OPENAI: Table = (  # SPEC 15.2
+    *_tower("visual"),
+    *_TEXT,
+    *_not_used("input_resolution", "context_length", "vocab_size"),
+)
+OPEN_CLIP: Table = (  # SPEC 15.5; `text.` is how newer models call the text tower
+    *_tower("visual"),
+    *_TEXT,
+    *_not_used("input_resolution", "context_length", "vocab_size", "text.**", "attn_mask", "logit_bias"),
+)
+_LAYER, _OURS = "vision_model.encoder.layers.*", "encoder/resblocks"
+HUGGING_FACE: Table = (  # SPEC 15.4
+    Rule("vision_model.embeddings.class_embedding", "encoder/class_embedding"),
+    Rule("vision_model.embeddings.position_embedding.weight", "encoder/positional_embedding"),
+    Rule("vision_model.embeddings.patch_embedding.weight", "encoder/conv1/kernel", PATCHES),
+    *_norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # the name is theirs
+    *_norm(f"{_LAYER}.layer_norm1", f"{_OURS}/ln_1"),
+    *(
+        rule
+        for part, letter in enumerate("qkv")
+        for rule in (
+            Rule(f"{_LAYER}.self_attn.{letter}_proj.weight", f"{_OURS}/attn/in_proj_kernel", LINEAR, part),
+            Rule(f"{_LAYER}.self_attn.{letter}_proj.bias", f"{_OURS}/attn/in_proj_bias", SAME, part),
+        )
+    ),
+    *_linear(f"{_LAYER}.self_attn.out_proj", f"{_OURS}/attn/out_proj"),
+    *_norm(f"{_LAYER}.layer_norm2", f"{_OURS}/ln_2"),
+    *_linear(f"{_LAYER}.mlp.fc1", f"{_OURS}/mlp/c_fc"),
+    *_linear(f"{_LAYER}.mlp.fc2", f"{_OURS}/mlp/c_proj"),
+    *_norm("vision_model.post_layernorm", "encoder/ln_post"),
+    Rule("visual_projection.weight", "encoder/proj", LINEAR),
+    *_not_used("vision_model.embeddings.position_ids", "text_model.**", "text_projection.weight", "logit_scale"),
+)
+
+
+@functools.cache
+def match(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
+    """The one rule for a source's tensor; ValueError when there is none or more than one."""
+    matches = [(rule, found) for rule in table if (found := re.fullmatch(rule.pattern, name))]
+    if len(matches) != 1:
+        raise ValueError(f"{name}: {'several rules match' if matches else 'no rule matches'}")
+    return matches[0]
+
+
+def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Any]:
+    """Another program's tensors as our parameters: nested dicts of NumPy arrays.
+
+    Raises:
+      ValueError: tensors without a rule or with two, and blocks with a layer or a part missing; all in one message.
+    """
+    faults = []
+    places: dict[str, dict[tuple[int, int], tuple[str, Axes]]] = {}  # of a path: by layer and part, the name
+    stacked, joined = set(), set()
+    for name, tensor in tensors.items():
+        try:
+            rule, found = match(name, table)
+        except ValueError as error:
+            faults.append(f"{error} (shape {tensor.shape})")
+            continue
+        if rule.path is None:
+            continue
+        if found.groups():
+            stacked.add(rule.path)
+        if rule.part is not None:
+            joined.add(rule.path)
+        place = (int(found[1]) if found.groups() else 0, rule.part or 0)
+        places.setdefault(rule.path, {})[place] = name, rule.axes
+    for path, names in places.items():
+        layers = sorted({layer for layer, _ in names})
+        wanted = {(layer, part) for layer in range(len(layers)) for part in range(3 if path in joined else 1)}
+        if names.keys() != wanted:
+            faults.append(f"{path}: layers {layers} are not 0 to {len(layers) - 1}, or lack one of q, k, v")
+    if faults:
+        raise ValueError("these tensors are not of the model:\n  " + "\n  ".join(faults))
+
+    def layer(path: str, number: int) -> Tensor:
+        names = places[path]
+        parts = [names[number, part] for part in range(3 if path in joined else 1)]
+        arrays = [axes.ours(tensors[name]) for name, axes in parts]
+        return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
+
+    flat: dict[str, Tensor] = {}
+    for path, names in places.items():
+        if path not in stacked:
+            flat[path] = layer(path, 0)
+            continue
+        count, first = max(number for number, _ in names) + 1, layer(path, 0)
+        flat[path] = np.empty((count, *first.shape), first.dtype)  # filled one by one: half of np.stack's memory
+        for number in range(count):
+            flat[path][number] = layer(path, number)
+    return nested(flat)
+
+
+def invert(flat: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Tensor]:
+    """Our parameters, by path, as another program's tensors; paths that the table lacks are left out."""
+    tensors = {}
+    for rule in table:
+        if rule.path is None or rule.path not in flat:
+            continue
+        array = flat[rule.path]
+        for layer, theirs in enumerate(array) if "*" in rule.name else [(0, array)]:
+            if rule.part is not None:
+                theirs = np.split(theirs, 3, axis=-1)[rule.part]
+            tensors[rule.name.replace("*", str(layer))] = rule.axes.theirs(theirs)
+    return tensors
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} as {'a': {'b': x}}."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': x}} as {'a/b': x}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flattened(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
