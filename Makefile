@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The two lines of jax that are supported: 0.10 is the last for Python 3.11, 0.12 needs 3.12 or newer.
 PYTHONS ?= python3.11 python3.12
 
-.PHONY: help setup test lint types unit test-slow test-versions clean
+.PHONY: help setup demo test lint types unit test-slow mutations test-versions clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,9 @@ $(VENV)/installed: setup.py rice_jax/version.py
 	touch $@
 
 setup: $(VENV)/installed  ## a virtual environment in .venv with the package, editable, and what tests need
+
+demo: setup  ## a drawn shop, trained on and looked at: build/demo/report.json and queries.png
+	$(BIN)/python -m rice_jax.demo --output build/demo
 
 test: lint types unit  ## style, types and the tests that take minutes: what the continuous build runs
 
@@ -34,6 +37,9 @@ unit: setup
 
 test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+mutations: setup  ## mistakes made on purpose in a copy of the code, and which tests notice; most of an hour
+	$(BIN)/python -m tests.mutations
 
 test-versions:  ## the tests on each of PYTHONS, in an environment of its own each
 	@for python in $(PYTHONS); do \

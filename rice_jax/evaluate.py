@@ -1,7 +1,10 @@
 """Evaluate a run: python -m rice_jax.evaluate --workdir RUN --data DIR [--split test] [--subset FILE] [--output DIR]
+    [--score matching]
 
 Prints Recall@k by the official definition and writes metrics.json and rankings.jsonl to --output. DIR may be another
 converted set than the one trained on. Started again after an interruption it goes on with what is not encoded yet.
+With --score matching every clip also meets its whole gallery in the matching decoder, and the decoder's ranking and
+that of the sum of both scores stand beside the embedding's.
 """
 
 import argparse
@@ -35,11 +38,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     identity = [about, configuration.to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = retrieval.EmbeddingStore(output / "embeddings" / key)
-    result = retrieval.evaluate(model, split, subset=subset, store=store, show_progress=not arguments.json)
+    result = retrieval.evaluate(
+        model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
+    )
 
-    lines = (json.dumps(line) + "\n" for line in retrieval.rankings(result, split))
-    (output / "rankings.jsonl").write_text("".join(lines))
-    text = json.dumps(result.figures | about, indent=2) + "\n"
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in retrieval.rankings(result, split))
+    (output / "rankings.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
     (output / "metrics.json").write_text(text)
     print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
 
@@ -72,6 +77,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="which of its splits (default: test)")
     parser.add_argument("--subset", type=Path, help="file of clip ids, one a line: only these queries count")
+    parser.add_argument(
+        "--score",
+        choices=retrieval.SCORES,
+        default="embedding",
+        help="what ranks: the embedding alone, or beside it the decoder's cosine (or, raw, its h . w) and their sum",
+    )
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")

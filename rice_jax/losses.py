@@ -15,9 +15,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rice_jax import pairs, sharding
-from rice_jax.model import Rice, call, clip_embedding, normalise, unit
+from rice_jax.model import Rice, call, clip_embedding, cosines, normalise, unit
 
 # --- the equations ----------------------------------------------------------------------------------------------------
+
+
+def icl_logits(
+    anchors: Float[Array, "B E"], partners: Float[Array, "G E"], scale: Float[Array, ""]
+) -> Float[Array, "B G"]:
+    """scale^2 cos (SPEC 3.1): the scale stands on both sides, plain, neither a logarithm nor squared."""
+    return jnp.square(scale) * cosines(anchors, partners)
 
 
 def icl_loss(
@@ -34,7 +41,7 @@ def icl_loss(
     """Instance-level contrastive loss of unit embeddings (SPEC 3): mean of both directions and of this device's rows.
 
     Args:
-      scale: on both sides, so logits are scale^2 cos; plain, neither a logarithm nor squared.
+      scale: of icl_logits.
       own: position of each row in the global batch; its partner there is the positive.
       same_product: pairs of the batch that show one product. None: nobody knows.
       same_product_is: "negative" as in the official code, "masked" (left out), or "positive" (the mean of -log p over
@@ -42,7 +49,7 @@ def icl_loss(
     """
 
     def cross_entropy(anchors: Array, partners: Array) -> Array:
-        logits = jnp.square(scale) * jnp.einsum("be,ge->bg", anchors, partners, precision="highest")
+        logits = icl_logits(anchors, partners, scale)
         positive = own[:, None] == jnp.arange(partners.shape[0])[None]
         if same_product_is != "negative" and same_product is not None:
             also = same_product & ~positive
@@ -67,28 +74,28 @@ def pmd_loss(
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
 
 
+def rebuilt(
+    coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
+) -> Float[Array, "*B R D"]:
+    """Image tokens as sums of clip tokens, which carry no gradient; padding is a source of zeros (SPEC 6.5)."""
+    sources = jnp.where(key_mask[..., None], jax.lax.stop_gradient(clip_tokens), 0)
+    return coefficients @ sources.astype(coefficients.dtype)
+
+
 def pfr_loss(
-    coefficients: Float[Array, "*B T S"],
+    coefficients: Float[Array, "*B R S"],
     image_tokens: Float[Array, "*B T D"],
     clip_tokens: Float[Array, "*B S D"],
     key_mask: Bool[Array, "*B S"],
-    *,
-    with_class_token: bool = True,
 ) -> Float[Array, ""]:
-    """Patch feature reconstruction: mean squared error of image tokens rebuilt from clip tokens (SPEC 6.5-6.6).
+    """Patch feature reconstruction: mean squared error of the rebuilt image tokens (SPEC 6.6).
 
-    Tokens carry no gradient: the loss teaches where to look, not what to see. Padding is a source of zeros.
-    Without class tokens (SPEC 11, row 29) rows, sources and targets are patches only.
+    Tokens carry no gradient: the loss teaches where to look, not what to see. R rows are those of the last R tokens:
+    all T, or the patches (SPEC 11, row 29).
     """
-    image_tokens, clip_tokens = jax.lax.stop_gradient((image_tokens, clip_tokens))
-    sources = jnp.where(key_mask[..., None], clip_tokens, 0).astype(coefficients.dtype)
-    if not with_class_token:
-        patch = jnp.arange(sources.shape[-2]) % image_tokens.shape[-2] != 0
-        coefficients = jnp.where(patch, coefficients, 0)[..., 1:, :]
-        coefficients = coefficients / jnp.maximum(coefficients.sum(axis=-1, keepdims=True), 1e-12)
-        image_tokens = image_tokens[..., 1:, :]
-    rebuilt = coefficients @ sources
-    return jnp.mean(jnp.square(rebuilt - image_tokens.astype(rebuilt.dtype)))
+    target = jax.lax.stop_gradient(image_tokens)[..., -coefficients.shape[-2] :, :]
+    found = rebuilt(coefficients, clip_tokens, key_mask)
+    return jnp.mean(jnp.square(found - target.astype(found.dtype)))
 
 
 # --- what feeds them --------------------------------------------------------------------------------------------------
@@ -196,12 +203,20 @@ def decode_positives(
     pfr = jnp.zeros_like(logit)
     if model.reconstruction is not None:
         coefficients = call(model.reconstruction, params["reconstruction"], scores, encoded.key_mask)
-        one = functools.partial(pfr_loss, with_class_token=options.pfr_with_class_token)
-        pfr = jax.vmap(one)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
+        pfr = jax.vmap(pfr_loss)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
     return Positives(logit, keys_values, x[:, 0], pfr)
 
 
-def hard_pair_loss(
+class HardPairs(NamedTuple):
+    """Each anchor of this device with its hard partners, hardest first."""
+
+    partner: Int[Array, "B k"]  # position in the global batch
+    found: Bool[Array, "B k"]  # False: there was none, and its logit means nothing
+    logit: Float[Array, "B k"]
+    units: Int[Array, ""]  # decoded by this device; 0 where the load is always even
+
+
+def hard_pairs(
     model: Rice,
     options: Any,
     params: Any,
@@ -210,8 +225,8 @@ def hard_pair_loss(
     positives: Positives,
     everyone: tuple[Float[Array, "G E"], Float[Array, "G E"]],
     excluded: Bool[Array, "B G"],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """PMD over the hard pairs of the global batch (SPEC 4-5): the mean of the directions asked for.
+) -> list[HardPairs]:
+    """Mines and decodes the hard pairs of the global batch (SPEC 4-5), once a direction asked for.
 
     Args:
       everyone: all images' and all clips' embeddings.
@@ -234,21 +249,18 @@ def hard_pair_loss(
         return decoder(x, weights, keys_values, method="logit")
 
     inputs = (decode, cross, class_tokens, positives.keys_values, context)
-    losses, missing, units = [], sharding.varying(jnp.int32(0)), sharding.varying(jnp.int32(0))
+    directions = []
     if options.mining_direction in ("image_to_clip", "both"):
         hard, found = pairs.hardest(encoded.images, all_clips, excluded)
         logits, units = pairs.image_to_clip_logits(
             *inputs, hard, found, slots=options.unit_slots, chunk=options.unit_chunk
         )
-        losses.append(pmd_loss(positives.logit, logits, found))
-        missing += jnp.sum(~found)
+        directions.append(HardPairs(hard, found, logits, units))
     if options.mining_direction in ("clip_to_image", "both"):
         hard, found = pairs.hardest(encoded.clips, all_images, excluded)
-        chunk = divisor(rows, options.unit_chunk)
-        logits = pairs.clip_to_image_logits(*inputs, hard, chunk=chunk)
-        losses.append(pmd_loss(positives.logit, logits, found))
-        missing += jnp.sum(~found)
-    return jnp.mean(jnp.stack(losses)), {"negatives_missing": missing, "busiest_device_units": units}
+        logits = pairs.clip_to_image_logits(*inputs, hard, chunk=divisor(rows, options.unit_chunk))
+        directions.append(HardPairs(hard, found, logits, sharding.varying(jnp.int32(0))))
+    return directions
 
 
 def local_losses(
@@ -277,7 +289,12 @@ def local_losses(
             excluded = own[:, None] == jnp.arange(same_product.shape[1])[None]
             if options.exclude_same_product:
                 excluded = excluded | same_product
-            losses["pmd"], counts = hard_pair_loss(model, options, params, key, encoded, positives, everyone, excluded)
+            hard = hard_pairs(model, options, params, key, encoded, positives, everyone, excluded)
+            losses["pmd"] = jnp.mean(jnp.stack([pmd_loss(positives.logit, h.logit, h.found) for h in hard]))
+            counts = {
+                "negatives_missing": jnp.sum(jnp.stack([jnp.sum(~h.found) for h in hard])),
+                "busiest_device_units": jnp.max(jnp.stack([h.units for h in hard])),
+            }
         if options.pfr:
             losses["pfr"] = jnp.mean(positives.pfr)
     return sharding.mean_over_devices(losses), {

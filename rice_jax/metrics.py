@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,46 @@ def rank_queries(
         true_entries=true_entries,
         gallery_size=gallery_size,
     )
+
+
+def rank_matrix(
+    score_ql: Float32[np.ndarray, "Q L"],
+    *,
+    galleries: Sequence[Int[np.ndarray, " _"]],
+    gallery_of: Int[np.ndarray, " Q"],
+    image_ids: Sequence[Hashable],
+    truth: Sequence[Collection[Hashable]],
+    top_k: int = 10,
+) -> Ranking:
+    """`rank_queries` of scores that are no dot products of two vectors.
+
+    Args:
+        score_ql: float32 [Q, L], each query's scores of its gallery's entries, in file order; what stands beyond the
+            gallery's end is not looked at. L at least the size of the largest gallery.
+        galleries, gallery_of, image_ids, truth, top_k: as in `rank_queries`.
+    """
+    true_qm, true_entries = _true_places(galleries, gallery_of, image_ids, truth)
+    gallery_size = np.array([len(galleries[gallery]) for gallery in gallery_of], np.int32)
+    score_ql = np.pad(score_ql, ((0, 0), (0, max(0, top_k - score_ql.shape[1]))))
+    rank, strict_rank, places, top_scores = jax.device_get(_rank_rows(score_ql, gallery_size, true_qm, top_k=top_k))
+    top_images = np.full_like(places, -1)
+    for gallery, places_k, images_k in zip(gallery_of, places, top_images, strict=True):
+        images_k[places_k >= 0] = galleries[gallery][places_k[places_k >= 0]]
+    return Ranking(rank, strict_rank, top_images, top_scores, true_entries, gallery_size)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k",))
+def _rank_rows(
+    score_ql: Float32[Array, "Q L"], size_q: Int32[Array, " Q"], true_qm: Int32[Array, "Q M"], *, top_k: int
+) -> "_Results":
+    """`rank_scores` of rows whose galleries differ in size."""
+
+    def one(row: tuple[Array, Array, Array]) -> Any:
+        score_l, size, true_m = row
+        is_real_l = jnp.arange(score_l.shape[0], dtype=jnp.int32) < size
+        return jax.tree.map(lambda x: x[0], rank_scores(score_l[None], is_real_l, true_m[None], top_k=top_k))
+
+    return lax.map(one, (score_ql, size_q, true_qm), batch_size=_BLOCK)
 
 
 def rank_scores(

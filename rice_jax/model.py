@@ -55,6 +55,14 @@ def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
+def cosines(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Products of unit vectors, each with each, float32 at the highest precision whatever the config's.
+
+    bfloat16 products near 1 come in steps of 4e-3: coarse logits, and ties of near-equal negatives (SPEC 11, row 36).
+    """
+    return jnp.einsum("nd,md->nm", a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+
 def clip_embedding(pooled: Float[Array, "n N E"], mask: Int[Array, "n N"]) -> Float[Array, "n E"]:
     """Unit vector of the mean of the real frames' raw pooled vectors (SPEC 2.5)."""
     weight = mask[..., None].astype(pooled.dtype)
@@ -169,7 +177,10 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """CLIP's `conv1`: a convolution whose stride is its size, hence one matmul over patches (SPEC 2.2)."""
+    """CLIP's `conv1`: a convolution whose stride is its size, hence one matmul over patches (SPEC 2.2).
+
+    Pixels at the right and the bottom that fill no patch are left out, as a convolution does.
+    """
 
     patch_size: int
     width: int
@@ -180,7 +191,7 @@ class PatchEmbedding(nn.Module):
         p, side = self.patch_size, x.shape[1] // self.patch_size
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2))
         kernel = self.param("kernel", init, (p, p, 3, self.width))
-        patches = x.reshape(-1, side, p, side, p, 3)
+        patches = x[:, : side * p, : side * p].reshape(-1, side, p, side, p, 3)
         return jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.astype(self.dtype))
 
 
@@ -249,13 +260,12 @@ class VisionTransformer(nn.Module):
         """
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
+        x = pictures.astype(self.dtype)
         if self.stem_channels:
-            embed: nn.Module = ConvStem(
-                self.stem_channels, self.stem_blocks, width, self.activation, self.dtype, name="stem"
-            )
+            x = ConvStem(self.stem_channels, self.stem_blocks, width, self.activation, self.dtype, name="stem")(x)
         else:
-            embed = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")
-        x = embed(pictures.astype(self.dtype)).reshape(n, -1, width)
+            x = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")(x)
+        x = x.reshape(n, -1, width)
         position = self.param("positional_embedding", small, (x.shape[1] + 1, width)).astype(self.dtype)
         x = x + _as(x, position[1:])
         if kept is not None:
@@ -358,32 +368,41 @@ class PatchReconstruction(nn.Module):
     """Attention of all heads to the coefficients that rebuild image tokens from clip tokens (SPEC 6.2-6.4)."""
 
     heads: int
+    head_width: int
     attention: str = "prob_scaled"  # or "prob", "score": what of the cross layer is read (SPEC 11, row 2)
-    mask_padding: bool = False
-    head_width: int = 64
+    mask_padding: bool = False  # row 1
+    with_class_token: bool = True  # row 29: False leaves patches only, as rows and as sources
 
-    @nn.compact
-    def __call__(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n T S"]:
-        """Masked scores of the decoder's cross layer to softmax coefficients over S."""
-        real = key_mask[:, None, None, :]
-        if self.attention == "score":
-            attention = jnp.where(real, scores, 0)
-        else:
-            attention = jax.nn.softmax(scores, axis=-1)
-            if self.attention == "prob_scaled":
-                attention = attention * self.head_width**0.5
+    def setup(self) -> None:
         hidden = max(1, self.heads // 2)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        kernel_1, bias_1 = (
-            self.param("conv1_kernel", ones, (self.heads, hidden)),
-            self.param("conv1_bias", zeros, (hidden,)),
-        )
-        kernel_2, bias_2 = self.param("conv2_kernel", ones, (hidden,)), self.param("conv2_bias", zeros, (1,))
+        self.conv1_kernel = self.param("conv1_kernel", ones, (self.heads, hidden))
+        self.conv1_bias = self.param("conv1_bias", zeros, (hidden,))
+        self.conv2_kernel = self.param("conv2_kernel", ones, (hidden,))
+        self.conv2_bias = self.param("conv2_bias", zeros, (1,))
+
+    def read(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n H T S"]:
+        """R: what of the cross layer's masked scores is read, 0 at padding."""
+        if self.attention == "score":
+            return jnp.where(key_mask[:, None, None, :], scores, 0)
+        weights = jax.nn.softmax(scores, axis=-1)
+        return weights * self.head_width**0.5 if self.attention == "prob_scaled" else weights
+
+    def mix(self, attention: Float[Array, "n H T S"]) -> Float[Array, "n T S"]:
+        """Q >= 0: two 1x1 convolutions over the heads."""
         # jax.nn.relu has derivative 0 at 0, as SPEC 6.3 wants; jnp.maximum has 1/2.
-        mixed = jax.nn.relu(jnp.einsum("nhts,hk->nkts", attention, kernel_1) + bias_1[None, :, None, None])
-        mixed = jax.nn.relu(jnp.einsum("nkts,k->nts", mixed, kernel_2) + bias_2[0])
+        hidden = jnp.einsum("nhts,hk->nkts", attention, self.conv1_kernel) + self.conv1_bias[None, :, None, None]
+        return jax.nn.relu(jnp.einsum("nkts,k->nts", jax.nn.relu(hidden), self.conv2_kernel) + self.conv2_bias[0])
+
+    def __call__(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n R S"]:
+        """W, from the cross layer's masked scores: rows sum to 1; R = T rows, or T-1 without the class token's."""
+        tokens = scores.shape[2]
+        mixed = self.mix(self.read(scores, key_mask))
         if self.mask_padding:
-            mixed = jnp.where(real[:, 0], mixed, -jnp.inf)
+            mixed = jnp.where(key_mask[:, None, :], mixed, -jnp.inf)
+        if not self.with_class_token:
+            patch = jnp.arange(scores.shape[3]) % tokens != 0  # sources are frame-major, class token first
+            mixed = jnp.where(patch[None, None, :], mixed, -jnp.inf)[:, 1:]
         return jax.nn.softmax(mixed, axis=-1)
 
 
@@ -469,5 +488,6 @@ def build(config: Any) -> Rice:
             head_width=c.width // c.decoder_heads,
             attention=config.loss.pfr_attention,
             mask_padding=config.loss.pfr_mask_padding,
+            with_class_token=config.loss.pfr_with_class_token,
         )
     return Rice(encoder=encoder, decoder=decoder, reconstruction=reconstruction, scale_init=c.logit_scale_init)

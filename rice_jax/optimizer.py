@@ -1,5 +1,6 @@
 """The official optimiser from optax's parts: groups, AdamW of old Hugging Face, warm-up and cosine (SPEC 7)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,19 @@ from rice_jax.sharding import path_name
 
 
 def schedule(config: Any) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, a cosine to 0 at num_updates (SPEC 7.4)."""
-    o = config.optimizer
-    cosine = optax.cosine_decay_schedule(o.learning_rate, config.num_updates - o.warmup_updates)
-    return optax.join_schedules(
-        [optax.linear_schedule(0, o.learning_rate, o.warmup_updates), cosine], [o.warmup_updates]
-    )
+    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, a cosine to 0 at num_updates (SPEC 7.4).
+
+    The cosine's half, (1 + cos 2x) / 2, is written cos^2 x = sin^2(pi/2 - x): near the end float32 would cancel all
+    of 1 + cos away, as optax's does. Every rate is right to 3e-7 of itself; with jax's x64, to 1e-12.
+    """
+    peak, warmup, total = config.optimizer.learning_rate, config.optimizer.warmup_updates, config.num_updates
+
+    def rate(update: Any) -> Array:
+        u = jnp.asarray(update, float)
+        falling = jnp.square(jnp.sin(jnp.pi / 2 * jnp.clip((total - u) / (total - warmup), 0, 1)))
+        return peak * jnp.where(u < warmup, u / max(1, warmup), falling)
+
+    return rate
 
 
 def lr_multiplier(name: str, config: Any) -> float:
@@ -36,6 +44,11 @@ def decays(name: str, ndim: int, config: Any) -> bool:
     return not name.endswith("bias")
 
 
+def one_minus_power(b: float, count: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - b^count, right to 2e-7 of itself where float32 keeps no more than 1e-5 of 1 - 0.999."""
+    return -jnp.expm1(count.astype(float) * (math.log(b) if b else -math.inf))
+
+
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam with eps on the uncorrected sqrt(v), as transformers 4.10 has it (SPEC 7.3).
 
@@ -45,8 +58,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
     def update(grads: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
         _, state = adam.update(grads, state, params)
-        t = state.count.astype(jnp.float32)
-        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        correction = jnp.sqrt(one_minus_power(b2, state.count)) / one_minus_power(b1, state.count)
         return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
 
     return optax.GradientTransformation(adam.init, update)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rice_jax import sharding
+from rice_jax.model import cosines
 
 HARD = 3  # hard partners of an anchor (SPEC 4.3)
 
@@ -27,10 +28,7 @@ def hardest(
     Returns their positions in the global batch, and whether there was one (a small set may have fewer than three
     products that are not the anchor's own).
     """
-    # Highest precision, always: bfloat16 products near 1 come in steps of 5e-4 and make ties of near-equal negatives.
-    similarity = jnp.einsum(
-        "be,ge->bg", jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners), precision="highest"
-    )
+    similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(HARD, partners.shape[0]))
     return position, value > -jnp.inf
 

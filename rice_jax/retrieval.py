@@ -16,12 +16,14 @@ from tqdm import tqdm
 from data_pipeline.batches import clip_batches, image_batches
 from data_pipeline.frames import FrameOptions
 from data_pipeline.records import Split
-from rice_jax import metrics, model, sharding
+from rice_jax import inference, metrics, model, sharding
 from rice_jax.checkpoints import Checkpoints, read_config
 from rice_jax.config import FREE, from_json, override
 from rice_jax.step import abstract_state
 
 KS = (1, 3, 5, 10)
+SCORES = ("embedding", "matching", "raw-matching")  # what evaluate may rank by; the last two beside the first
+AT_ONCE = 32  # shop images that a clip meets at once in matching: more takes memory, fewer makes narrow products
 
 
 def frame_options(data: Any, *, train: bool) -> FrameOptions:
@@ -31,26 +33,14 @@ def frame_options(data: Any, *, train: bool) -> FrameOptions:
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
 
 
-def _pooled(net: model.Rice, params: Any, pictures: Array, flip: bool) -> Array:
-    """Pooled vectors [n, E] of normalised pictures; with `flip` the sum of theirs and their mirror images'."""
-    pooled = model.call(net.encoder, params["encoder"], pictures)[1]
-    if flip:
-        pooled = pooled + model.call(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
-    return pooled
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode_images(net: model.Rice, mesh: Mesh, flip: bool, params: Any, images: Array) -> Array:
-    embedding = model.unit(_pooled(net, params, model.normalise(images), flip))
-    return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, sharding.P()))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode_clips(net: model.Rice, mesh: Mesh, flip: bool, params: Any, frames: Array, mask: Array) -> Array:
-    n, slots = mask.shape
-    pictures = model.normalise(frames, mask).reshape(n * slots, *frames.shape[2:])
-    pooled = _pooled(net, params, pictures, flip).reshape(n, slots, -1)
-    return jax.lax.with_sharding_constraint(model.clip_embedding(pooled, mask), NamedSharding(mesh, sharding.P()))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _on_mesh(
+    function: Callable[..., Any], mesh: Mesh, net: model.Rice, static: tuple[Any, ...], params: Any, *arrays: Array
+) -> list[Array]:
+    """What function(net, *static, params, *arrays) gives, on every device; parameters are gathered once, before it."""
+    whole = NamedSharding(mesh, sharding.P())
+    results = function(net, *static, jax.lax.with_sharding_constraint(params, whole), *arrays)
+    return jax.tree.leaves(jax.lax.with_sharding_constraint(results, whole))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +74,45 @@ class Model:
         Raises:
           ValueError: another picture size, or a clip without a frame.
         """
-        frames, mask = np.asarray(frames), np.asarray(mask)
-        self._check(frames, axes=5)
-        if mask.shape != frames.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
-            raise ValueError(
-                f"mask {mask.shape}: needs a row of 0 and 1, with at least one 1, for each of frames {frames.shape}."
-            )
-        return self._encode(_encode_clips, frames, mask.astype(np.int32))
+        frames, mask = self._check_clips(frames, mask)
+        return self._batched(functools.partial(self.run, inference.encode_clips), frames, mask)[0]
 
     def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
         """Embeddings of shop images: float32, unit length. Pictures as in encode_clips."""
-        images = np.asarray(images)
-        self._check(images, axes=4)
-        return self._encode(_encode_images, images)
+        images = self._check(images, axes=4)
+        return self._batched(functools.partial(self.run, inference.encode_images), images)[0]
+
+    def match(
+        self,
+        frames: Shaped[np.ndarray, "n N px px 3"],
+        mask: Shaped[np.ndarray, "n N"],
+        images: Shaped[np.ndarray, "m px px 3"],
+        *,
+        raw: bool = False,
+    ) -> Float[np.ndarray, "n m"]:
+        """How well each clip shows each shop image, by the matching decoder (SPEC 10.4): float32, -1 to 1.
+
+        Every picture is encoded once a call; after that a pair is cheap, a warehouse of pairs is not.
+
+        Args:
+          frames, mask: clips as in encode_clips.
+          images: pictures as in encode_images.
+          raw: h . w in place of its cosine, of any size.
+
+        Raises:
+          ValueError: as in encode_clips, or a model without a decoder.
+        """
+        check_decoder(self)
+        frames, mask = self._check_clips(frames, mask)
+        images = self._check(images, axes=4)
+        class_tokens = self._batched(functools.partial(self.run, inference.image_queries), images)[1]
+        shelves = _Shelves(self, class_tokens, [np.arange(len(images))], raw=raw)
+        everyone = np.zeros(self.batch_size, np.int64)
+        return self._batched(functools.partial(shelves.match, everyone), frames, mask)[1][:, : len(images)]
+
+    def run(self, function: Callable[..., Any], *arrays: Any, more: tuple[Any, ...] = ()) -> list[Array]:
+        """A function of rice_jax.inference, compiled, on arrays that lie on the devices; `more`: its options."""
+        return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *more), self.params, *arrays)
 
     @property
     def fingerprint(self) -> str:
@@ -107,24 +123,66 @@ class Model:
             digest.update(np.ascontiguousarray(leaf).tobytes())
         return digest.hexdigest()[:16]
 
-    def _check(self, pictures: np.ndarray, *, axes: int) -> None:
-        size = self.config.data.image_size
+    def _check(self, pictures: np.ndarray, *, axes: int) -> np.ndarray:
+        pictures, size = np.asarray(pictures), self.config.data.image_size
         if pictures.ndim != axes or pictures.shape[-3:] != (size, size, 3):
             raise ValueError(f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3).")
         if pictures.dtype != np.uint8:
             raise ValueError(f"pictures of {pictures.dtype}: need uint8, RGB levels 0 to 255.")
+        return pictures
 
-    def _encode(self, encode: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+    def _check_clips(self, frames: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        frames, mask = self._check(frames, axes=5), np.asarray(mask)
+        if mask.shape != frames.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+            raise ValueError(
+                f"mask {mask.shape}: needs a row of 0 and 1, with at least one 1, for each of frames {frames.shape}."
+            )
+        return frames, mask.astype(np.int32)
+
+    def _batched(self, call: Callable[..., list[Array]], *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """call(*rows on the devices) for all rows, batch_size at a time; of no rows the results' shapes alone."""
         out = []
-        for start in range(0, len(arrays[0]), self.batch_size):
+        for start in range(0, max(1, len(arrays[0])), self.batch_size):
             part = [a[start : start + self.batch_size] for a in arrays]
             missing = self.batch_size - len(part[0])
-            padded = [np.concatenate([a, np.repeat(a[:1], missing, axis=0)]) if missing else a for a in part]
-            on_devices = sharding.to_global(padded, self.mesh)
-            out.append(
-                np.asarray(encode(self.net, self.mesh, self.config.eval_flip, self.params, *on_devices))[: len(part[0])]
-            )
-        return np.concatenate(out) if out else np.zeros((0, self.config.model.embedding), np.float32)
+            fill = [a[:1] if len(a) else np.ones((1, *a.shape[1:]), a.dtype) for a in part]
+            padded = [np.concatenate([a, np.repeat(f, missing, axis=0)]) for a, f in zip(part, fill, strict=True)]
+            results = call(*sharding.to_global(padded, self.mesh))
+            out.append([np.asarray(result)[: len(part[0])] for result in results])
+        return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
+
+
+class _Shelves:
+    """Class tokens of shop images on the devices, each once, and the galleries to be matched as rows of them."""
+
+    def __init__(self, m: Model, class_tokens: np.ndarray, galleries: Sequence[np.ndarray], *, raw: bool) -> None:
+        self._m, self._raw = m, raw
+        self._sizes = np.array([*map(len, galleries), 0])  # the last is that of no clip, which fills a batch up
+        self.width = max(1, -(-int(self._sizes.max()) // AT_ONCE)) * AT_ONCE
+        self._rows = np.full((len(self._sizes), self.width), len(class_tokens), np.int32)
+        for row, gallery in zip(self._rows, galleries, strict=False):
+            row[: len(gallery)] = gallery
+        nobody = np.zeros((1, class_tokens.shape[1]), np.float32)
+        self._class_tokens = jax.make_array_from_process_local_data(
+            NamedSharding(m.mesh, sharding.P()), np.concatenate([class_tokens, nobody])
+        )
+
+    def match(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
+        """Embeddings [n, E] of a global batch of clips and their scores [n, width]; gallery -1: none, all -inf."""
+        own = sharding.process_rows(len(gallery_of), self._m.mesh)
+        shelf = sharding.to_global(self._rows[gallery_of[own]], self._m.mesh)
+        count = np.int32(-(-int(self._sizes[gallery_of].max()) // AT_ONCE))
+        clips = (frames, mask, shelf, self._class_tokens, count)
+        return self._m.run(inference.match_clips, *clips, more=(self._raw, AT_ONCE))
+
+
+def check_decoder(m: Model) -> None:
+    """ValueError for a model that has only an encoder."""
+    if m.net.decoder is None:
+        raise ValueError(
+            "matching: this model has no decoder (loss.pmd and loss.pfr are 0 in its config); train one with a PMD "
+            "loss, or rank by --score embedding."
+        )
 
 
 def load(
@@ -175,59 +233,122 @@ class EmbeddingStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def blocks(self, kind: str, rows: np.ndarray, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """encode(rows) [n, E], a block at a time; blocks that are there are read."""
-        out = []
+    def blocks(
+        self, kinds: Mapping[str, int], rows: np.ndarray, encode: Callable[[np.ndarray], Sequence[np.ndarray]]
+    ) -> tuple[np.ndarray, ...]:
+        """encode(rows), an array [n, width] for each of `kinds` (name: width); blocks that are all there are read."""
+        out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
-            path = self._folder / f"{kind}-{start:09d}.npy" if self._folder is not None else None
-            if path is not None and path.exists():
-                out.append(np.load(path, allow_pickle=False))
+            paths = [self._folder / f"{kind}-{start:09d}.npy" for kind in kinds] if self._folder is not None else []
+            if paths and all(path.exists() for path in paths):
+                out.append([np.load(path, allow_pickle=False) for path in paths])
                 continue
-            out.append(encode(rows[start : start + self.BLOCK]))
-            if path is not None:
+            out.append(list(encode(rows[start : start + self.BLOCK])))
+            for path, array in zip(paths, out[-1], strict=False):
                 temporary = path.with_suffix(".tmp")
                 with temporary.open("wb") as file:
-                    np.save(file, out[-1])
+                    np.save(file, array)
                 temporary.rename(path)
-        return np.concatenate(out) if out else encode(rows)
+        return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
+
+
+class _Pass:
+    """Every picture of a split through the model once, with one progress bar."""
+
+    def __init__(self, m: Model, split: Split, *, total: int, show_progress: bool) -> None:
+        self._m, self._split = m, split
+        self._options = frame_options(m.config.data, train=False)
+        self._bar = tqdm(total=total, unit=" encoded", disable=not show_progress)
+
+    def __enter__(self) -> "_Pass":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def clips(self, rows: np.ndarray, call: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
+        """call(rows of the batch with -1 where it is filled up, frames, mask) for all of `rows`."""
+        make = functools.partial(clip_batches, seed=self._m.config.seed)
+        return self._over(make, ("frames", "mask"), rows, call)
+
+    def images(self, rows: np.ndarray, call: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
+        """call(rows of the batch, images) for all of `rows`."""
+        return self._over(image_batches, ("image",), rows, call)
+
+    def _over(
+        self,
+        make: Callable[..., Any],
+        names: tuple[str, ...],
+        rows: np.ndarray,
+        call: Callable[..., list[Array]],
+    ) -> tuple[np.ndarray, ...]:
+        m = self._m
+        own = sharding.process_rows(m.batch_size, m.mesh)  # of each batch, what this process reads and decodes
+        padded = np.concatenate([rows, np.full(-len(rows) % m.batch_size, -1)]).reshape(-1, m.batch_size)
+        data = m.config.data
+        out = []
+        with make(
+            self._split, padded[:, own].reshape(-1), self._options, len(own), threads=data.threads, workers=data.workers
+        ) as batches:
+            for batch_rows, batch in zip(padded, batches, strict=True):
+                results = call(batch_rows, *sharding.to_global([batch[name] for name in names], m.mesh))
+                out.append([np.asarray(result) for result in results])
+                self._bar.update(int(np.count_nonzero(batch_rows >= 0)))
+        return tuple(np.concatenate(parts)[: len(rows)] for parts in zip(*out, strict=True))
 
 
 def embed(
     m: Model, split: Split, clip_rows: np.ndarray, image_rows: np.ndarray, *, store: EmbeddingStore, show_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of clips and of shop images of a split, each once, in the order of the rows: [Q,E], [I,E]."""
-    options = frame_options(m.config.data, train=False)
-    own = sharding.process_rows(m.batch_size, m.mesh)  # of each batch, what this process reads and decodes
-    read = {"threads": m.config.data.threads, "workers": m.config.data.workers}
-    bar = tqdm(total=len(clip_rows) + len(image_rows), unit=" encoded", disable=not show_progress)
-
-    def encoded(
-        batches: Iterator[Mapping[str, np.ndarray]], call: Callable[..., Array], *names: str
-    ) -> Iterator[np.ndarray]:
-        for batch in batches:
-            on_devices = sharding.to_global([batch[name] for name in names], m.mesh)
-            yield np.asarray(call(m.net, m.mesh, m.config.eval_flip, m.params, *on_devices))
-
-    def run(
-        make: Callable[..., Any], call: Callable[..., Array], rows: np.ndarray, names: tuple[str, ...], **more: Any
-    ) -> np.ndarray:
-        padded = np.concatenate([rows, np.full(-len(rows) % m.batch_size, -1)])
-        mine = padded.reshape(-1, m.batch_size)[:, own].reshape(-1)
-        out = []
-        with make(split, mine, options, len(own), **read, **more) as batches:
-            for part in encoded(batches, call, *names):
-                out.append(part)
-                bar.update(min(m.batch_size, len(rows) - (len(out) - 1) * m.batch_size))
-        return np.concatenate([np.zeros((0, m.config.model.embedding), np.float32), *out])[: len(rows)]
-
-    with bar:
-        clips = store.blocks(
-            "clips",
-            clip_rows,
-            lambda rows: run(clip_batches, _encode_clips, rows, ("frames", "mask"), seed=m.config.seed),
+    width = m.config.model.embedding
+    with _Pass(m, split, total=len(clip_rows) + len(image_rows), show_progress=show_progress) as over:
+        (clips,) = store.blocks(
+            {"clips": width}, clip_rows, lambda rows: over.clips(rows, lambda _, *x: m.run(inference.encode_clips, *x))
         )
-        images = store.blocks("images", image_rows, lambda rows: run(image_batches, _encode_images, rows, ("image",)))
+        (images,) = store.blocks(
+            {"images": width},
+            image_rows,
+            lambda rows: over.images(rows, lambda _, *x: m.run(inference.encode_images, *x)),
+        )
     return clips, images
+
+
+def match(
+    m: Model,
+    split: Split,
+    clip_rows: np.ndarray,
+    image_rows: np.ndarray,
+    *,
+    galleries: Sequence[np.ndarray],
+    gallery_of: np.ndarray,
+    raw: bool,
+    store: EmbeddingStore,
+    show_progress: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings as `embed` gives them, and each clip's matching scores [Q,L] in its gallery, -inf beyond its end.
+
+    Args:
+      galleries: places in `image_rows`; gallery_of [Q]: whose a clip is.
+      raw: h . w in place of its cosine.
+    """
+    check_decoder(m)
+    width = m.config.model.embedding
+    place = np.full(split.num_clips + 1, -1)  # the last one is row -1's
+    place[clip_rows] = gallery_of
+    with _Pass(m, split, total=len(clip_rows) + len(image_rows), show_progress=show_progress) as over:
+        images, class_tokens = store.blocks(
+            {"images": width, "class-tokens": m.config.model.width},
+            image_rows,
+            lambda rows: over.images(rows, lambda _, *x: m.run(inference.image_queries, *x)),
+        )
+        shelves = _Shelves(m, class_tokens, galleries, raw=raw)
+        clips, scores = store.blocks(
+            {"clips": width, "raw-matches" if raw else "matches": shelves.width},
+            clip_rows,
+            lambda rows: over.clips(rows, lambda batch, *x: shelves.match(place[batch], *x)),
+        )
+    return clips, images, scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +357,8 @@ class Result:
 
     figures: dict[str, int | float]
     clip_rows: np.ndarray  # of the split, one a query
-    ranking: metrics.Ranking  # its top_images are rows of the split
+    ranking: metrics.Ranking  # by the embedding; its top_images are rows of the split
+    others: dict[str, metrics.Ranking]  # by "matching" and by the "sum" of both, where they were asked for
 
 
 def evaluate(
@@ -244,6 +366,7 @@ def evaluate(
     split: Split,
     *,
     subset: Sequence[str] | None = None,
+    score: str = "embedding",
     store: EmbeddingStore | None = None,
     show_progress: bool = False,
 ) -> Result:
@@ -252,9 +375,18 @@ def evaluate(
     Figures: recall@k and strict_recall@k (ties and NaN count against the model), chance_recall@k in percent, queries
     (the denominator: entries of the truth list, whether there are frames for them or not) and mean_gallery_size.
 
+    Args:
+      score: "embedding": the cosine of two embeddings. "matching": beside it the cosine of the matching decoder, every
+        clip against its whole gallery, and the sum of both cosines; figures matching_recall@k, sum_recall@k, strict
+        ones of both, and the 95 % interval of each recall@1 as NAME_low and NAME_high. "raw-matching": the same with
+        h . w for the decoder's cosine, and the sum is the embedding's cosine and that.
+
     Raises:
-      ValueError: the split has no truth, or `subset` holds an id that the truth list does not.
+      ValueError: the split has no truth, `subset` holds an id that the truth list does not, or matching without a
+        decoder.
     """
+    if score not in SCORES:
+        raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
     if not split.galleries:
         raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
     truth = split.truth_by_clip
@@ -271,46 +403,82 @@ def evaluate(
     image_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in shown)]))
     place = np.full(split.num_images, -1)
     place[image_rows] = np.arange(len(image_rows))
-
-    clips, images = embed(
-        m, split, clip_rows, image_rows, store=store or EmbeddingStore(None), show_progress=show_progress
-    )
     index = {name: i for i, name in enumerate(shown)}
-    ranking = metrics.rank_queries(
-        clips,
-        images,
-        galleries=[place[split.galleries[name]] for name in shown],
-        gallery_of=np.array([index[name] for name in names], np.int64),
-        image_ids=[split.image_ids[row] for row in image_rows.tolist()],
-        truth=[truth[split.clip_ids[row]] for row in clip_rows.tolist()],
-        top_k=max(KS),
-    )
-    top = np.where(ranking.top_images >= 0, image_rows[ranking.top_images], -1).astype(np.int32)
-    ranking = dataclasses.replace(ranking, top_images=top)
+    galleries = [place[split.galleries[name]] for name in shown]
+    gallery_of = np.array([index[name] for name in names], np.int64)
+    where: dict[str, Any] = {
+        "galleries": galleries,
+        "gallery_of": gallery_of,
+        "image_ids": [split.image_ids[row] for row in image_rows.tolist()],
+        "truth": [truth[split.clip_ids[row]] for row in clip_rows.tolist()],
+        "top_k": max(KS),
+    }
+
+    how: dict[str, Any] = {"store": store or EmbeddingStore(None), "show_progress": show_progress}
+    others = {}
+    if score == "embedding":
+        clips, images = embed(m, split, clip_rows, image_rows, **how)
+    else:
+        how |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
+        clips, images, matches = match(m, split, clip_rows, image_rows, **how)
+        cosines = gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
+        others = {
+            name: metrics.rank_matrix(x, **where) for name, x in (("matching", matches), ("sum", matches + cosines))
+        }
+    ranking = metrics.rank_queries(clips, images, **where)
+
+    def of_split(ranking: metrics.Ranking) -> metrics.Ranking:
+        top = np.where(ranking.top_images >= 0, image_rows[ranking.top_images], -1).astype(np.int32)
+        return dataclasses.replace(ranking, top_images=top)
 
     count = len(truth)
-    figures: dict[str, int | float] = {"queries": count}
-    for name, values in (
-        ("recall", metrics.recall_at(ranking.rank, KS, denominator=count)),
-        ("strict_recall", metrics.recall_at(ranking.strict_rank, KS, denominator=count)),
-        ("chance_recall", metrics.chance_recall(ranking.true_entries, ranking.gallery_size, KS, denominator=count)),
-    ):
-        figures |= {f"{name}@{k}": value for k, value in values.items()}
+    figures: dict[str, int | float] = {"queries": count} | recalls(ranking, "", count)
+    chance = metrics.chance_recall(ranking.true_entries, ranking.gallery_size, KS, denominator=count)
+    figures |= {f"chance_recall@{k}": value for k, value in chance.items()}
     figures["mean_gallery_size"] = metrics.mean_gallery_size(ranking.gallery_size)
-    return Result(figures, clip_rows, ranking)
+    for name, other in others.items():
+        figures |= recalls(other, f"{name}_", count)
+    for name in [f"{prefix}recall@1" for prefix in ("", "matching_", "sum_") if others]:
+        figures[f"{name}_low"], figures[f"{name}_high"] = metrics.wilson_interval(figures[name], count)
+    return Result(figures, clip_rows, of_split(ranking), {name: of_split(other) for name, other in others.items()})
+
+
+def gallery_cosines(
+    clips: np.ndarray, images: np.ndarray, galleries: Sequence[np.ndarray], gallery_of: np.ndarray, *, width: int
+) -> np.ndarray:
+    """Each clip's cosines with its gallery's entries: float32 [Q, width], -inf beyond its end."""
+    out = np.full((len(clips), width), -np.inf, np.float32)
+    for gallery, rows in enumerate(galleries):
+        queries = np.flatnonzero(gallery_of == gallery)
+        out[queries, : len(rows)] = clips[queries] @ images[rows].T
+    return out
+
+
+def recalls(ranking: metrics.Ranking, prefix: str, count: int) -> dict[str, float]:
+    """recall@k and strict_recall@k, their names behind `prefix`."""
+    return {
+        f"{prefix}{name}@{k}": value
+        for name, rank in (("recall", ranking.rank), ("strict_recall", ranking.strict_rank))
+        for k, value in metrics.recall_at(rank, KS, denominator=count).items()
+    }
 
 
 def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
-    """A line a query: its clip, its rank (null: no true image in the gallery) and the shop images ranked first."""
-    ranking = result.ranking
+    """A line a query: its clip, its rank (null: no true image in the gallery) and the shop images ranked first.
+
+    Where there are others: their ranks and images too, as NAME_rank and NAME_top.
+    """
     for i, row in enumerate(result.clip_rows.tolist()):
-        top = [
-            (split.image_ids[image], round(float(score), 6))
-            for image, score in zip(ranking.top_images[i], ranking.top_scores[i], strict=True)
-            if image >= 0
-        ]
-        rank = int(ranking.rank[i])
-        yield {"clip": split.clip_ids[row], "rank": None if rank == metrics.NEVER else rank, "top": top}
+        line: dict[str, Any] = {"clip": split.clip_ids[row]}
+        for prefix, ranking in {"": result.ranking, **{f"{name}_": r for name, r in result.others.items()}}.items():
+            rank = int(ranking.rank[i])
+            line[f"{prefix}rank"] = None if rank == metrics.NEVER else rank
+            line[f"{prefix}top"] = [
+                (split.image_ids[image], round(float(score), 6))
+                for image, score in zip(ranking.top_images[i], ranking.top_scores[i], strict=True)
+                if image >= 0
+            ]
+        yield line
 
 
 def one_line(figures: Mapping[str, int | float]) -> str:
@@ -319,13 +487,27 @@ def one_line(figures: Mapping[str, int | float]) -> str:
 
 
 def table(figures: Mapping[str, int | float]) -> str:
-    """The figures as evaluate prints them: percent, two decimals, as the official script."""
-    low, high = metrics.wilson_interval(figures["recall@1"], int(figures["queries"]))
-    rows = [f"{'':>22}" + "".join(f"{f'R@{k}':>9}" for k in KS)]
-    for name, title in (("recall", "recall"), ("strict_recall", "ties against"), ("chance_recall", "chance")):
-        rows.append(f"{title:>22}" + "".join(f"{figures[f'{name}@{k}']:>9.2f}" for k in KS))
+    """The figures as evaluate prints them: percent, two decimals, as the official script.
+
+    Ties against the model get a row for the embedding always, for the others where they change a figure.
+    """
+    prefixes = {"": "recall"}
+    if "matching_recall@1" in figures:
+        prefixes = {"": "embedding", "matching_": "matching", "sum_": "their sum"}
+    rows = [f"{'':>22}" + "".join(f"{f'R@{k}':>9}" for k in KS) + f"{'95 % of R@1':>16}"]
+
+    def row(name: str, title: str) -> str:
+        return f"{title:>22}" + "".join(f"{figures[f'{name}@{k}']:>9.2f}" for k in KS)
+
+    for prefix, title in prefixes.items():
+        low, high = metrics.wilson_interval(figures[f"{prefix}recall@1"], int(figures["queries"]))
+        rows.append(row(f"{prefix}recall", title) + f"{f'{low:.1f} to {high:.1f}':>16}")
+        strict = f"{prefix}strict_recall"
+        if not prefix or any(figures[f"{strict}@{k}"] != figures[f"{prefix}recall@{k}"] for k in KS):
+            rows.append(row(strict, "ties against"))
+    rows.append(row("chance_recall", "chance"))
     rows.append(
-        f"{figures['queries']:.0f} queries, {figures['mean_gallery_size']:.1f} shop images a gallery on average; "
-        f"95 % interval of R@1: {low:.1f} to {high:.1f} (taking the queries as independent)"
+        f"{figures['queries']:.0f} queries, {figures['mean_gallery_size']:.1f} shop images a gallery on average; the "
+        "interval takes the queries as independent"
     )
     return "\n".join(rows)

@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a broadcast nobody meant is an error
@@ -24,18 +25,27 @@ HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", type=Path, default=HERE / "golden", help="folder of golden rice_*.npz files")
+    parser.addoption("--golden", type=Path, default=HERE / "golden", help="folder of golden files, X.npz")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a golden file: those with inputs, and those of updates, which belong to one of them."""
+    """One test a golden file that holds what the test reads: `X_six_updates.npz` as updates_file, others golden_file.
+
+    The marker `holds` names beginnings of arrays; a file needs one of them.
+    """
+    if not {"golden_file", "updates_file"} & set(metafunc.fixturenames):
+        return
     folder = metafunc.config.getoption("--golden")
-    for name, pattern in (("golden_file", "rice_*.npz"), ("updates_file", "rice_*_updates.npz")):
-        if name in metafunc.fixturenames:
-            files = sorted(folder.glob(pattern))
-            if name == "golden_file":
-                files = [path for path in files if not path.stem.endswith("_updates")]
-            metafunc.parametrize(name, files, ids=[path.stem for path in files])
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise pytest.UsageError(f"--golden {folder}: holds no golden file; give a folder of X.npz.")
+    marker = metafunc.definition.get_closest_marker("holds")
+    for fixture, updates in (("golden_file", False), ("updates_file", True)):
+        if fixture in metafunc.fixturenames:
+            chosen = [path for path in files if path.stem.endswith("_six_updates") == updates]
+            if marker:
+                chosen = [path for path in chosen if any(name.startswith(marker.args) for name in np.load(path).files)]
+            metafunc.parametrize(fixture, chosen, ids=[path.stem for path in chosen])
 
 
 @pytest.fixture(scope="session")

@@ -135,17 +135,32 @@ def losses(
     return out
 
 
+def shares(x: jax.Array, allowed: jax.Array) -> jax.Array:
+    """exp(x) over its sum along the last axis, of those allowed; the largest is taken off first."""
+    largest = jax.lax.stop_gradient(jnp.where(allowed, x, -jnp.inf).max(axis=-1, keepdims=True))
+    weight = jnp.where(allowed, jnp.exp(jnp.where(allowed, x - largest, 0)), 0)
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
 def pfr(
     net: model.Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any
 ) -> Any:
-    """SPEC 6 for the options at their official values; the others are tested where they are defined."""
+    """SPEC 6, with the options of rows 1, 2 and 29 of its table of oddities."""
     rec, heads = params["reconstruction"], net.decoder.heads
-    attention = jax.nn.softmax(scores, axis=-1) * (net.decoder.width / heads) ** 0.5
+    real = jnp.broadcast_to(key_mask[:, None, None, :], scores.shape)
+    attention = jnp.where(real, scores, 0) if options.pfr_attention == "score" else shares(scores, real)
+    if options.pfr_attention == "prob_scaled":
+        attention = attention * (net.decoder.width / heads) ** 0.5
     hidden = [
         jax.nn.relu(sum(rec["conv1_kernel"][h, k] * attention[:, h] for h in range(heads)) + rec["conv1_bias"][k])
         for k in range(rec["conv1_kernel"].shape[1])
     ]
     mixed = jax.nn.relu(sum(w * x for w, x in zip(rec["conv2_kernel"], hidden, strict=True)) + rec["conv2_bias"][0])
-    coefficients = jnp.exp(mixed) / jnp.exp(mixed).sum(axis=-1, keepdims=True)
+    first = 0 if options.pfr_with_class_token else 1  # of a picture's tokens
+    tokens = image_tokens.shape[1]
+    allowed = jnp.broadcast_to((jnp.arange(scores.shape[3]) % tokens >= first)[None], key_mask.shape)
+    if options.pfr_mask_padding:
+        allowed = allowed & key_mask
+    weight = shares(mixed, jnp.broadcast_to(allowed[:, None], mixed.shape))
     sources, target = jax.lax.stop_gradient((jnp.where(key_mask[:, :, None], clip_tokens, 0), image_tokens))
-    return jnp.mean((jnp.einsum("nts,nsd->ntd", coefficients, sources) - target) ** 2)
+    return jnp.mean((jnp.einsum("nts,nsd->ntd", weight, sources) - target)[:, first:] ** 2)

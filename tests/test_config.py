@@ -77,9 +77,9 @@ def test_stages_of_the_official_recipe() -> None:
 
 def test_every_fault_of_a_config_is_named_at_once() -> None:
     config = default.get_config()
-    config.data.resize_mode, config.batch_size = "squash", 0
+    config.data.resize_mode, config.eval_batch_size = "squash", 0
     with pytest.raises(
-        ValueError, match=r"squash.*needs one of stretch, keep_ratio; batch_size is 0, needs at least 1"
+        ValueError, match=r"squash.*needs one of stretch, keep_ratio; eval_batch_size is 0, needs at least 1"
     ):
         configuration.validate(config)
     config = default.get_config()

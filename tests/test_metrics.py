@@ -1,5 +1,6 @@
 """Ranks and Recall@k against the official figures, a plain NumPy definition and enumeration (SPEC 10)."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from rice_jax.metrics import (
     NEVER,
     chance_recall,
     mean_gallery_size,
+    rank_matrix,
     rank_queries,
     recall_at,
     wilson_interval,
@@ -41,15 +43,22 @@ def assert_equals_the_plain_definition(query_qe, image_ie, galleries, gallery_of
         query_qe, image_ie, galleries=galleries, gallery_of=gallery_of, image_ids=image_ids, truth=truth, top_k=10
     )
     expected = []
+    matrix = np.full((len(gallery_of), max(map(len, galleries))), np.nan, np.float32)
     for query, gallery in enumerate(gallery_of):
         rows = galleries[gallery]
         score_i = image_ie[rows] @ query_qe[query]
+        matrix[query, : len(rows)] = score_i
         expected.append(plain_ranks(score_i, [image_ids[row] for row in rows], truth[query]))
         best = rows[np.argsort(-score_i, kind="stable")][:10]
         np.testing.assert_array_equal(ranking.top_images[query], [*best, *[-1] * (10 - len(best))])
         assert ranking.true_entries[query] == sum(image_ids[row] in truth[query] for row in rows)
         assert ranking.gallery_size[query] == len(rows)
     np.testing.assert_array_equal(np.stack([ranking.rank, ranking.strict_rank], axis=1), expected)
+    of_matrix = rank_matrix(
+        matrix, galleries=galleries, gallery_of=gallery_of, image_ids=image_ids, truth=truth, top_k=10
+    )
+    for field in dataclasses.fields(ranking):
+        np.testing.assert_array_equal(getattr(of_matrix, field.name), getattr(ranking, field.name), err_msg=field.name)
     plain_recall = {k: 100 * sum(rank <= k for rank, _ in expected) / (len(expected) + lost) for k in KS}
     assert recall_at(ranking.rank, KS, denominator=len(expected) + lost) == plain_recall
 
@@ -299,6 +308,9 @@ def test_no_queries_and_no_images_give_empty_answers():
     none = rank_queries(np.ones((0, 2), np.float32), image_ie, gallery_of=np.zeros(0, int), truth=[], **arguments)
     assert none.rank.shape == (0,)
     assert none.top_images.shape == (0, 10)
+    none = rank_matrix(np.ones((0, 2), np.float32), gallery_of=np.zeros(0, int), truth=[], **arguments)
+    assert none.rank.shape == (0,)
+    assert none.top_images.shape == none.top_scores.shape == (0, 10)
     empty = {"galleries": [np.zeros(0, int)], "image_ids": []}
     lonely = rank_queries(image_ie[:1], image_ie[:0], gallery_of=np.zeros(1, int), truth=[["a"]], **empty)
     assert lonely.rank.tolist() == [NEVER]

@@ -7,20 +7,24 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import default, grocery, lpr750k, smoke
+from configs import default, demo, folder, grocery, lpr750k, rice, smoke
 from rice_jax import model, sharding, step
 from tests import official
 
 ROOT = Path(__file__).parent.parent
 
 ORDER = {
-    "data_pipeline": "faults tfrecord schema records plan frames examples batches "
-    "pictures listing layouts survey shards workers columns report convert",
-    "rice_jax": "version config sharding model pairs losses optimizer weights step checkpoints metrics retrieval logs "
-    "train evaluate",
+    "data_pipeline": "faults tfrecord folders schema records plan frames examples batches histogram "
+    "pictures listing layouts survey shards workers columns report convert drawing synthetic",
+    "rice_jax": "version config sharding model pairs losses optimizer step checkpoints metrics inference retrieval "
+    "archives naming contents sources exports weights logs show train evaluate demo",
 }
-COMMANDS = {"convert", "train", "evaluate"}  # nobody imports a command
-PRESETS = [default.get_config(), grocery.get_config(), smoke.get_config(), *map(lpr750k.get_config, default.STAGES)]
+COMMANDS = {"convert", "synthetic", "show", "train", "evaluate", "demo"}  # nobody imports a command
+PRESETS = [
+    *(config.get_config() for config in (default, demo, folder, grocery, smoke)),
+    *map(lpr750k.get_config, default.STAGES),
+    *map(rice.get_config, default.STAGES),
+]
 
 
 def imports(path: Path) -> set[str]:

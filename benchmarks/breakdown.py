@@ -1,0 +1,132 @@
+"""Where a training step's time goes: python -m benchmarks.breakdown --config NAME --config.data.path=DIR
+
+Six compiled pieces are timed in turn on one real batch, and the parts are differences of their medians:
+input           making a batch from the records; a run does that beside the step, so its share is of a step that waits
+encoder         loss and gradient of ICL (and frame ICL) alone: pictures normalised and encoded, forward and backward
+mining          similarities and the three hardest, without gradient, timed by itself
+decoder         loss and gradient of ICL and PMD, less encoder and mining
+reconstruction  loss and gradient of all, less those of ICL and PMD
+optimiser       the training step, less loss and gradient: moments, weights, norm, average
+Differences of parts that cost little can come out below 0 on a busy machine.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import turns
+from data_pipeline.batches import train_batches
+from data_pipeline.plan import Plan
+from data_pipeline.records import Split, open_dataset
+from rice_jax import config as configuration
+from rice_jax import losses, model, pairs, retrieval, sharding, step
+
+
+def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
+    """Loss and gradient with some losses left out, and with them the parameters that only they use."""
+    config = copy.deepcopy(config)
+    config.loss.update(weights)
+    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    unused = {"decoder": net.decoder, "reconstruction": net.reconstruction}
+    params = {name: part for name, part in params.items() if unused.get(name, net) is not None}
+    loss = losses.make_loss(net, config.loss, mesh, sharding.parameter_specs(params, mesh))
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return lambda: compiled(params, batch, step.random_key(0))
+
+
+def mining(config: Any) -> Callable[[], Any]:
+    rng, shape = np.random.default_rng(0), (config.batch_size, config.model.embedding)
+    images, clips = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
+    own = jnp.eye(config.batch_size, dtype=bool)
+    compiled = jax.jit(pairs.hardest)
+    return lambda: compiled(images, clips, own)
+
+
+def updating(config: Any, batch: Any) -> Callable[[], Any]:
+    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    abstract = step.abstract_state(net, config, mesh)
+    compiled = step.make_train_step(net, config, mesh, abstract)
+    held = [step.init_state(net, config, abstract)]  # donated by each step
+
+    def run() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        return held[0], metrics
+
+    return run
+
+
+def reading(config: Any, split: Split) -> tuple[Any, Callable[[], Any]]:
+    """Batches one by one, no cache: what the first epoch costs."""
+    plan = Plan(split.num_clips, config.batch_size, config.seed)
+    options, rows = retrieval.frame_options(config.data, train=True), np.arange(config.batch_size)
+    batches = train_batches(split, plan, rows, options, threads=0)
+    return batches, lambda: next(batches)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = arguments.config
+    configuration.validate(config)
+    dataset = open_dataset(config.data.path)
+    split = dataset.split(config.data.train_split)
+    config = configuration.fitted(config, clips=split.num_clips, splits=dataset.splits, devices=1)
+    batches, read = reading(config, split)
+    with batches:
+        batch = sharding.to_global(read(), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
+        params = jax.jit(lambda: step.init_params(model.build(config), config, step.random_key(0)))()
+        pieces = {
+            "input": read,
+            "icl": differentiated(config, params, batch, pmd=0.0, pfr=0.0),
+            "mining": mining(config),
+            "icl_pmd": differentiated(config, params, batch, pfr=0.0),
+            "icl_pmd_pfr": differentiated(config, params, batch),
+            "step": updating(config, batch),
+        }
+        seconds = turns.in_turn(pieces, arguments.repeats)
+    parts = {
+        unit: parts_of({name: taken[k] for name, taken in seconds.items()})
+        for k, unit in enumerate(turns.Seconds._fields)
+    }
+    whole = {unit: sum(part.values()) for unit, part in parts.items()}
+    report = {
+        "sizes": {"batch_size": config.batch_size, "frames": config.data.num_frames, "pixels": config.data.image_size}
+        | {name: config.model[name] for name in ("width", "layers", "patch_size")},
+        "dtype": config.model.dtype,
+        "repeats": arguments.repeats,
+        "pieces_seconds": seconds,
+        "parts_seconds": parts,
+        "percent_of_step": {
+            unit: {name: 100 * value / whole[unit] for name, value in part.items()} for unit, part in parts.items()
+        },
+    }
+    turns.write_report(arguments.output, report)
+
+
+def parts_of(piece: dict[str, float]) -> dict[str, float]:
+    """The six parts from the six pieces' seconds; they add up to input and step."""
+    return {
+        "input": piece["input"],
+        "encoder": piece["icl"],
+        "mining": piece["mining"],
+        "decoder": piece["icl_pmd"] - piece["icl"] - piece["mining"],
+        "reconstruction": piece["icl_pmd_pfr"] - piece["icl_pmd"],
+        "optimiser": piece["step"] - piece["icl_pmd_pfr"],
+    }
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.breakdown", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/breakdown.json"))
+    return configuration.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())

@@ -1,0 +1,79 @@
+"""Conversion against copying the same files: python -m benchmarks.conversion --layout NAME --source DIR
+
+Ours: `convert`, which reads, checks and writes every picture and flushes it to the disk. Theirs: `cp -r` of the source,
+then `sync` of the files it wrote. Both into a new folder under --scratch, so on one file system; what was there before
+is removed untimed.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import turns
+from data_pipeline import convert
+from rice_jax import config as configuration
+
+
+def copying(source: Path, output: Path) -> Callable[[], None]:
+    def run() -> None:
+        subprocess.run(["cp", "-r", str(source), str(output)], check=True)
+        subprocess.run(["find", str(output), "-type", "f", "-exec", "sync", "{}", "+"], check=True)
+
+    return run
+
+
+def converting(arguments: argparse.Namespace, output: Path) -> Callable[[], None]:
+    words = {"layout": arguments.layout, "source": arguments.source, "output": output, "workers": arguments.workers}
+    words |= {"splits": arguments.splits} if arguments.splits else {}
+
+    def run() -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # its tables
+            status = convert.main(["--frames=all", *(f"--{name}={value}" for name, value in words.items())])
+        if status:
+            raise SystemExit(status)  # it said why
+
+    return run
+
+
+def main(arguments: argparse.Namespace) -> None:
+    files = [path for path in arguments.source.rglob("*") if path.is_file()]
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        output = Path(scratch) / "output"
+        candidates = {"convert": converting(arguments, output), "copy": copying(arguments.source, output)}
+        seconds = turns.in_turn(candidates, arguments.repeats, lambda: shutil.rmtree(output, ignore_errors=True))
+    report = {
+        "layout": arguments.layout,
+        "workers": arguments.workers,
+        "repeats": arguments.repeats,
+        "files": len(files),
+        "megabytes": megabytes,
+        "seconds": seconds,
+        "megabytes_per_second": {name: megabytes / taken.wall for name, taken in seconds.items()},
+        "convert_over_copy": turns.ratio(seconds["convert"], seconds["copy"]),
+    }
+    turns.write_report(arguments.output, report)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layout", choices=sorted(convert.LAYOUTS), required=True)
+    parser.add_argument("--source", type=Path, required=True, help="as data_pipeline.convert takes it")
+    parser.add_argument("--splits", help="to convert, as data_pipeline.convert takes it; all files are copied")
+    parser.add_argument("--workers", type=int, default=turns.cores())
+    parser.add_argument("--scratch", type=Path, default=Path("build/benchmarks"), help="both write under it")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/conversion.json"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())

@@ -1,0 +1,139 @@
+"""Matching's cost beside encoding's at ViT-B/32: python -m benchmarks.matching --data DIR [--clips N] [--output FILE].
+
+Random weights, the pictures and galleries of a converted test split, float32. Three compiled pieces are timed in turn,
+a batch at a time: encoding; an image's self layer; a clip's keys and values and its meeting with all of its gallery.
+Medians a clip and an image, then the whole list's sum. Decoding of pictures is not counted.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from data_pipeline.batches import clip_batches
+from data_pipeline.records import open_dataset
+from rice_jax import inference, model, retrieval, step
+
+
+def seconds(call: Callable[..., Any], *inputs: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call(*inputs))
+    return time.perf_counter() - start
+
+
+def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
+    """Multiply-adds by SPEC 14 and DESIGN 7, in thousands of millions."""
+    width, patch = config.model.width, config.model.patch_size
+    patches = (config.data.image_size // patch) ** 2
+    tokens, keys = patches + 1, slots * (patches + 1)
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    picture = 3 * patch**2 * patches * width + config.model.layers * block + width * config.model.embedding
+    pair = 11 * width**2 + 2 * keys * width  # q, out_proj, MLP and pooler of one query, and its attention
+    return {
+        "encode_clip": slots * picture / 1e9,
+        "encode_image": picture / 1e9,
+        "self_layer_image": block / 1e9,
+        "match_clip": (2 * keys * width**2 + gallery * pair) / 1e9,
+    }
+
+
+def main() -> None:
+    """Prints the cost of both and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a converted data set; its test split is used")
+    parser.add_argument("--clips", type=int, default=48, help="that are timed, evenly over the list")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips at once; of images, ten times that")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/matching.json"))
+    arguments = parser.parse_args()
+
+    config, size = default.get_config(), arguments.batch_size
+    split = open_dataset(arguments.data).split("test")
+    slots = config.data.eval_num_frames
+    galleries = [np.asarray(split.galleries[name]) for name in sorted(split.galleries)]
+    where = {name: place for place, name in enumerate(sorted(split.galleries))}
+    gallery_of = np.array([where[split.gallery_name(row)] for row in range(split.num_clips)])
+    pairs = sum(len(galleries[gallery]) for gallery in gallery_of)
+    images = len(np.unique(np.concatenate([galleries[gallery] for gallery in np.unique(gallery_of)])))
+
+    net = model.build(config)
+    params = jax.jit(lambda: step.init_params(net, config, step.random_key(0)))()
+    at_once = retrieval.AT_ONCE
+    longest = -(-max(map(len, galleries)) // at_once) * at_once
+    shelves = np.full((len(galleries), longest), split.num_images, np.int32)
+    for row, gallery in zip(shelves, galleries, strict=True):
+        row[: len(gallery)] = gallery
+    class_tokens = jnp.zeros((split.num_images + 1, config.model.width))
+
+    @jax.jit
+    def encode(params: Any, pictures: jax.Array) -> Any:
+        return model.call(net.encoder, params["encoder"], model.normalise(pictures))
+
+    @jax.jit
+    def self_layer(params: Any, tokens: jax.Array) -> Any:
+        return model.call(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
+
+    @jax.jit
+    def match(params: Any, tokens: jax.Array, mask: jax.Array, shelf: jax.Array, count: jax.Array) -> Any:
+        keys_values = model.call(net.decoder, params["decoder"], tokens, method="keys_values")
+        key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
+        return inference.shelf_scores(net, False, at_once, params, class_tokens, shelf, count, keys_values, key_mask)
+
+    rows = np.linspace(0, split.num_clips - 1, arguments.clips).astype(int)
+    rows = rows[: len(rows) // size * size]
+    options = retrieval.frame_options(config.data, train=False)
+    timed: dict[str, list[float]] = {"encode_clip": [], "self_layer_image": [], "match_clip": []}
+    with clip_batches(split, rows, options, size) as batches:
+        for number, batch in enumerate(batches):
+            pictures = jnp.asarray(batch["frames"].reshape(size * slots, *batch["frames"].shape[2:]))
+            chosen = gallery_of[batch["row"]]
+            count = np.int32(-(-max(len(galleries[gallery]) for gallery in chosen) // at_once))
+            tokens = encode(params, pictures)[0]
+            by_clip = tokens.reshape(size, -1, tokens.shape[-1])
+            meeting = functools.partial(match, params, by_clip, jnp.asarray(batch["mask"]), shelves[chosen], count)
+            if number == 0:  # compiles
+                jax.block_until_ready((meeting(), self_layer(params, tokens)))
+            timed["encode_clip"].append(seconds(encode, params, pictures) / size)
+            timed["self_layer_image"].append(seconds(self_layer, params, tokens) / len(pictures))
+            timed["match_clip"].append(seconds(meeting) / size)
+
+    each = {name: float(np.median(values)) for name, values in timed.items()}
+    each["encode_image"] = each["encode_clip"] / slots
+    work = gigamacs(config, slots, pairs / split.num_clips)
+    cost = {
+        unit: {
+            "encoding": split.num_clips * of["encode_clip"] + images * of["encode_image"],
+            "matching": split.num_clips * of["match_clip"] + images * of["self_layer_image"],
+        }
+        for unit, of in (("seconds", each), ("gigamacs", work))
+    }
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
+        "model": "ViT-B/32, random weights",
+        "dtype": "float32",
+        "list": {"clips": split.num_clips, "slots": slots, "images": images, "pairs": pairs},
+        "timed": {"clips": len(rows), "batch_size": size},
+        "seconds_each": each,
+        "gigamacs_each": work,
+        "list_cost": cost,
+        "matching_over_encoding": {unit: both["matching"] / both["encoding"] for unit, both in cost.items()},
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

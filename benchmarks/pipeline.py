@@ -1,0 +1,144 @@
+"""Our input against the official transforms in Pillow, on the same JPEGs: python -m benchmarks.pipeline --data DIR
+
+The training pictures of a converted set are written out as files, as the official loader reads them. Theirs (SPEC 9):
+open, RGB, resize to 256 x 256 bilinear, random crop 224, flip, floats of 0 to 1, normalised, channels first, stacked.
+Ours: `train_batches`, from records to batches of uint8, which the device normalises. Both show the same clips with the
+same number of frames, one process, equal threads; nothing is cached but by the operating system.
+"""
+
+import argparse
+import concurrent.futures
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import turns
+from data_pipeline import frames
+from data_pipeline.batches import train_batches
+from data_pipeline.plan import Plan
+from data_pipeline.records import Split, open_dataset
+from rice_jax import config as configuration
+from rice_jax.model import MEAN, STD
+
+OPTIONS = frames.FrameOptions(tail_cut=False)  # else the two would not show as many frames
+
+
+def write_pictures(split: Split, rows: np.ndarray, folder: Path) -> dict[int, tuple[list[Path], Path]]:
+    """By row: files of the frames that are sampled, and of the shop image."""
+    files = {}
+    for row in rows.tolist():
+        record = split.clip(row)
+        chosen = frames.sample_frames(len(record.frames), OPTIONS.num_frames)
+        paths = [folder / f"{row}-{position}.jpg" for position in chosen]
+        for path, position in zip(paths, chosen, strict=True):
+            path.write_bytes(record.frames[position])
+        image = folder / f"{row}-shop.jpg"
+        image.write_bytes(split.image(int(split.columns["image"][row])).encoded)
+        files[row] = paths, image
+    return files
+
+
+def official_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB").resize((OPTIONS.resize, OPTIONS.resize), Image.Resampling.BILINEAR)
+    room = OPTIONS.resize - OPTIONS.image_size
+    left, top = random.randint(0, room), random.randint(0, room)
+    picture = picture.crop((left, top, left + OPTIONS.image_size, top + OPTIONS.image_size))
+    if random.random() < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.asarray(picture).transpose(2, 0, 1).astype(np.float32) / 255
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def official_example(files: tuple[list[Path], Path]) -> tuple[np.ndarray, np.ndarray]:
+    clip = np.zeros((OPTIONS.num_frames, 3, OPTIONS.image_size, OPTIONS.image_size), np.float32)
+    for slot, path in enumerate(files[0]):
+        clip[slot] = official_picture(path)
+    return clip, official_picture(files[1])
+
+
+def official_epoch(
+    plan: Plan, files: dict[int, tuple[list[Path], Path]], threads: int, batches: int
+) -> Callable[[], int]:
+    def run() -> int:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for number in range(batches):
+                examples = list(pool.map(official_example, [files[row] for row in plan.batch(number).tolist()]))
+                np.stack([clip for clip, _ in examples]), np.stack([image for _, image in examples])
+        return batches
+
+    return run
+
+
+def our_epoch(split: Split, plan: Plan, threads: int, batches: int) -> Callable[[], int]:
+    def run() -> int:
+        with train_batches(split, plan, np.arange(plan.batch_size), OPTIONS, threads=threads) as ours:
+            for _ in range(batches):
+                next(ours)
+        return batches
+
+    return run
+
+
+def level_difference(files: dict[int, tuple[list[Path], Path]]) -> int:
+    """The largest, in levels of 0 to 255, between the two ways of decoding and resizing; of at most 20 pictures."""
+    largest = 0
+    for path in [paths[0] for paths, _ in files.values()][:20]:
+        with Image.open(path) as opened:
+            theirs = np.asarray(opened.convert("RGB").resize((OPTIONS.resize,) * 2, Image.Resampling.BILINEAR), int)
+        largest = max(largest, int(np.abs(frames.load(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
+    return largest
+
+
+def main(arguments: argparse.Namespace) -> None:
+    split = open_dataset(arguments.data).split("train")
+    size, batches = arguments.batch_size, -(-arguments.clips // arguments.batch_size)
+    plan = Plan(split.num_clips, size, seed=0)
+    batches = min(batches, plan.batches_per_epoch)
+    rows = np.concatenate([plan.batch(number) for number in range(batches)])
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_pictures(split, rows, Path(folder))
+        difference = level_difference(files)
+        candidates = {
+            "official": official_epoch(plan, files, arguments.threads, batches),
+            "ours": our_epoch(split, plan, arguments.threads, batches),
+        }
+        seconds = turns.in_turn(candidates, arguments.repeats)
+    pictures = sum(len(paths) + 1 for paths, _ in files.values())
+    report: dict[str, Any] = {
+        "decoder": "Pillow" if frames.simplejpeg is None else "simplejpeg",
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "examples": len(rows),
+        "pictures": pictures,
+        "batch_size": size,
+        "level_difference": difference,
+        "seconds": seconds,
+        "examples_per_second": {name: len(rows) / taken.wall for name, taken in seconds.items()},
+        "pictures_per_processor_second": {name: pictures / taken.processor for name, taken in seconds.items()},
+        "times_faster": turns.ratio(seconds["official"], seconds["ours"]),
+    }
+    turns.write_report(arguments.output, report)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a converted data set; its training split is used")
+    parser.add_argument("--clips", type=int, default=128, help="that are read, rounded up to whole batches")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=turns.cores())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/pipeline.json"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())

@@ -1,0 +1,71 @@
+"""What the yardsticks do alike: candidates timed in turn, and a report on the screen and in a file."""
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Seconds(NamedTuple):
+    wall: float
+    processor: float  # of all threads and of the processes that ended; on a busy machine the steadier of the two
+
+
+def cores() -> int:
+    """Those that this process may use, of which taskset can leave it fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_turn(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, Seconds]:
+    """Medians of `repeats` calls of each, A B A B ..., after one call of each that is not counted.
+
+    In turn, so that what else the machine does falls on all of them alike. `prepare` runs before each call, untimed.
+    """
+    taken: dict[str, list[Seconds]] = {name: [] for name in candidates}
+    for number in range(repeats + 1):
+        for name, call in candidates.items():
+            prepare()
+            start = _now()
+            jax.block_until_ready(call())
+            if number:
+                taken[name].append(Seconds(*(b - a for a, b in zip(start, _now(), strict=True))))
+    return {name: Seconds(*np.median(values, axis=0).tolist()) for name, values in taken.items()}
+
+
+def _now() -> Seconds:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Seconds(time.perf_counter(), sum(used.ru_utime + used.ru_stime for used in usage))
+
+
+def ratio(above: Seconds, below: Seconds) -> dict[str, float]:
+    return {unit: a / b for unit, a, b in zip(Seconds._fields, above, below, strict=True)}
+
+
+def write_report(output: Path, report: Mapping[str, Any]) -> None:
+    """The report behind what it was measured on, printed and written as JSON; Seconds as {"wall", "processor"}."""
+    machine = {
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": cores(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
+    }
+    text = json.dumps(_plain(machine | dict(report)), indent=2) + "\n"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    print(text, end="")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Seconds):
+        return value._asdict()
+    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value

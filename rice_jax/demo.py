@@ -1,0 +1,89 @@
+"""The whole road in minutes, on data that needs no download: python -m rice_jax.demo [--output DIR]
+
+Draws a livestream shop, converts it, trains, evaluates and draws some rankings, each by the command that a user would
+type, which is printed. Started again after an interruption it goes on where it stopped. DIR/report.json holds what
+chance, the colour histogram, the untrained and the trained model reach, DIR/queries.png eight queries.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data_pipeline.histogram import histogram_recall
+from data_pipeline.records import open_dataset
+from rice_jax import config as configuration
+from rice_jax import model, retrieval, sharding, step
+
+SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to learn from
+
+
+def demo(output: Path, overrides: list[str]) -> None:
+    """All of it. `overrides` are --config.field=value for the training."""
+    start = time.monotonic()
+    shop, records, run, evaluation = (output / name for name in ("shop", "records", "run", "evaluation"))
+    command("data_pipeline.synthetic", "--output", shop, *SHOP)
+    command("data_pipeline.convert", "--layout", "lpr750k", "--source", shop, "--output", records)
+    command("rice_jax.train", "--config", "demo", f"--config.data.path={records}", "--workdir", run, *overrides)
+    command("rice_jax.evaluate", "--workdir", run, "--data", records, "--output", evaluation)
+    picture = output / "queries.png"
+    command("rice_jax.show", "--evaluation", evaluation, "--data", records, "--output", picture)
+    report = compare(run, records, evaluation)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{'recall@1 in percent':>22}")
+    for name, figures in report.items():
+        print(f"{name.replace('_', ' '):>22}{figures['recall@1']:8.1f}")
+    print(
+        f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Look at {picture}, and at {shop} for the pictures.\n"
+        "Next: your own clips and shop images, docs/own_clips.md; an LPR download, README.md; why it works,\n"
+        "rice_jax/losses.py; other settings, for example\n"
+        f"  python -m rice_jax.train --config demo:icl --config.data.path={records} --workdir {output / 'icl'}"
+    )
+
+
+def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, float]]:
+    """Recall@1 in percent of chance, of the colour histogram, and of the model before and after its training."""
+    split, trained = open_dataset(records).split("test"), json.loads((evaluation / "metrics.json").read_text())
+    config = configuration.from_json((run / "config.json").read_text())
+    net, mesh = model.build(config), sharding.make_mesh(data=-1, fsdp=1)
+    start = step.init_state(net, config, step.abstract_state(net, config, mesh))
+    size = -(-config.eval_batch_size // mesh.size) * mesh.size
+    untrained = retrieval.evaluate(retrieval.Model(config, net, start.params, mesh, batch_size=size), split)
+    recall = {
+        "chance": trained["chance_recall@1"],
+        "colour_histogram": histogram_recall(split),
+        "untrained": untrained.figures["recall@1"],
+        "trained": trained["recall@1"],
+    }
+    return {name: {"recall@1": float(value)} for name, value in recall.items()}
+
+
+def command(module: str, *words: str | Path) -> None:
+    """Runs python -m MODULE WORDS, saying so; ends the demo when it fails, which it has said why."""
+    line = [module, *map(str, words)]
+    print("\n$ python -m " + " ".join(line), flush=True)
+    status = subprocess.run([sys.executable, "-m", *line], check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.field=value changes the training's config, configs/demo.py.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder (default: build/demo)")
+    arguments, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if not word.startswith("--config.")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    return arguments, rest
+
+
+if __name__ == "__main__":
+    parsed, changes = parse()
+    configuration.run(lambda arguments: demo(arguments.output, changes), parsed)

@@ -1,0 +1,145 @@
+"""Look at an evaluation: python -m rice_jax.show --evaluation DIR --data DIR --output FILE.png
+
+Draws clips with the shop images ranked first, right ones framed green and wrong ones red. DIR is what rice_jax.evaluate
+wrote (rankings.jsonl and metrics.json), --data the converted set it was run on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.frames import decode
+from data_pipeline.records import Split, open_dataset
+from rice_jax import config as configuration
+
+SIDE, GAP, TEXT = 104, 10, 18  # px: a picture, between pictures, a line of text
+FRAMES = 3  # of a clip that are drawn
+INK, PAPER, RIGHT, WRONG = "#30343b", "#ffffff", "#1a9850", "#d73027"
+
+
+def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int = 8, top: int = 3) -> Image.Image:
+    """Queries, evenly spaced from the best ranked to the worst, hence as many wrong ones as there are, two a row.
+
+    Each with frames of the clip, its `top` shop images, and the right one where it is not among them.
+
+    Args:
+      split: of the data set that was ranked.
+      rankings: the lines of evaluate's rankings.jsonl.
+
+    Raises:
+      ValueError: no query, or a clip or shop image that the split does not have.
+    """
+    if not rankings:
+        raise ValueError("rankings.jsonl holds no query; evaluate a split that has some.")
+    by_rank = sorted(rankings, key=lambda line: np.inf if line["rank"] is None else line["rank"])
+    chosen = [by_rank[i] for i in np.unique(np.linspace(0, len(by_rank) - 1, queries).astype(int))]
+    clips = {name: row for row, name in enumerate(split.clip_ids)}
+    images = {name: row for row, name in enumerate(split.image_ids)}
+    known = all(line["clip"] in clips and all(image in images for image, _ in line["top"]) for line in chosen)
+    if not known:
+        raise ValueError(
+            f"split {split.name} of {split.path} lacks a clip or shop image of rankings.jsonl; give --data "
+            "the set, and --split the part, that were evaluated."
+        )
+    width, height = (FRAMES + top + 1) * (SIDE + GAP) + 4 * GAP, SIDE + TEXT + 2 * GAP
+    sheet = Image.new("RGB", (2 * width, TEXT + 2 * GAP + height * -(-len(chosen) // 2)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for side in range(2):
+        for place, title in ((0, "clip"), (FRAMES, "ranked first"), (FRAMES + top, "the right one")):
+            x = side * width + 2 * GAP + place * (SIDE + GAP) + (2 * GAP if place >= FRAMES else 0)
+            pen.text((x, GAP), title, INK, ImageFont.load_default(13))
+    for i, line in enumerate(chosen):
+        corner = (i % 2 * width + 2 * GAP, TEXT + 2 * GAP + i // 2 * height)
+        _draw_query(sheet, corner, split, clips[line["clip"]], line, images, top)
+    return sheet
+
+
+def _draw_query(
+    sheet: Image.Image,
+    corner: tuple[int, int],
+    split: Split,
+    row: int,
+    line: dict[str, Any],
+    images: dict[str, int],
+    top: int,
+) -> None:
+    """One query from its upper left corner on."""
+    pen, (x, y), font = ImageDraw.Draw(sheet), corner, ImageFont.load_default(13)
+    frames, truth = split.clip(row).frames, set(split.truth(row))
+    for k in np.linspace(0, len(frames) - 1, FRAMES).astype(int):
+        sheet.paste(_thumbnail(frames[k]), (x, y))
+        x += SIDE + GAP
+    pen.text((corner[0], y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
+    x += 2 * GAP
+    for image, score in line["top"][:top]:
+        colour, mark = (RIGHT, "right") if image in truth else (WRONG, "wrong")
+        sheet.paste(_thumbnail(split.image(images[image]).encoded), (x, y))
+        pen.rectangle((x - 3, y - 3, x + SIDE + 2, y + SIDE + 2), outline=colour, width=3)
+        pen.text((x, y + SIDE + 4), f"{mark}  {score:.2f}", colour, font)
+        x += SIDE + GAP
+    if not truth & {image for image, _ in line["top"][:top]}:
+        missed = next((image for image in sorted(truth) if image in images), None)
+        if missed is not None:
+            sheet.paste(_thumbnail(split.image(images[missed]).encoded), (x, y))
+        rank = "not in the gallery" if line["rank"] is None else f"ranked {line['rank']}"
+        pen.text((x, y + SIDE + 4), rank, INK, font)
+
+
+def _thumbnail(encoded: bytes) -> Image.Image:
+    """A picture whole, on a square of SIDE."""
+    picture = Image.fromarray(decode(encoded))
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (SIDE, SIDE), "#eceef1")
+    square.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    return square
+
+
+def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's rankings.jsonl.
+
+    Raises:
+      FileNotFoundError: no evaluation there.
+      ValueError: a line that is no ranking.
+    """
+    path, lines = evaluation / "rankings.jsonl", []
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run rice_jax.evaluate --output {evaluation} first.")
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.append({"clip": line["clip"], "rank": line["rank"], "top": line["top"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number}: is no ranking ({error!r}); evaluate anew.") from error
+    return lines
+
+
+def show(arguments: argparse.Namespace) -> None:
+    rankings = read_rankings(arguments.evaluation)
+    split = open_dataset(arguments.data).split(arguments.split)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    draw_rankings(split, rankings, queries=arguments.queries, top=arguments.top).save(arguments.output)
+    print(f"written to {arguments.output}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--evaluation", type=Path, required=True, help="folder that rice_jax.evaluate wrote")
+    parser.add_argument("--data", type=Path, required=True, help="the converted set that was evaluated")
+    parser.add_argument("--split", default="test", help="and its split (default: test)")
+    parser.add_argument("--output", type=Path, required=True, help="the picture: .png, .jpg or .webp")
+    parser.add_argument("--queries", type=int, default=8, help="drawn, from the best ranked to the worst (default: 8)")
+    parser.add_argument("--top", type=int, default=3, help="shop images a query (default: 3)")
+    arguments = parser.parse_args(argv)
+    if arguments.queries < 1 or arguments.top < 1:
+        parser.exit(2, "error: --queries and --top need at least 1.\n")
+    return arguments
+
+
+if __name__ == "__main__":
+    configuration.run(show, parse())

@@ -1,0 +1,450 @@
+"""Makes the mistakes of golden/sensitivity.txt in a copy of the code, one at a time, and sees which tests notice.
+
+`make mutations`, or `python -m tests.mutations [WORD ...]` for those whose name holds one of the words. Prints a table,
+writes build/mutations.json, and exits with 1 when a mistake goes unnoticed or its text is not in the code exactly once.
+One mistake of that list cannot be made here: decay of the decoder's unused embeddings, which this model does not have.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("rice_jax", "data_pipeline", "configs", "tests", "pyproject.toml")
+
+MODEL, LOSSES, PAIRS, OPTIMIZER = (f"rice_jax/{name}.py" for name in ("model", "losses", "pairs", "optimizer"))
+METRICS, FRAMES, NAMING, DEFAULT = (
+    "rice_jax/metrics.py",
+    "data_pipeline/frames.py",
+    "rice_jax/naming.py",
+    "configs/default.py",
+)
+
+# The smallest of the golden files notices every mistake but those of the ones that only updates or fixtures show.
+FORWARD = ("tests/test_golden.py", "-k", "rice_w64 and not updates and (losses or gradients or probes)")
+UPDATES = ("tests/test_golden.py", "-k", "updates or schedule or groups")
+SAMPLING = ("tests/test_frames.py", "-k", "sampling")
+RANKING = ("tests/test_metrics.py", "-k", "official or ties or denominator")
+
+
+class Mistake(NamedTuple):
+    name: str  # as in golden/sensitivity.txt
+    tests: tuple[str, ...]
+    changes: tuple[tuple[str, str, str], ...]  # (file, text that stands in it once, what takes its place)
+
+
+def mistake(name: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -> Mistake:
+    return Mistake(name, tests, changes)
+
+
+QUICK = '"quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),'
+RAW = "10 * unit(pooled) @ unit(self.match)"
+RESIDUAL = "-step * u - decay * (theta - step * u)"
+REBUILT = "jax.lax.stop_gradient(clip_tokens), 0)"
+UNCORRECTED = "correction * m / (jnp.sqrt(v) + eps)"
+EVENLY = "return np.arange(slots) * (count - 1) // max(1, slots - 1)"
+
+MISTAKES = (
+    # -- model
+    mistake(
+        "exact (erf) GELU instead of QuickGELU",
+        FORWARD,
+        (MODEL, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=False),'),
+    ),
+    mistake(
+        "tanh GELU instead of QuickGELU",
+        FORWARD,
+        (MODEL, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=True),'),
+    ),
+    mistake(
+        "encoder LayerNorm eps 1e-6 instead of 1e-5",
+        FORWARD,
+        (MODEL, '    eps: float = 1e-5\n    remat: str = "none"', '    eps: float = 1e-6\n    remat: str = "none"'),
+    ),
+    mistake(
+        "decoder self layer eps 1e-5 instead of 1e-12",
+        FORWARD,
+        (DEFAULT, "c.model.decoder_self_eps = 1e-12", "c.model.decoder_self_eps = 1e-5"),
+    ),
+    mistake("encoder heads: 4 instead of D/64", FORWARD, (MODEL, "heads=c.heads,", "heads=4,")),
+    mistake(
+        "decoder heads 2 instead of 8 (of the self layer)",
+        FORWARD,
+        (
+            MODEL,
+            "self.self_layer, self.cross_layer = block(eps=self.self_eps), block()",
+            "self.self_layer, self.cross_layer = block(eps=self.self_eps).clone(heads=2), block()",
+        ),
+    ),
+    mistake(
+        "patch pixels flattened as (row, column, channel)",
+        FORWARD,
+        (
+            MODEL,
+            'jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.astype(self.dtype))',
+            'jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.transpose(2, 0, 1, 3).reshape(kernel.shape))',
+        ),
+    ),
+    mistake(
+        "ln_pre left out",
+        FORWARD,
+        (
+            MODEL,
+            'self.resblocks(LayerNorm(self.eps, name="ln_pre")(x))',
+            'self.resblocks(x + 0 * LayerNorm(self.eps, name="ln_pre")(x))',
+        ),
+    ),
+    mistake(
+        "tokens taken after ln_post",
+        FORWARD,
+        (
+            MODEL,
+            'pooled = LayerNorm(self.eps, name="ln_post")(summary)',
+            'norm = LayerNorm(self.eps, name="ln_post")\n        pooled, tokens = norm(summary), norm(tokens)',
+        ),
+    ),
+    mistake(
+        "frame vectors normalised before the mean",
+        FORWARD,
+        (MODEL, "unit((pooled * weight).sum(axis=-2)", "unit((unit(pooled) * weight).sum(axis=-2)"),
+    ),
+    mistake(
+        "mean over all slots, padding included",
+        FORWARD,
+        (
+            MODEL,
+            "weight = mask[..., None].astype(pooled.dtype)",
+            "weight = jnp.ones_like(mask[..., None], pooled.dtype)",
+        ),
+    ),
+    # -- ICL
+    mistake(
+        "scale entering once (s instead of s^2)",
+        FORWARD,
+        (LOSSES, "jnp.square(scale) * cosines", "scale * cosines"),
+    ),
+    mistake("scale as exp(s)", FORWARD, (LOSSES, "jnp.square(scale) * cosines", "jnp.exp(scale) * cosines")),
+    mistake(
+        "one direction only",
+        FORWARD,
+        (
+            LOSSES,
+            "return (cross_entropy(clips, all_images) + cross_entropy(images, all_clips)) / 2",
+            "return cross_entropy(clips, all_images)",
+        ),
+    ),
+    # -- PMD
+    mistake(
+        "negatives mined the other way (clip anchors, image negatives)",
+        FORWARD,
+        (DEFAULT, 'c.loss.mining_direction = "image_to_clip"', 'c.loss.mining_direction = "clip_to_image"'),
+    ),
+    mistake(
+        "easiest instead of hardest negatives",
+        FORWARD,
+        (PAIRS, "jnp.where(excluded, -jnp.inf, similarity)", "jnp.where(excluded, -jnp.inf, -similarity)"),
+    ),
+    mistake(
+        "no gradient into the negatives' tokens",
+        FORWARD,
+        (
+            LOSSES,
+            "class_tokens, positives.keys_values, context)",
+            ("class_tokens, jax.lax.stop_gradient(positives.keys_values), context)"),
+        ),
+    ),
+    mistake(
+        "padding slots not masked in cross attention",
+        FORWARD,
+        (MODEL, "jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)", "scores"),
+    ),
+    mistake(
+        "keys/values passed through ln_1",
+        FORWARD,
+        (DEFAULT, "c.model.cross_kv_norm = False", "c.model.cross_kv_norm = True"),
+    ),
+    mistake(
+        "class tokens dropped from keys/values in PMD",
+        FORWARD,
+        (
+            LOSSES,
+            "keys_values, key_mask[clip], method",
+            "keys_values, key_mask[clip] & "
+            "(jnp.arange(key_mask.shape[1]) % encoded.image_tokens.shape[1] > 0)[None], method",
+        ),
+    ),
+    mistake(
+        "tokens patch-major with a frame-major mask",
+        FORWARD,
+        (LOSSES, "jnp.repeat(mask > 0, tokens.shape[2], axis=1)", "jnp.tile(mask > 0, (1, tokens.shape[2]))"),
+    ),
+    mistake(
+        "pooling by mean instead of the class token",
+        FORWARD,
+        (LOSSES, "Positives(logit, keys_values, x[:, 0], pfr)", "Positives(logit, keys_values, x.mean(axis=1), pfr)"),
+    ),
+    mistake(
+        "ReLU of the pooler left out",
+        FORWARD,
+        (MODEL, "jax.nn.relu(self.dense(self.pooler_norm(x)))", "self.dense(self.pooler_norm(x))"),
+    ),
+    mistake("factor 10 left out", FORWARD, (MODEL, RAW, RAW.removeprefix("10 * "))),
+    mistake("raw linear head instead of 10 cos", FORWARD, (MODEL, RAW, "pooled @ self.match")),
+    mistake(
+        "binary instead of 4-way cross entropy",
+        FORWARD,
+        (
+            LOSSES,
+            "return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)",
+            "return (jax.nn.softplus(-positive).sum() + jax.nn.softplus(logits[:, 1:]).sum()) / logits.size",
+        ),
+    ),
+    mistake(
+        "decoder blocks copied in the wrong order",
+        FORWARD,
+        (NAMING, 'transformer.layers.0", "decoder/self_layer")', 'transformer.layers.0", "decoder/cross_layer")'),
+        (NAMING, 'transformer.layers.1", "decoder/cross_layer")', 'transformer.layers.1", "decoder/self_layer")'),
+    ),
+    # -- PFR
+    mistake("softmax masked", FORWARD, (DEFAULT, "c.loss.pfr_mask_padding = False", "c.loss.pfr_mask_padding = True")),
+    mistake(
+        "attention not multiplied by sqrt(head width)",
+        FORWARD,
+        (DEFAULT, 'c.loss.pfr_attention = "prob_scaled"', 'c.loss.pfr_attention = "prob"'),
+    ),
+    mistake(
+        "raw scores instead of softmax weights as input",
+        FORWARD,
+        (DEFAULT, 'c.loss.pfr_attention = "prob_scaled"', 'c.loss.pfr_attention = "score"'),
+    ),
+    mistake(
+        "no second softmax (head mean of the maps)",
+        FORWARD,
+        (
+            MODEL,
+            "return jax.nn.softmax(mixed, axis=-1)\n\n\nclass Rice",
+            ("return mixed * 0 + self.read(scores, key_mask).mean(axis=1)\n\n\nclass Rice"),
+        ),
+    ),
+    mistake(
+        "padding tokens left in the source",
+        FORWARD,
+        (LOSSES, f"jnp.where(key_mask[..., None], {REBUILT}", "jax.lax.stop_gradient(clip_tokens)"),
+    ),
+    mistake("no gradient stop on source", FORWARD, (LOSSES, REBUILT, "clip_tokens, 0)")),
+    mistake(
+        "no gradient stop on target",
+        FORWARD,
+        (LOSSES, "target = jax.lax.stop_gradient(image_tokens)[", "target = image_tokens["),
+    ),
+    mistake(
+        "class token left out of the loss",
+        FORWARD,
+        (
+            LOSSES,
+            "jnp.square(found - target.astype(found.dtype))",
+            ("jnp.square(found - target.astype(found.dtype))[..., 1:, :]"),
+        ),
+    ),
+    mistake(
+        "sum over D instead of mean",
+        FORWARD,
+        (LOSSES, "return jnp.mean(jnp.square(found", "return found.shape[-1] * jnp.mean(jnp.square(found"),
+    ),
+    mistake(
+        "last ReLU left out",
+        FORWARD,
+        (MODEL, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', '(jnp.einsum("nkts,k->nts", '),
+    ),
+    mistake(
+        "ReLU as maximum(x,0) (derivative 1/2 at 0)",
+        FORWARD,
+        (MODEL, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', 'jnp.maximum(0, jnp.einsum("nkts,k->nts", '),
+    ),
+    # -- optimiser
+    mistake(
+        "eps on the corrected sqrt (usual Adam)",
+        UPDATES,
+        (DEFAULT, 'c.optimizer.eps_placing = "uncorrected"', 'c.optimizer.eps_placing = "corrected"'),
+    ),
+    mistake("decay before the step", UPDATES, (OPTIMIZER, RESIDUAL, "-step * u - decay * theta")),
+    mistake("no bias correction", UPDATES, (OPTIMIZER, UNCORRECTED, "m / (jnp.sqrt(v) + eps)")),
+    mistake(
+        "L2 in the gradient instead of decoupled decay",
+        UPDATES,
+        (
+            OPTIMIZER,
+            "_, state = adam.update(grads, state, params)",
+            (
+                "grads = jax.tree.map(lambda g, p: g + 0.2 * p, grads, params)\n"
+                "        _, state = adam.update(grads, state, params)"
+            ),
+        ),
+        (OPTIMIZER, RESIDUAL, "-step * u"),
+    ),
+    mistake("decay also on biases", UPDATES, (OPTIMIZER, 'return not name.endswith("bias")', "return True")),
+    mistake(
+        "no decay on LayerNorm weights",
+        UPDATES,
+        (OPTIMIZER, 'not name.endswith("bias")', 'not name.endswith(("bias", "/scale"))'),
+    ),
+    mistake(
+        "no decay on anything with one dimension",
+        UPDATES,
+        (DEFAULT, 'c.optimizer.decay_rule = "official"', 'c.optimizer.decay_rule = "no_1d"'),
+    ),
+    mistake(
+        "decay not multiplied by 100 for the decoder",
+        UPDATES,
+        (OPTIMIZER, "decay = step * config", "decay = lr * config"),
+    ),
+    mistake(
+        "heads and pooler at x1",
+        UPDATES,
+        (
+            OPTIMIZER,
+            'return 1.0 if name.startswith("encoder/")',
+            (
+                'return 1.0 if name.startswith(("encoder/", "reconstruction/", "decoder/pooler", "decoder/dense", '
+                '"decoder/match"))'
+            ),
+        ),
+    ),
+    mistake(
+        "logit scale at x100",
+        UPDATES,
+        (DEFAULT, "c.optimizer.logit_scale_lr_multiplier = 1.0", "c.optimizer.logit_scale_lr_multiplier = 100.0"),
+    ),
+    mistake(
+        "schedule one step early (first factor 1/w)",
+        UPDATES,
+        (OPTIMIZER, "u = jnp.asarray(update, float)", "u = jnp.asarray(update, float) + 1"),
+    ),
+    mistake(
+        "linear instead of cosine decay",
+        UPDATES,
+        (
+            OPTIMIZER,
+            "jnp.square(jnp.sin(jnp.pi / 2 * jnp.clip((total - u) / (total - warmup), 0, 1)))",
+            ("jnp.clip((total - u) / (total - warmup), 0, 1)"),
+        ),
+    ),
+    mistake("beta2 0.98", UPDATES, (OPTIMIZER, "adam(o.b1, o.b2, o.eps)", "adam(o.b1, 0.98, o.eps)")),
+    mistake("eps 1e-8", UPDATES, (OPTIMIZER, "adam(o.b1, o.b2, o.eps)", "adam(o.b1, o.b2, 1e-8)")),
+    mistake("clipping to norm 1", UPDATES, (DEFAULT, "c.optimizer.clip_norm = 0.0", "c.optimizer.clip_norm = 1.0")),
+    # -- data and evaluation
+    mistake(
+        "rounded instead of truncated indices",
+        SAMPLING,
+        (FRAMES, EVENLY, "return np.rint(np.arange(slots) * (count - 1) / max(1, slots - 1)).astype(np.int64)"),
+    ),
+    mistake(
+        "end point left out (floor(k n/10))", SAMPLING, (FRAMES, EVENLY, "return np.arange(slots) * count // slots")
+    ),
+    mistake("segment centres", SAMPLING, (FRAMES, EVENLY, "return (2 * np.arange(slots) + 1) * count // (2 * slots)")),
+    mistake("first ten frames", SAMPLING, (FRAMES, EVENLY, "return np.arange(slots)")),
+    mistake(
+        "ties broken towards the later image",
+        RANKING,
+        (METRICS, "(place_l[None, :] < first_q1)", "(place_l[None, :] > first_q1)"),
+    ),
+    mistake(
+        "ties against the true image",
+        RANKING,
+        (
+            METRICS,
+            "(sortable_ql == best_q1) & (place_l[None, :] < first_q1)",
+            ("(sortable_ql == best_q1) & (place_l[None, :] != first_q1)"),
+        ),
+    ),
+    mistake(
+        "only the first true image counts",
+        RANKING,
+        (METRICS, "for image_id in set(ids) if", "for image_id in list(ids)[:1] if"),
+    ),
+    mistake(
+        "denominator = predicted queries",
+        RANKING,
+        (METRICS, "np.count_nonzero(rank_q <= k)) / denominator", "np.count_nonzero(rank_q <= k)) / len(rank_q)"),
+    ),
+)
+
+
+@contextlib.contextmanager
+def made(mistake: Mistake, folder: Path) -> Iterator[None]:
+    """The code under `folder` with the mistake in it; ValueError unless each text stands in its file exactly once."""
+    before = {name: (folder / name).read_text() for name, _, _ in mistake.changes}
+    try:
+        for name, old, new in mistake.changes:
+            text = (folder / name).read_text()
+            if text.count(old) != 1:
+                raise ValueError(f"{name}: {old!r} stands there {text.count(old)} times, needs once; mend MISTAKES.")
+            (folder / name).write_text(text.replace(old, new))
+        yield
+    finally:
+        for name, text in before.items():
+            (folder / name).write_text(text)
+
+
+def failing(folder: Path, tests: tuple[str, ...]) -> list[str]:
+    """Names of the tests that fail in a copy of the code."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=no", *tests]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    lines = [line.split(" - ")[0].split() for line in done.stdout.splitlines()]
+    names = [words[1] for words in lines if len(words) > 1 and words[0] in ("FAILED", "ERROR")]
+    if done.returncode not in (0, 1) or bool(names) != (done.returncode == 1):
+        raise RuntimeError(f"pytest exited with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return names
+
+
+def copy_of_the_code(folder: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    command = [sys.executable, "-c", "import rice_jax; print(rice_jax.__file__)"]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(found).is_relative_to(folder):
+        raise RuntimeError(f"the tests would import {found}, not the copy in {folder}.")
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MISTAKES if not words or any(word in m.name for word in words)]
+    found: dict[str, list[str]] = {}
+    output = ROOT / "build" / "mutations.json"
+    output.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_of_the_code(folder)
+        for m in chosen:  # every text is looked for before an hour of running
+            with made(m, folder):
+                pass
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            if names := failing(folder, tests):
+                print(f"error: without any mistake {', '.join(names)} fail; mend them first.", file=sys.stderr)
+                return 1
+        for m in chosen:
+            with made(m, folder):
+                found[m.name] = failing(folder, m.tests)
+            output.write_text(json.dumps(found, indent=2) + "\n")  # after each, so that an interruption costs one
+            print(f"{m.name:64}  {', '.join(dict.fromkeys(map(short, found[m.name]))) or 'NOT NOTICED'}", flush=True)
+    survivors = [name for name, tests in found.items() if not tests]
+    print(f"{len(found) - len(survivors)} of {len(found)} mistakes are noticed; {output.relative_to(ROOT)}")
+    return int(bool(survivors))
+
+
+def short(test: str) -> str:
+    """'tests/test_golden.py::test_losses[rice_w64]' as 'losses'."""
+    return test.split("::test_")[-1].split("[")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

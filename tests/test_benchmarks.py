@@ -1,0 +1,102 @@
+"""Each yardstick at a tiny size: it runs, and its report has what RESULTS.md quotes. No figure of time is judged."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import breakdown, conversion, pipeline, training_step, turns
+from tests.lpr_layouts import make_lpr750k
+
+MACHINE = {"device", "processor", "cores", "load_average", "versions"}
+TINY = [
+    "--config.batch_size=4", "--config.data.num_frames=2", "--config.data.image_size=32", "--config.data.resize=32",
+    "--config.model.patch_size=16", "--config.model.width=32", "--config.model.layers=1", "--config.model.heads=2",
+    "--config.model.hidden=64", "--config.model.embedding=16", "--config.model.decoder_heads=2",
+]  # fmt: skip
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed: pip install 'rice_jax[torch]'"
+)
+PARTS = ["input", "encoder", "mining", "decoder", "reconstruction", "optimiser"]
+
+
+def report_of(benchmark: Any, output: Path, *words: object) -> dict[str, Any]:
+    arguments = benchmark.parse([*map(str, words), "--repeats", "1", "--output", str(output / "report.json")])
+    benchmark.main(arguments)
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    assert report.keys() >= MACHINE
+    return report
+
+
+def test_candidates_are_timed_in_turn_after_one_call_that_does_not_count() -> None:
+    calls: list[str] = []
+    seconds = turns.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert list(seconds) == ["a", "b"] and all(taken.wall >= 0 for taken in seconds.values())
+    assert turns.ratio(turns.Seconds(6, 2), turns.Seconds(3, 4)) == {"wall": 2, "processor": 0.5}
+
+
+def test_the_official_transforms_and_ours_read_the_same_pictures(converted: Path, tmp_path: Path) -> None:
+    report = report_of(
+        pipeline, tmp_path, "--data", converted, "--clips", 4, "--batch_size", 2, "--threads", 1,
+    )  # fmt: skip
+    assert report["examples"] == 4 and report["pictures"] >= 8
+    assert report["level_difference"] == 0
+    assert report["examples_per_second"].keys() == {"official", "ours"}
+    assert report["times_faster"]["wall"] > 0
+
+
+def test_conversion_and_copy_write_the_same_files_and_leave_none(tmp_path: Path) -> None:
+    source = make_lpr750k(tmp_path / "lpr750k")
+    scratch = tmp_path / "scratch"
+    report = report_of(
+        conversion, tmp_path, "--layout", "lpr750k", "--source", source, "--workers", 1, "--scratch", scratch
+    )
+    files = [path for path in source.rglob("*") if path.is_file()]
+    assert report["files"] == len(files)
+    assert report["megabytes"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
+    assert report["megabytes_per_second"].keys() == {"copy", "convert"}
+    assert report["convert_over_copy"]["wall"] > 0
+    assert not list(scratch.iterdir())
+    with pytest.raises(SystemExit) as end:
+        report_of(conversion, tmp_path, "--layout", "lpr750k", "--source", scratch, "--scratch", scratch)
+    assert end.value.code == 2 and not list(scratch.iterdir())
+
+
+def test_the_parts_of_a_step_add_up_to_input_and_step(converted: Path, tmp_path: Path) -> None:
+    report = report_of(breakdown, tmp_path, "--config", "default", f"--config.data.path={converted}", *TINY)
+    assert list(report["percent_of_step"]["wall"]) == PARTS
+    for unit in turns.Seconds._fields:
+        pieces = {name: seconds[unit] for name, seconds in report["pieces_seconds"].items()}
+        assert sum(report["parts_seconds"][unit].values()) == pytest.approx(pieces["input"] + pieces["step"])
+        assert sum(report["percent_of_step"][unit].values()) == pytest.approx(100)
+
+
+@needs_torch
+def test_the_step_in_torch_computes_what_ours_does(tmp_path: Path) -> None:
+    report = report_of(training_step, tmp_path, "--size", "tiny")
+    tiny = report["steps"]["tiny"]
+    assert tiny["differences"]["loss"] < 1e-5 and tiny["differences"]["gradient"] < 1e-4
+    assert tiny["seconds"].keys() == {"torch", "ours"}
+    assert tiny["times_faster"]["wall"] > 0
+
+
+@needs_torch
+def test_steps_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training_step, "differences", lambda *_: {"loss": float("nan"), "gradient": 0.0, "parameters": 0.0}
+    )
+    with pytest.raises(ValueError, match="tiny: the two steps differ by"):
+        training_step.compare("tiny", repeats=1)
+
+
+def test_without_torch_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        training_step.parse([])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: torch is not installed; pip install 'rice_jax[torch]'\n"

@@ -1,0 +1,48 @@
+"""The Colab notebook: all of it runs, top to bottom, and what is committed can be read as a page."""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.test_demo import TINY
+
+NOTEBOOK = Path(__file__).parent.parent / "colab" / "quickstart.ipynb"
+SIZES = """
+PRODUCTS, CLIPS, UPDATES = 12, 48, 2
+STOP_AFTER = 3
+MORE = "{}"
+""".format(" ".join(word for word in TINY if "num_updates" not in word))
+
+
+def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    # The sizes are its parameters; the installation is what this test runs on.
+    notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "install")]
+    next(cell for cell in notebook.cells if tagged(cell, "parameters")).source += SIZES
+    done = NotebookClient(
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    assert "12 shop images" in printed.replace("(12, 16)", "12") or "(12, 16) shop images" in printed
+    assert printed.count("R@1") >= 3 and "error:" not in printed.replace("error: interrupted", "")
+    shown = [
+        output for cell in done.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(shown) == 1
+
+
+def test_the_committed_notebook_shows_a_picture_and_no_error() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)
+    assert not any(word in str(output) for output in outputs for word in ("/home/", "/root/", "/tmp/", "Traceback"))
