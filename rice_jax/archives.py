@@ -121,6 +121,9 @@ class _Storage(NamedTuple):
     size: int  # numbers
 
 
+DEEPEST = 50  # dots in a tensor's name; modules within modules are a tenth of that
+
+
 class _PickleError(ValueError):
     """What is wrong with a pickle, without the file's name."""
 
@@ -133,7 +136,7 @@ class _TorchArchive:
         try:
             with zipfile.ZipFile(path) as file:
                 self.entries = {info.filename: info for info in file.infolist()}
-        except (zipfile.BadZipFile, struct.error, ValueError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
             raise self.fault(f"is damaged or cut short ({error})", "fetch it again") from error
         with path.open("rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -158,7 +161,11 @@ class _TorchArchive:
             for key in ("model", "state_dict"):
                 if not script and isinstance(found.get(key), dict):
                     found = found[key]
-            tensors = dict(_tensors(found, "", set()))
+            named = list(_tensors(found, "", set()))
+            tensors = dict(named)
+            if len(tensors) < len(named):
+                twice = sorted({name for name, _ in named if [other for other, _ in named].count(name) > 1})
+                raise _PickleError(f"holds tensors of one name twice: {', '.join(twice)}; save model.state_dict().")
         except _PickleError as error:
             raise ValueError(f"{self.path}: {pickle} {error}") from error
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
@@ -193,7 +200,9 @@ class _TorchArchive:
         size = int(np.prod(shape, dtype=object)) if shape else 1
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         # More numbers than are stored: an expanded tensor, which no model has and which could ask for any memory.
-        if size and (last >= storage.size or size > storage.size or len(shape) > 8):
+        # A stride of an axis of length 1 moves nowhere, but is still a number that NumPy must hold.
+        beyond = last >= storage.size or size > storage.size or max(strides, default=0) > storage.size
+        if size and (beyond or len(shape) > 8):
             raise _PickleError(f"describes a tensor {shape} beyond its storage {storage.entry}; fetch the file again.")
         return Tensor(shape, storage.dtype, lambda: self.view(storage, offset, shape, strides))
 
@@ -222,6 +231,8 @@ def _tensors(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor
     """Tensors below a dict, by their dotted names; what is neither is passed over, as a state dict does."""
     if id(node) in seen:
         raise _PickleError(f"holds {name or 'its root'} twice or within itself; fetch the file again.")
+    if name.count(".") > DEEPEST:
+        raise _PickleError(f"holds dicts within dicts, more than {DEEPEST} deep; save model.state_dict().")
     seen.add(id(node))
     for key, value in node.items():
         path = f"{name}.{key}" if name else str(key)
@@ -231,8 +242,15 @@ def _tensors(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor
             yield from _tensors(value, path, seen)
 
 
+def _keys(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The pairs, whose keys are names or numbers: to hash tuples of tuples can take for ever."""
+    if not all(isinstance(key, (str, int)) for key, _ in pairs):
+        raise _PickleError("has a key that is neither a name nor a number; save model.state_dict().")
+    return pairs
+
+
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return dict(pairs)
+    return dict(_keys(list(pairs)))
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -299,10 +317,10 @@ class _Pickle:
                 self.top(list).extend(values)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                self.top(dict)[key] = value
+                self.top(dict).update(_keys([(key, value)]))
             case "SETITEMS":
                 pairs = self.since_mark()
-                self.top(dict).update(zip(pairs[::2], pairs[1::2], strict=True))
+                self.top(dict).update(_keys(list(zip(pairs[::2], pairs[1::2], strict=True))))
             case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -316,7 +334,8 @@ class _Pickle:
                 stack.append(self.known(f"{module} {name}"))
             case "BINPERSID":
                 kind, storage, key, _, size = stack.pop()
-                if kind != "storage" or not isinstance(storage, str) or storage not in STORAGES.values():
+                names = isinstance(kind, str) and isinstance(storage, str) and isinstance(key, str)
+                if not names or kind != "storage" or storage not in STORAGES.values():
                     raise _PickleError("refers to something else than a storage; save model.state_dict().")
                 stack.append(self.archive.storage(f"{self.archive.root}data/{key}", storage, size))
             case "REDUCE":

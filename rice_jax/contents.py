@@ -57,6 +57,9 @@ def look(path: Path) -> Contents:
     files = _files(path)
     for file in files:
         archive = archives.read(file)
+        twice = sorted(tensors.keys() & archive.tensors.keys())
+        if twice:
+            raise ValueError(f"{file}: holds {', '.join(twice)}, which another part holds too; fetch all parts again.")
         tensors |= archive.tensors
     if tensors and all(name.startswith("module.") for name in tensors):  # several GPUs' wrapper (SPEC 15.1)
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -69,7 +72,11 @@ def _files(path: Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.exists():
-        return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        parts = read_json(index).get("weight_map")
+        names = set(parts.values()) if isinstance(parts, dict) else set()
+        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise ValueError(f"{index}: names no parts in its own folder (weight_map); fetch it again.")
+        return [path / name for name in sorted(names)]
     for name in FOLDERS:
         if (path / name).exists():
             return [path / name]

@@ -109,8 +109,20 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
 
 
 def measure(found: Contents, activation: str | None = None) -> tuple[Any, list[str]]:
-    """A config whose model the file holds, and all that is wrong with the file short of its numbers."""
-    config, faults = _config(found, activation)
+    """A config whose model the file holds, and all that is wrong with the file short of its numbers.
+
+    Raises:
+      ValueError: the JSON beside the file describes no model at all.
+    """
+    try:
+        config, faults = _config(found, activation)
+    except (ValueError, AttributeError, TypeError, KeyError, ZeroDivisionError) as error:
+        if not found.description:
+            raise
+        raise ValueError(
+            f"{found.file.parent}: the JSON beside {found.file.name} describes no model that is known here "
+            f"({type(error).__name__}: {error}); fetch it again."
+        ) from error
     return config, faults + _check(found, config)
 
 

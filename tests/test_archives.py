@@ -233,3 +233,52 @@ def test_a_damaged_pickle_raises_nothing_but_the_users_error(data: st.DataObject
     with contextlib.suppress(ValueError):  # nothing else may leave it
         read_all(path)
     assert "antigravity" not in sys.modules
+
+
+def nested(depth: int) -> bytes:
+    """{"a": {"a": ...}} with nothing inside."""
+    return (b"}" + text("a")) * depth + b"}" + b"s" * depth
+
+
+def doubled(depth: int) -> bytes:
+    """A tuple that holds itself twice, again and again: 2 ** depth steps to hash."""
+    return b")q\x01" + b"h\x01\x86q\x01" * depth
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"}" + doubled(60) + b"Ns.", "neither a name nor a number"),
+        (b"}(" + doubled(60) + b"Nu.", "neither a name nor a number"),
+        (b"}" + text("x") + b"(" + text("storage") + b"ctorch\nFloatStorage\n" + doubled(60)
+         + text("cpu") + b"K\x01tQs.", "refers to something else than a storage"),
+        (nested(3000) + b".", "more than 50 deep"),
+    ],
+    ids=["key", "keys", "storage", "depth"],
+)  # fmt: skip
+def test_a_pickle_that_would_never_end_is_refused_at_once(content: bytes, message: str, tmp_path: Path) -> None:
+    torch_files.write_archive(tmp_path / "bomb.pt", b"\x80\x02" + content, [])
+    with pytest.raises(ValueError, match=message):
+        read_all(tmp_path / "bomb.pt")
+
+
+def test_one_name_for_two_tensors_is_refused(tmp_path: Path) -> None:
+    torch_files.write_state_dict(tmp_path / "twice.pt", {"a.b": random(2), "a": {"b": random(2)}})
+    with pytest.raises(ValueError, match=r"of one name twice: a\.b"):
+        read_all(tmp_path / "twice.pt")
+
+
+def test_a_zip_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "later.pt"
+    torch_files.write_state_dict(path, {"x": random(2)})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 200  # the version that is needed to extract
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        read_all(path)
+
+
+def test_a_stride_that_no_machine_can_hold_is_refused(tmp_path: Path) -> None:
+    torch_files.write_state_dict(tmp_path / "far.pt", {"x": View(random(3), 0, (1,), (2**31 - 1,))})
+    with pytest.raises(ValueError, match="beyond its storage"):
+        read_all(tmp_path / "far.pt")

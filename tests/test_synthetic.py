@@ -268,8 +268,9 @@ def test_light_is_the_livestreams_and_differs_between_them(studio: synthetic.Stu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--products=5"], "--products: found 5, needs at least 6"),
-        (["--products=-1"], "--products: found -1, needs at least 6"),
+        (["--products=5"], "--products: found 5, needs 6 (two groups"),
+        (["--products=-1"], "--products: found -1, needs 6 (two groups"),
+        (["--products=10000000000"], "to 100000"),
         (["--products=16", "--clips=29"], "--clips: found 29, needs at least 30 for 16 products"),
         (["--products=16", "--clips=0"], "--clips: found 0, needs at least 30"),
         (["--seed=-1"], "--seed: found -1, needs 0 to"),

@@ -15,6 +15,7 @@ from data_pipeline.faults import WrongUseError
 
 GROUP = 3  # siblings: one shape, one palette, as many patterns
 LEAST_PRODUCTS = 2 * GROUP
+MOST_PRODUCTS = 100_000  # planned at once, in memory
 GALLERY = 28  # shop images of a test livestream, up to 41 in some sizes; a smaller set shows all that it has
 CLIPS_A_LIVESTREAM = 8  # of training: a room must tell little about what is sold in it
 TEST_SHARE, VAL_SHARE, UNSEEN_SHARE = 0.2, 0.04, 1 / 6
@@ -108,12 +109,11 @@ def plan_shop(*, products: int, clips: int, seed: int) -> Shop:
     """The shop; WrongUseError if such a one cannot be drawn."""
     if not 0 <= seed < 2**64:
         raise WrongUseError(f"--seed: found {seed}, needs 0 to 2**64 - 1.")
-    if products < LEAST_PRODUCTS:
+    if not LEAST_PRODUCTS <= products <= MOST_PRODUCTS:
         raise WrongUseError(
-            f"--products: found {products}, needs at least {LEAST_PRODUCTS}: two groups of {GROUP} siblings."
+            f"--products: found {products}, needs {LEAST_PRODUCTS} (two groups of {GROUP} siblings) to {MOST_PRODUCTS}."
         )
-    catalogue = _plan_products(products, seed)
-    seen = sum(product.seen for product in catalogue)
+    seen = products - round(UNSEEN_SHARE * products)
     spare = clips - products - seen
     if spare < 1:
         raise WrongUseError(
@@ -122,7 +122,9 @@ def plan_shop(*, products: int, clips: int, seed: int) -> Shop:
         )
     val = min(spare, max(1, round(VAL_SHARE * clips)))
     test = max(products, min(round(TEST_SHARE * clips), clips - val - seen))
-    return _plan_livestreams(catalogue, {"train": clips - val - test, "val": val, "test": test}, seed)
+    return _plan_livestreams(
+        _plan_products(products, seed), {"train": clips - val - test, "val": val, "test": test}, seed
+    )
 
 
 def _plan_products(count: int, seed: int) -> list[Product]:
