@@ -7,6 +7,7 @@ report a mistyped field as its bare name, and a file that is not there at the fi
 import argparse
 import copy
 import difflib
+import errno
 import importlib.util
 import inspect
 import json
@@ -35,6 +36,9 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+MEND = {errno.ENOENT: "give a path that exists", errno.ENOSPC: "make space there"}
+
+
 def run(main: Callable[[Any], None], values: Any) -> None:
     """Runs a command; what a user can mend is one message on stderr, anything else keeps its traceback."""
     # For one failed save Orbax logs a traceback a thread; the error is raised all the same, and said here once.
@@ -48,7 +52,7 @@ def run(main: Callable[[Any], None], values: Any) -> None:
         fail(
             where
             if error.errno is None
-            else f"{where}; check that path and its space, then run the same command again."
+            else f"{where}; {MEND.get(error.errno, 'check that path')}, then run the same command again."
         )
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", status=130)

@@ -407,7 +407,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="weights of others as a folder that rice_jax opens")
     command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder, new or empty")
     command.add_argument(
         "--activation", choices=sorted(model.ACTIVATIONS), help="of the MLPs, where the file does not say"
     )
@@ -415,7 +415,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("export", help="a run for other programs")
     command.add_argument("run", type=Path, metavar="RUN", help="a training run or an imported folder")
     command.add_argument("--format", choices=FORMATS, required=True)
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder, new or empty")
     command.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
     command = commands.add_parser("show", help="what is in a file, a folder or a run, and what would go where")
     command.add_argument("path", type=Path, metavar="PATH")

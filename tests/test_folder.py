@@ -495,3 +495,10 @@ def test_a_folder_that_has_changed_is_another_conversion(
     shutil.copy(first_frame(source), source / "clips" / "A" / "take 1" / "IMG_7.jpg")
     assert run(source, tmp_path / "records") == 2
     assert "found another conversion, which differs in lists" in capsys.readouterr().err
+
+
+def test_a_last_clip_without_pictures_does_not_cost_its_product_the_test_clip(source: Path, tmp_path: Path) -> None:
+    (source / "clips" / "A" / "take 99").mkdir()
+    options = ["--on-error=skip", "--max-skip-rate=1"]
+    assert run(source, tmp_path / "records", *options) == 0
+    assert "A/take 10" in open_dataset(tmp_path / "records").split("test").clip_ids

@@ -99,7 +99,7 @@ def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, j
         jax.tree.leaves(expected_grads),
         strict=True,
     ):
-        # DESIGN 13: one tolerance for gradients across devices.
+        # One tolerance for gradients across devices, everywhere.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(1e-4 * np.abs(theirs).max(), 1e-6), err_msg=path)
     return parts
 

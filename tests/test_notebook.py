@@ -1,6 +1,7 @@
 """The Colab notebook: all of it runs, top to bottom, and what is committed can be read as a page."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from tests.test_demo import TINY
 
 NOTEBOOK = Path(__file__).parent.parent / "colab" / "quickstart.ipynb"
 SIZES = """
-PRODUCTS, CLIPS, UPDATES = 12, 48, 2
-STOP_AFTER = 3
+PRODUCTS, CLIPS, UPDATES = 12, 48, 150
+STOP_AFTER, CHECKPOINT_EVERY = 40, 10
 MORE = "{}"
 """.format(" ".join(word for word in TINY if "num_updates" not in word))
 
@@ -32,8 +33,12 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
         notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
-    assert "12 shop images" in printed.replace("(12, 16)", "12") or "(12, 16) shop images" in printed
-    assert printed.count("R@1") >= 3 and "error:" not in printed.replace("error: interrupted", "")
+    # The second training goes on where the first one was stopped, or had ended before the stop.
+    starts = [int(start) for start in re.findall(r"from update (\d+) to 150", printed)]
+    assert starts[0] == 0 < starts[1] and "R@1" in printed
+    assert printed.count("shop images a gallery") == 3  # three evaluations: all, seen, unseen
+    assert "(12, 16) shop images" in printed
+    assert "Traceback" not in printed and "error:" not in printed.replace("error: interrupted", "")
     shown = [
         output for cell in done.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]

@@ -183,7 +183,9 @@ class Folder:
         if not (self.source / "clips.csv").exists():
             of_product = collections.defaultdict(list)
             for clip in self.clips.values():
-                of_product[clip.product].append(clip)
+                clip.split = "train"  # a clip without pictures, which skipping leaves out: it is no product's test
+                if clip.frames:
+                    of_product[clip.product].append(clip)
             for clips in of_product.values():
                 for clip, split in zip(clips, default_splits(len(clips)), strict=True):
                     clip.split = split
