@@ -27,40 +27,83 @@ def icl_logits(
     return jnp.square(scale) * cosines(anchors, partners)
 
 
+class Everyone(NamedTuple):
+    """What a device's rows are compared with: the embeddings of the global batch, and its products."""
+
+    images: Float[Array, "G E"]
+    clips: Float[Array, "G E"]
+    product: Int[Array, " G"]
+
+
 def icl_loss(
     clips: Float[Array, "B E"],
     images: Float[Array, "B E"],
-    all_clips: Float[Array, "G E"],
-    all_images: Float[Array, "G E"],
-    scale: Float[Array, ""],
+    everyone: Everyone,
     own: Int[Array, " B"],
-    same_product: Bool[Array, "B G"] | None = None,
+    scale: Float[Array, ""],
     *,
     same_product_is: str = "negative",
+    chunk: int = 0,
 ) -> Float[Array, ""]:
     """Instance-level contrastive loss of unit embeddings (SPEC 3): mean of both directions and of this device's rows.
 
     Args:
-      scale: of icl_logits.
       own: position of each row in the global batch; its partner there is the positive.
-      same_product: pairs of the batch that show one product. None: nobody knows.
-      same_product_is: "negative" as in the official code, "masked" (left out), or "positive" (the mean of -log p over
-        all of them, SupCon's outer form).
+      scale: of icl_logits.
+      same_product_is: what other pairs of the row's product are: "negative" as in the official code, "masked" (left
+        out), or "positive" (the mean of -log p over all of them, SupCon's outer form).
+      chunk: rows whose logits exist at once, the others' being made again in the backward pass; 0: all.
     """
 
     def cross_entropy(anchors: Array, partners: Array) -> Array:
-        logits = icl_logits(anchors, partners, scale)
-        positive = own[:, None] == jnp.arange(partners.shape[0])[None]
-        if same_product_is != "negative" and same_product is not None:
-            also = same_product & ~positive
-            if same_product_is == "masked":
-                logits = jnp.where(also, -jnp.inf, logits)
-            else:
-                positive = positive | also
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        return -jnp.mean(jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1))
+        def rows(part: tuple[Array, Array]) -> Array:
+            anchors, own = part
+            positive, left_out = relations(own, everyone.product, same_product_is)
+            log_p = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, icl_logits(anchors, partners, scale)), axis=-1)
+            return -jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1)
 
-    return (cross_entropy(clips, all_images) + cross_entropy(images, all_clips)) / 2
+        return jnp.mean(in_chunks(rows, (anchors, own), chunk))
+
+    return (cross_entropy(clips, everyone.images) + cross_entropy(images, everyone.clips)) / 2
+
+
+def sigmoid_icl_loss(
+    clips: Float[Array, "B E"],
+    everyone: Everyone,
+    own: Int[Array, " B"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    same_product_is: str = "negative",
+    chunk: int = 0,
+) -> Float[Array, ""]:
+    """ICL as SigLIP has it: each pair of the global batch is right or wrong by itself, -log sigmoid(+-(s^2 cos + b)).
+
+    The sum over a clip's pairs, the mean over this device's clips (Zhai et al. 2023, algorithm 1). Every pair is met
+    once, where its clip lives, hence one direction. Other arguments as in icl_loss.
+    """
+
+    def rows(part: tuple[Array, Array]) -> Array:
+        clips, own = part
+        positive, left_out = relations(own, everyone.product, same_product_is)
+        logits = icl_logits(clips, everyone.images, scale) + bias
+        return -jnp.sum(jnp.where(left_out, 0, jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))), axis=-1)
+
+    return jnp.mean(in_chunks(rows, (clips, own), chunk))
+
+
+def relations(
+    own: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
+) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
+    """Which partners are a row's positives, and which are neither positive nor negative."""
+    itself = own[:, None] == jnp.arange(product.shape[0])[None]
+    also = (product[own][:, None] == product[None]) & ~itself
+    nobody = jnp.zeros_like(itself)
+    return {
+        "negative": (itself, nobody),
+        "masked": (itself, also),
+        "positive": (itself | also, nobody),
+    }[same_product_is]
 
 
 def pmd_loss(
@@ -223,17 +266,25 @@ def hard_pairs(
     key: Array,
     encoded: Encoded,
     positives: Positives,
-    everyone: tuple[Float[Array, "G E"], Float[Array, "G E"]],
-    excluded: Bool[Array, "B G"],
+    everyone: Everyone,
+    own: Int[Array, " B"],
 ) -> list[HardPairs]:
     """Mines and decodes the hard pairs of the global batch (SPEC 4-5), once a direction asked for.
 
-    Args:
-      everyone: all images' and all clips' embeddings.
-      excluded: pairs that are no negatives: each row's own, and the same product if so asked.
+    `own`: this device's rows in the global batch. Neither a row's own partner is hard, nor, if so asked, one that
+    shows its product.
     """
-    all_images, all_clips = everyone
     rows = encoded.images.shape[0]
+
+    def mined(anchors: Array, partners: Array) -> tuple[Array, Array]:
+        def of(part: tuple[Array, Array]) -> tuple[Array, Array]:
+            anchors, own = part
+            same = "masked" if options.exclude_same_product else "negative"
+            itself, also = relations(own, everyone.product, same)
+            return pairs.hardest(anchors, partners, itself | also)
+
+        return in_chunks(of, (anchors, own), options.icl_chunk)
+
     class_tokens = sharding.gather_rows(positives.class_token)  # [G, D]: all of the decoder that travels
     cross = {name: part for name, part in params["decoder"].items() if name != "self_layer"}
     context = (encoded.key_mask, sharding.first_row(rows), jax.random.key_data(key))
@@ -251,13 +302,13 @@ def hard_pairs(
     inputs = (decode, cross, class_tokens, positives.keys_values, context)
     directions = []
     if options.mining_direction in ("image_to_clip", "both"):
-        hard, found = pairs.hardest(encoded.images, all_clips, excluded)
+        hard, found = mined(encoded.images, everyone.clips)
         logits, units = pairs.image_to_clip_logits(
             *inputs, hard, found, slots=options.unit_slots, chunk=options.unit_chunk
         )
         directions.append(HardPairs(hard, found, logits, units))
     if options.mining_direction in ("clip_to_image", "both"):
-        hard, found = pairs.hardest(encoded.clips, all_images, excluded)
+        hard, found = mined(encoded.clips, everyone.images)
         logits = pairs.clip_to_image_logits(*inputs, hard, chunk=divisor(rows, options.unit_chunk))
         directions.append(HardPairs(hard, found, logits, sharding.varying(jnp.int32(0))))
     return directions
@@ -271,25 +322,27 @@ def local_losses(
     rows = batch["mask"].shape[0]
     own = sharding.first_row(rows) + jnp.arange(rows)
     encoded = encode_rows(model, options, params, key, batch, own)
-    everyone = sharding.gather_rows(encoded.images), sharding.gather_rows(encoded.clips)
-    same_product = batch["product"][:, None] == sharding.gather_rows(batch["product"])[None]
+    product = sharding.gather_rows(batch["product"])
 
-    def icl(a: Array, b: Array, all_a: Array, all_b: Array) -> Array:
-        scale, same_product_is = params["logit_scale"], options.icl_same_product
-        return icl_loss(a, b, all_a, all_b, scale, own, same_product, same_product_is=same_product_is)
+    def icl(clips: Array, images: Array) -> tuple[Array, Everyone]:
+        everyone = Everyone(sharding.gather_rows(images), sharding.gather_rows(clips), product)
+        if options.icl_form == "sigmoid":
+            form = functools.partial(sigmoid_icl_loss, clips, everyone, own, bias=params["logit_bias"])
+        else:
+            form = functools.partial(icl_loss, clips, images, everyone, own)
+        same, chunk = options.icl_same_product, options.icl_chunk
+        return form(scale=params["logit_scale"], same_product_is=same, chunk=chunk), everyone
 
-    losses = {"icl": icl(encoded.clips, encoded.images, everyone[1], everyone[0])}
+    value, everyone = icl(encoded.clips, encoded.images)
+    losses = {"icl": value}
     if options.frame_icl:
-        losses["frame_icl"] = icl(*encoded.halves, *map(sharding.gather_rows, encoded.halves))
+        losses["frame_icl"], _ = icl(*encoded.halves)
     counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), sharding.varying(jnp.int32(0)))
     if model.decoder is not None:
         decode = functools.partial(decode_positives, model, options, params, key)
         positives = in_chunks(decode, (encoded, own), options.pair_chunk)
         if options.pmd:
-            excluded = own[:, None] == jnp.arange(same_product.shape[1])[None]
-            if options.exclude_same_product:
-                excluded = excluded | same_product
-            hard = hard_pairs(model, options, params, key, encoded, positives, everyone, excluded)
+            hard = hard_pairs(model, options, params, key, encoded, positives, everyone, own)
             losses["pmd"] = jnp.mean(jnp.stack([pmd_loss(positives.logit, h.logit, h.found) for h in hard]))
             counts = {
                 "negatives_missing": jnp.sum(jnp.stack([jnp.sum(~h.found) for h in hard])),

@@ -413,10 +413,13 @@ class Rice(nn.Module):
     decoder: MatchingDecoder | None
     reconstruction: PatchReconstruction | None
     scale_init: float = 4.0
+    bias_init: float | None = None  # of ICL's sigmoid form; the softmax has no bias
 
     def setup(self) -> None:
         # Used plain and on both sides, so logits are scale^2 cos; CLIP's logit_scale is a logarithm (SPEC 3.1).
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.scale_init), ())
+        if self.bias_init is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
 
     def encode(self, pictures: Float[Array, "n px px 3"]) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
         return self.encoder(pictures)
@@ -490,4 +493,10 @@ def build(config: Any) -> Rice:
             mask_padding=config.loss.pfr_mask_padding,
             with_class_token=config.loss.pfr_with_class_token,
         )
-    return Rice(encoder=encoder, decoder=decoder, reconstruction=reconstruction, scale_init=c.logit_scale_init)
+    return Rice(
+        encoder=encoder,
+        decoder=decoder,
+        reconstruction=reconstruction,
+        scale_init=c.logit_scale_init,
+        bias_init=c.logit_bias_init if config.loss.icl_form == "sigmoid" else None,
+    )

@@ -29,7 +29,7 @@ def schedule(config: Any) -> optax.Schedule:
 
 def lr_multiplier(name: str, config: Any) -> float:
     """By which a parameter's rate is multiplied (SPEC 7.1)."""
-    if name == "logit_scale":
+    if name in ("logit_scale", "logit_bias"):
         return config.optimizer.logit_scale_lr_multiplier
     return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
 

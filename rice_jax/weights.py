@@ -137,7 +137,7 @@ def official_tensors(m: retrieval.Model, unused: Tensors) -> Tensors:
     if foreign:
         raise ValueError(
             f"{len(foreign)} parameter(s) have no place in the official code: {', '.join(foreign[:5])}; it "
-            "knows CLIP's patch embedding only (model.stem_channels empty)."
+            "knows CLIP's patch embedding and ICL's softmax only (model.stem_channels empty, loss.icl_form softmax)."
         )
     return {name: np.asarray(x, np.float32) for name, x in (naming.invert(flat, table) | kept).items()}
 

@@ -135,8 +135,8 @@ MISTAKES = (
         FORWARD,
         (
             LOSSES,
-            "return (cross_entropy(clips, all_images) + cross_entropy(images, all_clips)) / 2",
-            "return cross_entropy(clips, all_images)",
+            "return (cross_entropy(clips, everyone.images) + cross_entropy(images, everyone.clips)) / 2",
+            "return cross_entropy(clips, everyone.images)",
         ),
     ),
     # -- PMD

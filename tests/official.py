@@ -187,18 +187,17 @@ def _trained(golden: Golden) -> Any:
         params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(jax.random.key(0))
         own = sharding.first_row(len(batch["mask"])) + jnp.arange(len(batch["mask"]))
         encoded = losses.encode_rows(net, options, params, key, batch, own)
-        everyone = sharding.gather_rows(encoded.images), sharding.gather_rows(encoded.clips)
+        everyone = losses.Everyone(*map(sharding.gather_rows, (encoded.images, encoded.clips, batch["product"])))
         out = {
             "image_embedding": encoded.images,
             "video_embedding": encoded.clips,
-            "icl_logits_clip_to_image": losses.icl_logits(encoded.clips, everyone[0], params["logit_scale"]),
-            "pmd_similarity_image_by_clip": model.cosines(encoded.images, everyone[1]),
+            "icl_logits_clip_to_image": losses.icl_logits(encoded.clips, everyone.images, params["logit_scale"]),
+            "pmd_similarity_image_by_clip": model.cosines(encoded.images, everyone.clips),
         }
-        excluded = own[:, None] == jnp.arange(len(everyone[0]))[None]
         if net.decoder is None:
             return out
         positives = losses.decode_positives(net, options, params, key, (encoded, own))
-        (hard,) = losses.hard_pairs(net, options, params, key, encoded, positives, everyone, excluded)
+        (hard,) = losses.hard_pairs(net, options, params, key, encoded, positives, everyone, own)
         logits = jnp.concatenate([positives.logit[:, None], hard.logit], axis=1)
         return out | {"pmd_negative_clips": hard.partner, "pmd_logits": logits}
 

@@ -29,7 +29,23 @@ def encode(net: model.Rice, params: Any, batch: dict[str, Any]) -> tuple[jax.Arr
     return image_tokens, tokens.reshape(count, slots, *tokens.shape[1:]), norm(image_pooled), norm(jnp.stack(means))
 
 
-def icl(images: jax.Array, clips: jax.Array, scale: jax.Array, product: np.ndarray, same_product_is: str) -> jax.Array:
+def sigmoid_icl(images: jax.Array, clips: jax.Array, params: Any, product: np.ndarray, same_product_is: str) -> Any:
+    """SigLIP's loss, pair by pair."""
+    count = len(product)
+    right, counted = np.eye(count), np.ones((count, count))
+    for i in range(count):
+        for j in range(count):
+            if i != j and product[i] == product[j]:
+                right[i, j] = same_product_is == "positive"
+                counted[i, j] = same_product_is != "masked"
+    logits = params["logit_scale"] ** 2 * jnp.matmul(clips, images.T, precision="highest") + params["logit_bias"]
+    return jnp.sum(counted * jnp.logaddexp(0.0, jnp.where(right, -logits, logits))) / count
+
+
+def icl(images: jax.Array, clips: jax.Array, params: Any, product: np.ndarray, options: Any) -> jax.Array:
+    if options.icl_form == "sigmoid":
+        return sigmoid_icl(images, clips, params, product, options.icl_same_product)
+    scale, same_product_is = params["logit_scale"], options.icl_same_product
     count = len(product)
     positives = {i: [i] for i in range(count)}
     counted = {i: list(range(count)) for i in range(count)}
@@ -61,7 +77,7 @@ def frame_icl(net: model.Rice, options: Any, params: Any, batch: dict[str, Any])
         even.append(pooled[i, 0:count:2].mean(axis=0))
         odd.append(pooled[i, 1:count:2].mean(axis=0) if count > 1 else pooled[i, 0])
     halves = norm(jnp.stack(even)), norm(jnp.stack(odd))
-    return icl(*halves, params["logit_scale"], np.asarray(batch["product"]), options.icl_same_product)
+    return icl(halves[1], halves[0], params, np.asarray(batch["product"]), options)
 
 
 def hardest(anchors: np.ndarray, partners: np.ndarray, product: np.ndarray, exclude: bool) -> list[list[int]]:
@@ -104,7 +120,7 @@ def losses(
     image_tokens, clip_tokens, images, clips = encode(net, params, batch)
     count, slots, tokens, width = clip_tokens.shape
     product = np.asarray(batch["product"])
-    out = {"icl": icl(images, clips, params["logit_scale"], product, options.icl_same_product)}
+    out = {"icl": icl(images, clips, params, product, options)}
     if options.frame_icl:
         out["frame_icl"] = frame_icl(net, options, params, batch)
     clip_tokens = clip_tokens.reshape(count, slots * tokens, width)
@@ -130,8 +146,10 @@ def losses(
         rank = np.array([k for row in hard for k in range(len(row))])
         candidates = jnp.full((count, 4), -jnp.inf).at[:, 0].set(positive).at[anchor, 1 + rank].set(logits)
         directions.append(jnp.mean(jax.nn.logsumexp(candidates, axis=1) - positive))
-    out["pmd"] = sum(directions) / len(directions)
-    out["pfr"] = pfr(net, options, params, scores, image_tokens, clip_tokens, key_mask)
+    if options.pmd:
+        out["pmd"] = sum(directions) / len(directions)
+    if options.pfr:
+        out["pfr"] = pfr(net, options, params, scores, image_tokens, clip_tokens, key_mask)
     return out
 
 

@@ -14,16 +14,16 @@ from tests import official, oracle
 G, SLOTS, SIDE, WIDTH = 16, 3, 16, 32
 
 
-@functools.cache
-def net() -> model.Rice:
+def net(form: str = "softmax") -> model.Rice:
     encoder = model.VisionTransformer(SIDE, 8, WIDTH, layers=1, heads=2, hidden=48, embedding=16)
-    return model.Rice(encoder, model.MatchingDecoder(WIDTH, 4, 48), model.PatchReconstruction(4, head_width=8))
+    decoder, reconstruction = model.MatchingDecoder(WIDTH, 4, 48), model.PatchReconstruction(4, head_width=8)
+    return model.Rice(encoder, decoder, reconstruction, bias_init=-14.0 if form == "sigmoid" else None)
 
 
 @functools.cache
-def params() -> Any:
+def params(form: str = "softmax") -> Any:
     picture = jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8)
-    start = net().init(jax.random.key(3), picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
+    start = net(form).init(jax.random.key(3), picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
     leaves, tree = jax.tree.flatten(start)
     keys = jax.random.split(jax.random.key(4), len(leaves))
     # Every ReLU two-sided, every bias in use, embeddings not all alike.
@@ -59,24 +59,24 @@ def pictures(kind: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def loss_and_gradient(mesh_shape: tuple[int, int], options: tuple[tuple[str, Any], ...]) -> Any:
-    mesh = official.mesh_of(*mesh_shape)
-    loss = losses.make_loss(
-        net(), official.loss_options(**dict(options)), mesh, sharding.parameter_specs(params(), mesh)
-    )
+    mesh, chosen = official.mesh_of(*mesh_shape), official.loss_options(**dict(options))
+    specs = sharding.parameter_specs(params(chosen.icl_form), mesh)
+    loss = losses.make_loss(net(chosen.icl_form), chosen, mesh, specs)
     return mesh, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @functools.cache
 def plain(kind: str, options: tuple[tuple[str, Any], ...]) -> Any:
     chosen, batch = official.loss_options(**dict(options)), pictures(kind)
-    mined = oracle.mine(net(), chosen, params(), batch)
+    start = params(chosen.icl_form)
+    mined = oracle.mine(net(), chosen, start, batch)
 
     @jax.jit
     def total(p: Any) -> Any:
         parts = oracle.losses(net(), chosen, p, batch, key(), mined)
-        return sum(parts.values()), parts
+        return sum(chosen[name] * value for name, value in parts.items()), parts
 
-    (_, parts), grads = jax.value_and_grad(total, has_aux=True)(params())
+    (_, parts), grads = jax.value_and_grad(total, has_aux=True)(start)
     return jax.device_get((parts, grads))
 
 
@@ -87,12 +87,12 @@ def key() -> jax.Array:
 def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, jax.Array]:
     chosen = tuple(sorted(options.items()))
     mesh, call = loss_and_gradient(mesh_shape, chosen)
-    expected, expected_grads = plain(
-        kind, tuple(item for item in chosen if item[0] not in ("micro_batch", "pair_chunk"))
-    )
-    (_, parts), grads = call(params(), sharding.to_global(pictures(kind), mesh), key())
+    how = ("micro_batch", "pair_chunk", "icl_chunk", "unit_slots", "unit_chunk")  # and not what
+    expected, expected_grads = plain(kind, tuple(item for item in chosen if item[0] not in how))
+    start = params(options.get("icl_form", "softmax"))
+    (_, parts), grads = call(start, sharding.to_global(pictures(kind), mesh), key())
     for name, value in expected.items():
-        assert float(parts[name]) == pytest.approx(float(value), abs=1e-5), name
+        assert float(parts[name]) == pytest.approx(float(value), abs=1e-5, rel=1e-6), name
     for path, ours, theirs in zip(
         [sharding.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)],
         jax.tree.leaves(jax.device_get(grads)),
@@ -136,7 +136,51 @@ def test_same_product_pairs_are_no_negatives(icl: str, mesh_shape: tuple[int, in
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (8, 1)])
 def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int]) -> None:
-    check("random", mesh_shape, micro_batch=5, pair_chunk=1, frame_icl=1.0)
+    check("random", mesh_shape, micro_batch=5, pair_chunk=1, icl_chunk=1, frame_icl=1.0)
+
+
+SIGMOID = {"icl_form": "sigmoid", "pmd": 0.0, "pfr": 0.0, "icl_chunk": 2}
+
+
+@pytest.mark.parametrize(("same", "mesh_shape"), [("negative", (1, 1)), ("masked", (2, 2)), ("positive", (1, 1))])
+def test_the_sigmoid_form_of_icl(same: str, mesh_shape: tuple[int, int]) -> None:
+    parts = check("few products", mesh_shape, icl_same_product=same, **SIGMOID)
+    other, _ = plain("few products", tuple(sorted({"pmd": 0.0, "pfr": 0.0, "icl_same_product": same}.items())))
+    assert abs(float(parts["icl"]) - float(other["icl"])) > 0.1  # another number than the softmax
+
+
+ALL_MESHES = [(data, fsdp) for n in (1, 2, 4, 8) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if data * fsdp == n]
+ICL, ICL_PMD = {"pmd": 0.0, "pfr": 0.0}, {"pfr": 0.0}
+MASKED = {"icl_same_product": "masked", "exclude_same_product": True}
+MICRO = {"micro_batch": 5, "pair_chunk": 1, "icl_chunk": 1}
+CASES = {
+    "icl": ICL,
+    "icl, masked, micro": ICL | MASKED | MICRO,
+    "pmd": ICL_PMD,
+    "pmd, from clips, dropout, micro": ICL_PMD | MICRO | {"mining_direction": "clip_to_image", "cross_dropout": 0.3},
+    "pmd, both, masked": ICL_PMD | MASKED | {"mining_direction": "both"},
+    "pfr, dropout": {"cross_dropout": 0.3, "unit_slots": 2, "unit_chunk": 2},
+    "pfr, from clips, masked, micro": MASKED | MICRO | {"mining_direction": "clip_to_image"},
+    "pfr, both, dropout, masked, micro": MASKED | MICRO | {"mining_direction": "both", "cross_dropout": 0.3},
+    "sigmoid, pfr, both, micro": MICRO | {"icl_form": "sigmoid", "mining_direction": "both"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", ALL_MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_mesh_gives_the_losses_and_gradients_of_one_device(case: str, mesh_shape: tuple[int, int]) -> None:
+    for kind in ("random", "one hub", "few products"):
+        check(kind, mesh_shape, **CASES[case])
+    loss_and_gradient.cache_clear()
+    jax.clear_caches()  # hundreds of live programs use up the memory maps that Linux allows a process
+
+
+@pytest.mark.parametrize(
+    ("case", "mesh_shape"), [("pfr, both, dropout, masked, micro", (2, 2)), ("sigmoid, pfr, both, micro", (1, 8))]
+)
+def test_some_of_these(case: str, mesh_shape: tuple[int, int]) -> None:
+    check("one hub", mesh_shape, **CASES[case])
 
 
 def test_patches_that_are_left_out_do_not_depend_on_the_mesh() -> None:
@@ -170,11 +214,18 @@ def test_a_batch_of_one_product_has_no_matching_loss() -> None:
 def test_two_same_products_of_two_by_hand() -> None:
     """Two pairs of one product: as negatives the loss is log 2 for equal embeddings; masked, nothing is left."""
     e = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    same, own = jnp.ones((2, 2), bool), jnp.arange(2)
-    icl = functools.partial(losses.icl_loss, e, e, e, e, jnp.float32(4.0), own, same)
+    everyone = losses.Everyone(images=e, clips=e, product=jnp.zeros(2, jnp.int32))
+    icl = functools.partial(losses.icl_loss, e, e, everyone, jnp.arange(2), jnp.float32(4.0))
     assert float(icl()) == pytest.approx(np.log(2), abs=1e-6)
     assert float(icl(same_product_is="masked")) == pytest.approx(0, abs=1e-6)
     assert float(icl(same_product_is="positive")) == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_the_sigmoid_form_of_two_by_hand() -> None:
+    """Unit vectors at right angles, s^2 = 16, b = -8: a right pair has 8, a wrong one -8; a row has one of each."""
+    everyone = losses.Everyone(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
+    loss = losses.sigmoid_icl_loss(jnp.eye(2), everyone, jnp.arange(2), jnp.float32(4.0), jnp.float32(-8.0))
+    assert float(loss) == pytest.approx(2 * np.log1p(np.exp(-8.0)), rel=1e-5)
 
 
 def test_pmd_loss_of_equal_logits_is_log_four() -> None:
