@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_updates = 5000  # optimiser steps; an incomplete batch at an epoch's end is dropped
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = ""  # folder made by data_pipeline.convert
+    c.data.path = ""  # folder made by data_pipeline.convert; each host may have its own copy
     c.data.train_split = "train"  # trained on
     c.data.eval_split = "val"  # evaluated during training; empty: none; "auto": val if the set has it
     c.data.skip_clips = ()  # ids of training clips to leave out; part of the plan's fingerprint
@@ -63,11 +63,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.decoder_self_eps = 1e-12  # LayerNorm of the decoder's self layer; 1e-5 everywhere else [6]
     c.model.cross_kv_norm = False  # LayerNorm before the decoder's keys and values [4]
     c.model.logit_scale_init = 4.0  # s: logits are s^2 cos [10]
+    c.model.logit_bias_init = -10.0  # b of icl_form "sigmoid", whose logits are s^2 cos + b: most pairs are wrong ones
     c.model.dtype = "float32"  # of matmuls, or "bfloat16"; parameters, softmax and losses stay float32 [35, 36]
     c.model.remat = "none"  # "dots" or "full": blocks recomputed in the backward pass to save memory
 
     c.loss = ml_collections.ConfigDict()
     c.loss.icl = 1.0  # weight in the sum
+    c.loss.icl_form = "softmax"  # over the global batch, as RICE; or "sigmoid" of each pair by itself, as SigLIP
+    c.loss.icl_chunk = 0  # rows at once of the [rows, G] similarities in ICL and mining; 0: all
     c.loss.frame_icl = 0.0  # weight of ICL between a clip's even and odd frames; not in RICE, helps from random weights
     c.loss.patch_drop = 0.0  # share of each picture's patches that training does not encode
     c.loss.pmd = 1.0  # weight; 0 with pfr 0: the model has no decoder
@@ -99,14 +102,18 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.ema_decay = 0.0  # of an average of the weights that is evaluated instead of them; 0: none
 
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
+    c.mesh.data = -1  # devices, of all hosts, along the batch; -1: what fsdp leaves
     c.mesh.fsdp = 1  # devices that share the parameters' memory
 
-    c.max_nonfinite_updates = 10  # in a row that leave the parameters as they are, before the run stops
+    c.max_nonfinite_updates = 10  # skipped in a row, loss or gradient not finite; one more stops the run
+    c.stall_seconds = 600.0  # of waiting for one batch or step, before it is reported with all stacks; 0: never
+    c.stall_ends = False  # after as long again the process ends with status 1, for a launcher to start it anew
     c.log_every = 50  # updates between lines of metrics.jsonl and TensorBoard
     c.eval_every = 500  # updates between evaluations on data.eval_split; 0: only at the end
     c.eval_flip = False  # evaluation adds each picture's mirror image to its pooled vector
     c.eval_batch_size = 64  # clips encoded at once, over all devices
     c.checkpoint_every = 500  # updates between checkpoints; one more at the end
     c.checkpoints_kept = 3  # newest ones
+    c.checkpoints_kept_every = 0  # those after a multiple of so many updates are kept too; 0: none
+    c.checkpoints_kept_best = True  # and the best by recall@1, among those that eval_every evaluates
     return c.lock()

@@ -45,17 +45,26 @@ def run(main: Callable[[Any], None], values: Any) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main(values)
-    except ValueError as error:
-        fail(str(error))
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        fail(
-            where
-            if error.errno is None
-            else f"{where}; {MEND.get(error.errno, 'check that path')}, then run the same command again."
-        )
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on", status=130)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        fail(reason(error), status=status(error))
+
+
+def reason(error: BaseException) -> str:
+    """What a user is told of an error."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; run the same command again to go on"
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno is None:
+        return where
+    return f"{where}; {MEND.get(error.errno, 'check that path')}, then run the same command again."
+
+
+def status(error: BaseException) -> int:
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def shipped_path(name: str) -> str:
@@ -84,6 +93,12 @@ def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
     if dotted in known or dotted in sections:
         return
     leaf = dotted.rpartition(".")[2]
+    if "accum" in leaf:
+        raise ValueError(
+            f"--config.{dotted}: gradients are not accumulated, because a contrastive loss over parts of a batch is "
+            "another loss; for a large batch on few devices set loss.micro_batch, and model.remat to dots or full: the "
+            "same loss and gradients in less memory."
+        )
     by_leaf = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
     near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
@@ -165,7 +180,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 # What a run may change when it goes on: none of it moves a batch or a loss.
 FREE = (
-    "mesh", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept", "max_nonfinite_updates", "data.path",
+    "mesh", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept",
+    "checkpoints_kept_every", "checkpoints_kept_best", "max_nonfinite_updates", "stall_seconds", "stall_ends",
+    "data.path",
     "data.threads", "data.workers", "data.cache_bytes", "data.eval_split", "data.eval_num_frames",
     "data.test_tail_cut", "eval_batch_size", "eval_flip",
 )  # fmt: skip
@@ -178,6 +195,7 @@ CHOICES = {
     "model.pool": ("class_token", "mean"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "loss.icl_form": ("softmax", "sigmoid"),
     "loss.icl_same_product": ("negative", "masked", "positive"),
     "loss.mining_direction": ("image_to_clip", "clip_to_image", "both"),
     "loss.pfr_attention": ("prob_scaled", "prob", "score"),
@@ -190,8 +208,10 @@ COUNTS = (  # at least 1
     "model.heads", "model.hidden", "model.embedding", "model.decoder_heads", "loss.unit_slots", "loss.unit_chunk",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "batch_size", "eval_every", "max_nonfinite_updates", "data.threads", "data.workers", "data.cache_bytes",
-    "loss.icl", "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.micro_batch", "loss.pair_chunk",
+    "seed", "batch_size", "eval_every", "checkpoints_kept_every", "max_nonfinite_updates", "stall_seconds",
+    "data.threads", "data.workers", "data.cache_bytes",
+    "loss.icl", "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.icl_chunk", "loss.micro_batch",
+    "loss.pair_chunk",
     "model.decoder_self_eps", "optimizer.learning_rate", "optimizer.decoder_lr_multiplier",
     "optimizer.logit_scale_lr_multiplier", "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay",
     "optimizer.clip_norm",

@@ -4,17 +4,19 @@
 Prints Recall@k by the official definition and writes metrics.json and rankings.jsonl to --output. DIR may be another
 converted set than the one trained on. Started again after an interruption it goes on with what is not encoded yet.
 With --score matching every clip also meets its whole gallery in the matching decoder, and the decoder's ranking and
-that of the sum of both scores stand beside the embedding's.
+that of the sum of both scores stand beside the embedding's. On several hosts it is the same command on each, and RUN
+and --output are folders that all share.
 """
 
 import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.records import open_dataset
+from data_pipeline.records import Dataset, open_dataset
 from rice_jax import config as configuration
-from rice_jax import retrieval
+from rice_jax import hosts, retrieval
 from rice_jax.version import __version__
 
 
@@ -25,6 +27,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     subset = read_ids(arguments.subset) if arguments.subset else None
     name = "-".join(["evaluation", split.name, *([arguments.subset.stem] if arguments.subset else [])])
     output = arguments.output or arguments.workdir / name
+    hosts.check_shared(output)
 
     # All that decides an embedding or its place names the folder: another model's are never taken for this one's.
     about = {
@@ -41,12 +44,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     result = retrieval.evaluate(
         model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
     )
-
+    if not hosts.is_first():
+        return
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in retrieval.rankings(result, split))
     (output / "rankings.jsonl").write_text("".join(lines), encoding="utf-8")
     text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
     (output / "metrics.json").write_text(text)
     print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
+
+
+def facts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all hosts must have alike: the options, and what the data set holds, wherever it lies."""
+    return {
+        "command": "evaluate",
+        "data": Dataset(arguments.data).content_hash,
+        "--subset": read_ids(arguments.subset) if arguments.subset else None,
+        **{f"--{name}": getattr(arguments, name) for name in ("split", "score", "step")},
+        **{f"--config.{name}": value for name, value in arguments.overrides.items()},
+    }
 
 
 def read_ids(path: Path) -> list[str]:
@@ -86,6 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
+    hosts.add_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
     try:
         arguments.overrides = dict(configuration.split_override(word) for word in rest)
@@ -95,4 +111,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(evaluate, parse())
+    hosts.run(evaluate, parse(), facts)

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from rice_jax.config import warn
+from rice_jax import hosts
 
 
 def plain(value: Any) -> Any:
@@ -25,21 +25,27 @@ def plain(value: Any) -> Any:
 
 
 class Log:
-    """Lines of numbers under a workdir, by step. On resume what lies beyond the restored step is cut off."""
+    """Lines of numbers under a workdir, by step. On resume what lies beyond the restored step is cut off.
 
-    def __init__(self, workdir: Path, *, step: int, patience: int) -> None:
-        """`patience`: updates in a row whose loss or gradient may be not finite before write_updates raises."""
-        workdir.mkdir(parents=True, exist_ok=True)
+    Of several processes the first writes and reads; the others call the same methods, which keep them in step.
+    """
+
+    def __init__(self, workdir: Path, *, step: int) -> None:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._path = workdir / "metrics.jsonl"
-        self._patience, self._not_finite = patience, 0
+        first = hosts.is_first()
+        if first:
+            self._cut(step)
+        self._lines = (self._path if first else Path(os.devnull)).open("a")
+        # TensorBoard forgets what was written at or after the purge step.
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
+
+    def _cut(self, step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._read() if line["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self._path)
-        self._lines = self._path.open("a")
-        # TensorBoard forgets what was written at or after the purge step.
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines there are; a last one that a kill left half written does not count."""
@@ -60,46 +66,46 @@ class Log:
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name.replace("@", "_at_"), value, step)
 
-    def write_updates(self, updates: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    def write_updates(
+        self, updates: list[tuple[int, Any]], look: Callable[[int, Mapping[str, Any]], None] = lambda *_: None
+    ) -> list[tuple[int, Any]]:
         """The lines of updates, waiting for the device to have made them; nothing is left, hence an empty list.
 
-        Raises:
-          ValueError: loss or gradient were not finite for longer than the patience; the parameters are as before.
+        look: called with each update's number and metrics, `gradient_norms` among them, which are not for the file.
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
-            self.write(step, values)
-            self.newest = {name: plain(value) for name, value in values.items()}
-            self._watch(step, values)
-        self._lines.flush()
+            written = {name: value for name, value in values.items() if name != "gradient_norms"}
+            self.write(step, written)
+            self.newest = {name: plain(value) for name, value in written.items()}
+            self._lines.flush()
+            look(step, values)
         self._board.flush()
         return []
 
-    def _watch(self, step: int, values: Mapping[str, Any]) -> None:
-        self._not_finite = 0 if values["finite"] else self._not_finite + 1
-        if self._not_finite == 1:
-            warn(f"update {step}: loss or gradient is not finite; the parameters were left as they are.")
-        if self._not_finite > self._patience:
-            self._lines.flush()
-            raise ValueError(
-                f"update {step}: loss or gradient was not finite for {self._not_finite} updates in a row; lower "
-                "optimizer.learning_rate or set optimizer.clip_norm, and train in another --workdir."
-            )
-
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        if hosts.is_first():
+            print(text, flush=True)
 
     def has_evaluation(self, step: int, split: str) -> bool:
-        return any(line["step"] == step and f"{split}/queries" in line for line in self._evaluations(split))
+        return any(line["step"] == step for line in self._evaluations(split))
 
     def last_evaluation(self, split: str) -> dict[str, int | float]:
         """The figures of the newest evaluation in the file; empty when there is none."""
         found = self._evaluations(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
+    def recalls(self, split: str) -> dict[int, float]:
+        """Recall@1 by step, of all evaluations in the file."""
+        name = f"{split}/recall@1"
+        return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
+
     def _evaluations(self, split: str) -> list[dict[str, Any]]:
         self._lines.flush()
-        return [line for line in self._read() if f"{split}/queries" in line]
+        found: list[dict[str, Any]] = hosts.ask_first(
+            lambda: [line for line in self._read() if f"{split}/queries" in line]
+        )
+        return found
 
     def __enter__(self) -> "Log":
         return self

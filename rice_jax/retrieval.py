@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_pipeline.batches import clip_batches, image_batches
 from data_pipeline.frames import FrameOptions
 from data_pipeline.records import Split
-from rice_jax import inference, metrics, model, sharding
+from rice_jax import hosts, inference, metrics, model, sharding
 from rice_jax.checkpoints import Checkpoints, read_config
 from rice_jax.config import FREE, from_json, override
 from rice_jax.step import abstract_state
@@ -120,7 +120,7 @@ class Model:
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
+            digest.update(np.ascontiguousarray(sharding.on_host(leaf)).tobytes())
         return digest.hexdigest()[:16]
 
     def _check(self, pictures: np.ndarray, *, axes: int) -> np.ndarray:
@@ -141,13 +141,14 @@ class Model:
 
     def _batched(self, call: Callable[..., list[Array]], *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """call(*rows on the devices) for all rows, batch_size at a time; of no rows the results' shapes alone."""
+        own = sharding.process_rows(self.batch_size, self.mesh)
         out = []
         for start in range(0, max(1, len(arrays[0])), self.batch_size):
             part = [a[start : start + self.batch_size] for a in arrays]
             missing = self.batch_size - len(part[0])
             fill = [a[:1] if len(a) else np.ones((1, *a.shape[1:]), a.dtype) for a in part]
             padded = [np.concatenate([a, np.repeat(f, missing, axis=0)]) for a, f in zip(part, fill, strict=True)]
-            results = call(*sharding.to_global(padded, self.mesh))
+            results = call(*sharding.to_global([a[own] for a in padded], self.mesh))
             out.append([np.asarray(result)[: len(part[0])] for result in results])
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
 
@@ -192,8 +193,8 @@ def load(
 
     Args:
       run: the training's workdir.
-      step: a checkpoint's number of updates; the newest unless given.
-      mesh: where the parameters go; all devices of this process unless given.
+      step: a checkpoint's number of updates; the newest that is whole unless given.
+      mesh: where the parameters go; all devices unless given.
       overrides: fields of the config that training may change too, such as {"eval_flip": "true"}.
 
     Raises:
@@ -202,13 +203,12 @@ def load(
     """
     text = read_config(Path(run))
     checkpoints = Checkpoints(run) if text is not None and (Path(run) / "checkpoints").is_dir() else None
-    steps = checkpoints.steps() if checkpoints is not None else []
+    steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
     if text is None or checkpoints is None or not steps:
         raise FileNotFoundError(
             f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}."
         )
-    step = steps[-1] if step is None else step
-    if step not in steps:
+    if step is not None and step not in steps:
         raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     config = from_json(text)
     for name, value in (overrides or {}).items():
@@ -217,20 +217,27 @@ def load(
         override(config, name, value)
     mesh = sharding.make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = model.build(config)
-    params = checkpoints.restore_params(step, abstract_state(net, config, mesh))
+    abstract = abstract_state(net, config, mesh)
+    if step is None:
+        step, params = checkpoints.newest_params(abstract)
+    else:
+        params = checkpoints.restore_params(step, abstract)
     batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
     return Model(config, net, params, mesh, batch_size=batch_size, step=step)
 
 
 class EmbeddingStore:
-    """Embeddings of rows in blocks on disk, so that an interrupted evaluation goes on where it stopped."""
+    """Embeddings of rows in blocks on disk, so that an interrupted evaluation goes on where it stopped.
+
+    Of several processes the first writes, and says which blocks are there; all read.
+    """
 
     BLOCK = 4096  # rows
 
     def __init__(self, folder: Path | None) -> None:
         """`folder` must be named after all that decides the embeddings; None keeps nothing."""
         self._folder = folder
-        if folder is not None:
+        if folder is not None and hosts.is_first():
             folder.mkdir(parents=True, exist_ok=True)
 
     def blocks(
@@ -240,16 +247,25 @@ class EmbeddingStore:
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
             paths = [self._folder / f"{kind}-{start:09d}.npy" for kind in kinds] if self._folder is not None else []
-            if paths and all(path.exists() for path in paths):
+            if paths and hosts.ask_first(functools.partial(_all_exist, paths)):
                 out.append([np.load(path, allow_pickle=False) for path in paths])
                 continue
             out.append(list(encode(rows[start : start + self.BLOCK])))
-            for path, array in zip(paths, out[-1], strict=False):
-                temporary = path.with_suffix(".tmp")
-                with temporary.open("wb") as file:
-                    np.save(file, array)
-                temporary.rename(path)
+            if hosts.is_first():
+                for path, array in zip(paths, out[-1], strict=False):
+                    _write_array(path, array)
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
+
+
+def _all_exist(paths: Sequence[Path]) -> bool:
+    return all(path.exists() for path in paths)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.rename(path)
 
 
 class _Pass:
@@ -258,7 +274,7 @@ class _Pass:
     def __init__(self, m: Model, split: Split, *, total: int, show_progress: bool) -> None:
         self._m, self._split = m, split
         self._options = frame_options(m.config.data, train=False)
-        self._bar = tqdm(total=total, unit=" encoded", disable=not show_progress)
+        self._bar = tqdm(total=total, unit=" encoded", disable=not (show_progress and hosts.is_first()))
 
     def __enter__(self) -> "_Pass":
         return self

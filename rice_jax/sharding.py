@@ -94,6 +94,37 @@ def parameter_specs(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda sharding: sharding.spec, state_shardings(params, mesh))
 
 
+def table(state: Any, params: Any) -> str:
+    """Every parameter with its shape, how it is split and the bytes of it, its moments and averages on one device.
+
+    Args:
+      state: arrays or ShapeDtypeStructs with shardings; whatever has a parameter's path in it belongs to it.
+      params: the part of `state` that the model computes with.
+    """
+
+    def on_a_device(leaf: Any) -> int:
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    rows = [("parameter", "shape", "split over", "with moments, MB a device")]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, spec = path_name(path), leaf.sharding.spec
+        held = sum(on_a_device(other) for at, other in leaves.items() if f"/{at}".endswith(f"/{name}"))
+        split = [f"{axis} (axis {dim})" for dim, axis in enumerate(spec) if axis and leaf.sharding.mesh.shape[axis] > 1]
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        rows.append((name, shape, ", ".join(split) or "-", f"{held / 1e6:.3f}"))
+    total, whole = (
+        sum(map(size, leaves.values())) / 1e6 for size in (on_a_device, lambda x: x.size * x.dtype.itemsize)
+    )
+    rows.append(("all", "", "", f"{total:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {split:<{widths[2]}}  {size:>{widths[3]}}"
+        for name, shape, split, size in rows
+    ]
+    return "\n".join([*lines, f"the state is {whole:.1f} MB in all; the batch is split over {' and '.join(BATCH)}"])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over the whole mesh."""
     return NamedSharding(mesh, P(BATCH))
@@ -127,6 +158,13 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch (NumPy) as arrays of the global batch, on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The whole of an array; all processes must ask, since its parts may lie on devices of several."""
+    if isinstance(x.sharding, NamedSharding) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+    return np.asarray(x)
 
 
 # --- inside shard_map: what crosses devices ---------------------------------------------------------------------------

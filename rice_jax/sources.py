@@ -7,6 +7,7 @@ Sizes are read off the tensors; heads and activation, which no tensor shows, fro
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from configs import default
-from rice_jax import archives, model, naming, retrieval, sharding
+from rice_jax import archives, hosts, model, naming, retrieval, sharding
 from rice_jax.config import from_json
 from rice_jax.contents import HUGGING_FACE, OFFICIAL, OPENAI, Contents, look, read_json
 from rice_jax.step import State, init_params
@@ -373,9 +374,20 @@ def initialise(state: State, config: Any, workdir: Path) -> tuple[State, list[st
       FileNotFoundError, ValueError: as read_source and start_from.
     """
     source = read_source(Path(config.init_from), activation=config.model.activation, image_size=config.data.image_size)
+    if jax.process_count() > 1:
+        hosts.agree({"weights of init_from": digest(source.params)})
     started = start_from(source, state, config)
-    save_unused(source.unused, workdir)
+    if hosts.is_first():
+        save_unused(source.unused, workdir)
     return started
+
+
+def digest(params: Any) -> str:
+    """Of NumPy parameters: each process fills its own devices from its own file."""
+    sha = hashlib.sha256()
+    for path, array in sorted(naming.flattened(params).items()):
+        sha.update(f"{path} {array.shape} ".encode() + np.ascontiguousarray(array, np.float32).tobytes())
+    return sha.hexdigest()[:16]
 
 
 def start_from(source: Source, state: State, config: Any) -> tuple[State, list[str]]:

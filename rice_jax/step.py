@@ -66,11 +66,14 @@ def ledger(index: Int[Array, " G"]) -> UInt32[Array, "2"]:
 
 
 def make_train_step(
-    model: Rice, config: Any, mesh: Mesh, abstract: State
+    model: Rice, config: Any, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = losses.make_loss
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
-    """The jitted update; donates its state. Losses are of the global batch, before the update (SPEC 6.8)."""
+    """The jitted update; donates its state. Losses are of the global batch, before the update (SPEC 6.8).
+
+    make_loss: another formulation, for comparison.
+    """
     optimizer = make_optimizer(config)
-    loss = losses.make_loss(model, config.loss, mesh, sharding.parameter_specs(abstract.params, mesh))
+    loss = make_loss(model, config.loss, mesh, sharding.parameter_specs(abstract.params, mesh))
     decay = config.optimizer.ema_decay
 
     def train_step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
@@ -95,6 +98,7 @@ def make_train_step(
             "loss": total,
             **parts,
             "grad_norm": norm,
+            "gradient_norms": jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)]),  # what `norm` is made of
             "finite": finite,
             "learning_rate": learning_rate(config, state.step),
             "logit_scale": state.params["logit_scale"],

@@ -1,7 +1,8 @@
 """Train RICE: python -m rice_jax.train --config FILE[:ARG] --workdir DIR [--config.field=value ...]
 
 FILE is a path or the name of a shipped config (grocery, lpr750k, ...). The same command goes on where an earlier run
-of it stopped: after N updates the next batch is the plan's number N, whatever happened in between.
+of it stopped: after N updates the next batch is the plan's number N, whatever happened in between. On several hosts
+it is the same command on each, and --workdir a folder that all share.
 """
 
 import argparse
@@ -9,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from data_pipeline.batches import train_batches
-from data_pipeline.plan import Plan, rows_without
-from data_pipeline.records import open_dataset
+from data_pipeline.records import Dataset, open_dataset
 from rice_jax import config as configuration
-from rice_jax import model, retrieval, sharding
+from rice_jax import guards, hosts, model, order, retrieval, sharding
 from rice_jax.checkpoints import Checkpoints, read_config, write_config
 from rice_jax.logs import Log, Progress
 from rice_jax.sources import initialise
@@ -25,6 +24,8 @@ from rice_jax.step import abstract_state, init_state, make_train_step
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
 
+    Of several processes (rice_jax.hosts) all run this; the first decides what was there, and writes.
+
     Raises:
       ValueError: a config that does not hold together or does not fit the data, a workdir of another run, a damaged
         checkpoint or record, or a loss that stays not finite.
@@ -33,41 +34,46 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     configuration.validate(config)
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)
-    keep = rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
+    keep = order.kept_rows(config, train)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     config = configuration.fitted(
         config, clips=train.num_clips if keep is None else len(keep), splits=dataset.splits, devices=mesh.size
     )
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
-    plan = Plan(
-        train.num_clips,
-        config.batch_size,
-        config.seed,
-        keep=keep,
-        product=np.asarray(train.columns["product"]) if config.data.spread_products else None,
-        content_hash=dataset.content_hash,
-    )
+    plan = order.make_plan(config, dataset)
     sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
     # --- Model and state: the newest checkpoint's, or new ones ---
     net = model.build(config)
     abstract = abstract_state(net, config, mesh)
-    checkpoints = Checkpoints(workdir, kept=config.checkpoints_kept)
-    start = checkpoints.latest()
-    config.init_from = config.init_from or saved_start(workdir, start)
+    hosts.check_shared(workdir)
+    checkpoints = Checkpoints(
+        workdir,
+        kept=config.checkpoints_kept,
+        kept_every=config.checkpoints_kept_every,
+        kept_best=config.checkpoints_kept_best,
+    )
+    start = hosts.ask_first(checkpoints.latest)
+    config.init_from = config.init_from or hosts.ask_first(lambda: saved_start(workdir, start))
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
     refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
-    write_config(workdir, meta["config"])
+    if hosts.is_first():
+        write_config(workdir, meta["config"])
     if start is None:
         start, state = 0, init_state(net, config, abstract)
         state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
     else:
-        state, notes = checkpoints.restore(start, abstract), []
-    log = Log(workdir, step=start, patience=config.max_nonfinite_updates)
+        (start, state), notes = checkpoints.newest_state(abstract), []
+    log = Log(workdir, step=start)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
     for note in notes:
         log.say(note)
-    log.say(f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}")
+    log.say(
+        f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}, "
+        f"{jax.process_count()} process(es)"
+    )
+    if mesh.size > 1:
+        log.say(sharding.table(abstract, abstract.params))
     log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
         f"from update {start} to {config.num_updates}"
@@ -87,33 +93,66 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
         workers=config.data.workers,
         cache_bytes=config.data.cache_bytes,
     )
-    with checkpoints, log, batches:
-        if held_out is not None and evaluation_is_due(start, config) and not log.has_evaluation(start, held_out.name):
-            evaluate_held_out(config, net, state, mesh, held_out, log, start)  # killed between save and evaluation
-        for step in range(start, config.num_updates):
-            batch = sharding.to_global(next(batches), mesh)
-            with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
-                state, metrics = train_step(state, batch)
-            del batch
-            done = step + 1
-            pending.append((done, metrics))
-            jax.block_until_ready(pending[-2:][0])  # waits for the step before: two in flight, and no more batches
-            if not progress.started:
-                log.say(f"update {done} compiled and done after {progress.start(done)}")
-            if done % config.log_every == 0 or done == config.num_updates:
-                pending = log.write_updates(pending[:-1]) + pending[-1:]  # waits, for all but the newest
-                log.say(progress.line(done, log.newest))
-            if done % config.checkpoint_every == 0 or done == config.num_updates:
-                pending = log.write_updates(pending)  # waits; a checkpoint's updates are all in the log
-                checkpoints.save(done, state, meta)  # waits for the copy to the host, not for the disk
-                progress.pause(done)
-            if held_out is not None and evaluation_is_due(done, config):
-                pending = log.write_updates(pending)
-                evaluate_held_out(config, net, state, mesh, held_out, log, done)  # waits
-                progress.pause(done)
+    stop, watch = guards.Stop(), guards.Watch(config.stall_seconds, ends=config.stall_ends)
+    finite = guards.NotFinite(
+        workdir / "not_finite.jsonl",
+        patience=config.max_nonfinite_updates,
+        parameters=[sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params)],
+        clips_of=lambda update: [train.clip_ids[row] for row in plan.batch(update - 1)],
+    )
+    with stop.listening(), watch, checkpoints, log, batches:
+        done = start
+        try:
+            if held_out is not None:
+                if evaluation_is_due(start, config) and not log.has_evaluation(start, held_out.name):
+                    with stop.at_once():  # killed between save and evaluation
+                        evaluate_held_out(config, net, state, mesh, held_out, log, start)
+                checkpoints.figures = log.recalls(held_out.name)
+            for step in range(start, config.num_updates):
+                watch.waits_for("input", step)
+                batch = sharding.to_global(next(batches), mesh)
+                watch.waits_for("device" if progress.started else "", step)  # compiling takes as long as it takes
+                with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
+                    state, metrics = train_step(state, batch)
+                del batch
+                done = step + 1
+                pending.append((done, metrics))
+                jax.block_until_ready(pending[-2:][0])  # waits for the step before: two in flight, and no more batches
+                if not progress.started:
+                    log.say(f"update {done} compiled and done after {progress.start(done)}")
+                if done % config.log_every == 0 or done == config.num_updates:
+                    pending = log.write_updates(pending[:-1], finite.look) + pending[-1:]  # waits, not for the newest
+                    log.say(progress.line(done, log.newest))
+                stopping = stop.agreed(done)
+                if stopping or checkpoint_is_due(done, config) or checkpoints.failed():
+                    pending = log.write_updates(pending, finite.look)  # waits; a checkpoint's updates are in the log
+                    watch.waits_for("", done)
+                    checkpoints.save(done, state, meta)  # waits for the copy to the host, not for the disk
+                    progress.pause(done)
+                if stopping:
+                    raise guards.StoppedError
+                if held_out is not None and evaluation_is_due(done, config):
+                    pending = log.write_updates(pending, finite.look)
+                    watch.waits_for("", done)
+                    with stop.at_once():
+                        evaluate_held_out(config, net, state, mesh, held_out, log, done)  # waits
+                    checkpoints.figures = log.recalls(held_out.name)
+                    progress.pause(done)
+            watch.waits_for("", done)
+            if done > start:
+                checkpoints.finish(done, state, meta)
+        except guards.StoppedError:
+            log.write_updates(pending, finite.look)
+            checkpoints.finish(done, state, meta)
+            log.say(f"stopped at step {done}; the same command goes on")
+            raise SystemExit(stop.status) from None
         if start == config.num_updates:
             log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(held_out.name) if held_out is not None else {}
+
+
+def checkpoint_is_due(done: int, config: Any) -> bool:
+    return done == config.num_updates or bool(done % config.checkpoint_every == 0)
 
 
 def evaluation_is_due(done: int, config: Any) -> bool:
@@ -156,6 +195,13 @@ def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, n
         )
 
 
+def facts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all hosts must have alike: the config, and what the data set holds, wherever it lies."""
+    configuration.validate(arguments.config)
+    data = Dataset(Path(arguments.config.data.path))
+    return {"command": "train", "data": data.content_hash, **hosts.of_config(arguments.config)}
+
+
 def main(arguments: argparse.Namespace) -> None:
     # A run that goes on need not compile anew; in the workdir, so that it goes when the run goes.
     jax.config.update("jax_compilation_cache_dir", str(arguments.workdir / "compiled"))
@@ -169,8 +215,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
     )
+    hosts.add_flags(parser)
     return configuration.parse(parser, argv)
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    hosts.run(main, parse(), facts)

@@ -141,3 +141,8 @@ def test_every_field_of_the_defaults_says_what_it_is() -> None:
     ]
     assert len(lines) == len(configuration.flat(default.get_config()))
     assert all("  # " in line for line in lines)
+
+
+def test_gradient_accumulation_is_refused_with_what_to_use() -> None:
+    with pytest.raises(ValueError, match=r"another loss; .* set loss.micro_batch"):
+        configuration.override(default.get_config(), "optimizer.accumulation_steps", "4")

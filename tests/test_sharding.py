@@ -55,3 +55,18 @@ def test_a_whole_parameter_is_its_shards_in_order() -> None:
         out_specs=sharding.P(),
     )
     np.testing.assert_array_equal(f(x), x)
+
+
+def test_the_table_says_how_each_parameter_lies_and_what_a_device_holds_of_it() -> None:
+    """A kernel [2, 8, 16] over fsdp=4 is 256 B a device, with two moments 768 B; a bias of 16 is whole: 3 x 64 B."""
+    mesh = official.mesh_of(2, 4)
+    params = {"resblocks": {"c_fc": {"kernel": jnp.zeros((2, 8, 16)), "bias": jnp.zeros(16)}}}
+    state = {"params": params, "opt_state": [{"mu": params, "nu": params}], "step": jnp.int32(0)}
+    state = jax.device_put(state, sharding.state_shardings(state, mesh))
+    lines = sharding.table(state, state["params"]).splitlines()
+    assert lines[1].split() == ["resblocks/c_fc/bias", "16", "-", "0.000"]
+    assert lines[2].split() == ["resblocks/c_fc/kernel", "2x8x16", "fsdp", "(axis", "2)", "0.001"]
+    assert lines[3].split() == ["all", "0.0"]
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert held == 3 * 256 + 3 * 64 + 4
+    assert "0.0 MB in all" in lines[4]

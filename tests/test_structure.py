@@ -15,11 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = {
     "data_pipeline": "faults tfrecord folders schema records plan frames examples batches histogram "
-    "pictures listing layouts survey shards workers columns report convert drawing synthetic",
-    "rice_jax": "version config sharding model pairs losses optimizer step checkpoints metrics inference retrieval "
-    "archives naming contents sources exports weights logs show train evaluate demo",
+    "pictures listing layouts sources survey shards workers columns report convert checkup doctor "
+    "drawing synthetic",
+    "rice_jax": "version config line hosts sharding model pairs losses optimizer step digests checkpoints guards "
+    "metrics inference retrieval archives naming contents sources exports weights logs show "
+    "explain train evaluate demo",
 }
-COMMANDS = {"convert", "synthetic", "show", "train", "evaluate", "demo"}  # nobody imports a command
+# Nobody imports a command.
+COMMANDS = {"convert", "doctor", "synthetic", "show", "explain", "train", "evaluate", "demo"}
 PRESETS = [
     *(config.get_config() for config in (default, demo, folder, grocery, smoke)),
     *map(lpr750k.get_config, default.STAGES),

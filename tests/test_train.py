@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +23,8 @@ from configs import smoke
 from data_pipeline.frames import centre_crop, decode, load
 from data_pipeline.records import open_dataset
 from rice_jax import config as configuration
-from rice_jax import retrieval, train
+from rice_jax import retrieval, step, train
+from tests.test_checkpoints import flip_data
 
 
 def smoke_config(data: Path, **changes: Any) -> Any:
@@ -138,34 +142,34 @@ def test_a_diverged_run_keeps_its_parameters_warns_and_stops(
 ) -> None:
     config = smoke_config(converted, num_updates=9, max_nonfinite_updates=2, checkpoint_every=1)
     config.optimizer.learning_rate = 1e30
-    with pytest.raises(ValueError, match=r"was not finite for 3 updates in a row; lower optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"was not finite for 3 updates in a row.* lower optimizer.learning_rate"):
         train.train_and_evaluate(config, tmp_path)
-    assert "warning: update" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.count("warning: update") == 1 and "largest of update 2: " in told
     bad = [line for line in lines_of(tmp_path) if not line["finite"]]
     assert len(bad) == 3 and bad[0]["loss"] is None
     assert bad[0]["logit_scale"] == bad[1]["logit_scale"]  # nothing moved
     assert bad[0]["ledger"] != bad[1]["ledger"]  # but the data went on
+    reports = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
+    assert [report["step"] for report in reports] == [line["step"] for line in bad]
+    assert len(reports[0]["clips"]) == 8 and reports[0]["gradient_norms"]["logit_scale"] == "nan"
+    split = open_dataset(converted).split("train")
+    rows = [split.clip_ids.index(clip) for clip in reports[0]["clips"]]
+    assert "".join(f"{word:08x}" for word in np.asarray(step.ledger(jnp.asarray(rows)))) == bad[0]["ledger"]
 
 
-@pytest.mark.parametrize("damage", ["empty folder", "part missing", "file cut"])
-def test_a_damaged_checkpoint_is_told_in_one_line(
-    run: Path, converted: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+def test_evaluation_takes_the_step_before_a_damaged_one_and_changes_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    if damage == "empty folder":
-        (checkpoints / "9").mkdir()
-    elif damage == "part missing":
-        shutil.rmtree(checkpoints / "6" / "weights")
-    else:
-        for path in (checkpoints / "6" / "weights").rglob("*"):
-            if path.is_file() and path.stat().st_size > 1000:
-                path.write_bytes(path.read_bytes()[:500])
-        with pytest.raises(ValueError, match=r"checkpoints/6 is damaged .*; remove that folder"):
-            rice_jax.load(tmp_path / "run")
-        return
-    assert rice_jax.load(tmp_path / "run").step == (6 if damage == "empty folder" else 3)
-    assert "is passed over; remove that folder" in capsys.readouterr().err
+    flip_data(tmp_path / "run" / "checkpoints" / "6" / "weights")
+    there = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    before = there()
+    assert rice_jax.load(tmp_path / "run").step == 3
+    assert there() == before
+    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is passed over\.\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="checkpoints/6 is damaged"):
+        rice_jax.load(tmp_path / "run", step=6)
 
 
 def test_fewer_clips_than_one_batch_is_an_error(converted: Path, tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
     subprocess.run(command(converted, tmp_path / "whole"), env=environment, check=True, timeout=300)
     killed = subprocess.Popen(command(converted, tmp_path / "killed"), env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "killed" / "checkpoints" / "10").exists():
+    while not (tmp_path / "killed" / "checkpoints" / "10" / "digest.json").exists():
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -206,6 +210,88 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
     assert len(lines_of(tmp_path / "killed")) < 40
     subprocess.run(command(converted, tmp_path / "killed"), env=environment, check=True, timeout=300)
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_ends_and_the_same_command_goes_on(
+    converted: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    environment = one_device_environment()
+    ask = [*command(converted, tmp_path), "--config.checkpoint_every=1000"]
+    stopped = subprocess.Popen(ask, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if line.startswith("step 8/"):
+            stopped.send_signal(number)
+            break
+    rest, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == status, errors
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {saved.name}; the same command goes on" in rest
+    assert f"{number.name}: stops after this step" in errors and errors.count("\n") == 1
+    assert lines_of(tmp_path)[-1]["step"] == int(saved.name)
+    went_on = subprocess.run(
+        [*ask, "--config.log_every=1"], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert f"from update {saved.name} to 40" in went_on.stdout, went_on.stderr
+    assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == list(range(1, 41))
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def endless(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(train, "evaluate_held_out", endless)
+    since = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        train.train_and_evaluate(smoke_config(converted, eval_every=2), tmp_path)
+    assert ended.value.code == 143 and time.monotonic() - since < 50
+    assert "stopped at step 2" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "2" / "digest.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stalled_input_is_reported_with_stacks_and_the_run_goes_on(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = train.sharding.to_global
+    calls = []
+
+    def slow(batch: Any, mesh: Any) -> Any:
+        calls.append(1)
+        time.sleep(1.5 if len(calls) == 4 else 0)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(train.sharding, "to_global", slow)
+    config = smoke_config(converted, stall_seconds=0.5, num_updates=4)
+    config.data.eval_split = ""
+    train.train_and_evaluate(config, tmp_path)
+    told = capfd.readouterr().err
+    assert told.count("waits for the input for") == 1 and "after update 3" in told
+    assert "Current thread" in told and "test_train.py" in told
+    assert "waits for the device" not in told  # compiling is no stall
+
+
+def test_a_full_disk_during_a_save_is_told_and_the_run_goes_on(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = ocp.AsyncCheckpointer.save
+
+    def full(self: Any, directory: Any, *arguments: Any, **options: Any) -> None:
+        if directory.name == "3":
+            raise OSError(28, "No space left on device")
+        real(self, directory, *arguments, **options)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
+    train.train_and_evaluate(smoke_config(converted), tmp_path)
+    assert "the checkpoint of step 3 was not saved (no space left there)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_wrong_use_exits_with_2_and_failure_with_1(converted: Path, tmp_path: Path) -> None:

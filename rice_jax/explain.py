@@ -1,0 +1,128 @@
+"""What an update was made of: python -m rice_jax.explain --workdir RUN --step N [--data DIR] [--output FILE.png]
+
+Draws the clips and shop images of update N as the network saw them, cropped and flipped, names them all, and checks
+the run's ledger for the epoch of that update: that every update so far saw the plan's clips, none of them twice, and
+which clips the epoch leaves out. Exit status 1 when an update saw other clips.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.batches import train_batches
+from data_pipeline.plan import Plan
+from data_pipeline.records import Split, open_dataset
+from rice_jax import config as configuration
+from rice_jax import order, retrieval
+from rice_jax.checkpoints import read_config
+
+SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
+NAMED = 5  # of the clips that an epoch leaves out
+
+
+def draw_update(split: Split, plan: Plan, config: Any, update: int, *, examples: int) -> Image.Image:
+    """The first `examples` pairs of an update, a line each: the shop image, then the clip's frame slots."""
+    rows = np.arange(min(examples, plan.batch_size))
+    options = retrieval.frame_options(config.data, train=True)
+    with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
+        batch = next(batches)
+    slots = batch["frames"].shape[1]
+    sheet = Image.new("RGB", ((slots + 1) * (SIDE + GAP) + 3 * GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for line, clip in enumerate(batch["index"].tolist()):
+        x, y = GAP, GAP + line * (SIDE + TEXT + GAP)
+        pen.text((x, y), f"{split.clip_ids[clip]}  shows  {image_of(split, clip)}"[:120], "#30343b", font)
+        for place, picture in enumerate([batch["image"][line], *batch["frames"][line][: batch["mask"][line].sum()]]):
+            shown = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            sheet.paste(shown, (x + place * (SIDE + GAP) + (GAP if place else 0), y + TEXT))
+    return sheet
+
+
+def image_of(split: Split, clip: int) -> str:
+    return split.image_ids[int(split.columns["image"][clip])]
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    workdir, update = arguments.workdir, arguments.step
+    text = read_config(workdir)
+    if text is None:
+        raise FileNotFoundError(f"{workdir}: holds no config.json; give the --workdir of a training run.")
+    config = configuration.from_json(text)
+    dataset = open_dataset(arguments.data or config.data.path)
+    split, plan, ledger = (
+        dataset.split(config.data.train_split),
+        order.make_plan(config, dataset),
+        order.read_ledger(workdir),
+    )
+    if not 1 <= update <= config.num_updates:
+        raise ValueError(f"--step {update}: this run has updates 1 to {config.num_updates}; give one of them.")
+    epoch = order.check_epoch(plan, ledger, plan.epoch(update - 1), last_update=config.num_updates)
+    rows = plan.batch(update - 1)
+
+    output = arguments.output or workdir / f"update-{update}.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_update(split, plan, config, update, examples=arguments.examples).save(output)
+    pairs = [{"clip": split.clip_ids[row], "image": image_of(split, row)} for row in rows.tolist()]
+    if arguments.json:
+        found = epoch._asdict() | {"updates": [epoch.updates.start, epoch.updates.stop - 1]}
+        print(json.dumps({"update": update, "pairs": pairs, "ledger": ledger.get(update), "epoch": found}))
+    else:
+        print("\n".join(lines(split, plan, epoch, ledger, update, pairs)))
+        print(f"written to {output}: the first {min(arguments.examples, len(rows))} pairs as the network saw them")
+    if epoch.wrong:
+        raise ValueError(
+            f"{workdir}: update(s) {', '.join(map(str, epoch.wrong[:NAMED]))} saw other clips than the plan of this "
+            "data set and config; give the --data that the run was trained on, or distrust the run."
+        )
+
+
+def lines(
+    split: Split, plan: Plan, epoch: order.Epoch, ledger: dict[int, str], update: int, pairs: list[dict[str, str]]
+) -> list[str]:
+    """What is known of an update and its epoch, as text."""
+    yes = "the plan's" if update in epoch.checked else "NOT the plan's" if update in epoch.wrong else "not written yet"
+    out = [
+        f"update {update}: batch {(update - 1) % plan.batches_per_epoch + 1} of {plan.batches_per_epoch} of epoch "
+        f"{epoch.number}, ledger {ledger.get(update, '-')} ({yes})"
+    ]
+    out += [f"  {place:>5}  {pair['clip']}  shows  {pair['image']}" for place, pair in enumerate(pairs)]
+    done = len(epoch.checked) + len(epoch.wrong)
+    out.append(
+        f"epoch {epoch.number}: updates {epoch.updates.start} to {epoch.updates.stop - 1}, {done} of them written, "
+        f"{len(epoch.checked)} with the plan's ledger; {epoch.shown} clips shown, "
+        + (f"{len(epoch.twice)} MORE THAN ONCE" if epoch.twice else "none twice")
+    )
+    names = [split.clip_ids[row] for row in epoch.left_out]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    out.append(
+        f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {', '.join(names[:NAMED])}{more}"
+        if names
+        else "it leaves out no clip"
+    )
+    return out
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rice_jax.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="the training run")
+    parser.add_argument(
+        "--step", type=int, required=True, help="number of the update, as in metrics.jsonl: 1 is the first"
+    )
+    parser.add_argument("--data", type=Path, help="the converted set (default: where the run found it)")
+    parser.add_argument("--output", type=Path, help="the picture (default: RUN/update-N.png)")
+    parser.add_argument("--examples", type=int, default=16, help="pairs that are drawn (default: 16)")
+    parser.add_argument("--json", action="store_true", help="print what was found as one line of JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.examples < 1:
+        parser.exit(2, "error: --examples needs at least 1.\n")
+    return arguments
+
+
+if __name__ == "__main__":
+    configuration.run(explain, parse())

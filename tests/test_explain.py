@@ -1,0 +1,95 @@
+"""What an update was made of: the ledger against the plan, the picture, and what is refused."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import smoke
+from data_pipeline.plan import Plan
+from data_pipeline.records import open_dataset
+from rice_jax import config as configuration
+from rice_jax import explain, logs, order, step
+from rice_jax.checkpoints import write_config
+
+
+def make_run(folder: Path, data: Path, *, updates: int = 4) -> Plan:
+    """A run's config and the ledger that its first `updates` updates write, without the training."""
+    config = smoke.get_config()
+    config.data.path, config.batch_size = str(data), 5
+    write_config(folder, configuration.to_json(config))
+    plan = order.make_plan(config, open_dataset(data))
+    with logs.Log(folder, step=0) as log:
+        for update in range(1, updates + 1):
+            rows = jnp.asarray(plan.batch(update - 1), jnp.int32)
+            log.write(update, {"ledger": step.ledger(rows)})
+        log.write(2, {"val/queries": 3})  # a line that is none of an update
+    return plan
+
+
+def test_the_digest_is_that_of_the_step() -> None:
+    rows = np.random.default_rng(0).permutation(4_000_000)[:300]
+    assert order.digest(rows) == logs.plain(step.ledger(jnp.asarray(rows, jnp.int32)))
+    swapped = rows.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert order.digest(swapped) != order.digest(rows)
+
+
+def test_an_epoch_is_proved_to_show_no_clip_twice(converted: Path, tmp_path: Path) -> None:
+    """24 clips in batches of 5: four batches an epoch, 20 clips once, 4 left out."""
+    plan = make_run(tmp_path, converted)
+    ledger = order.read_ledger(tmp_path)
+    epoch = order.check_epoch(plan, ledger, 0, last_update=6)
+    assert (epoch.shown, epoch.twice, epoch.wrong, epoch.checked) == (20, [], [], [1, 2, 3, 4])
+    shown = np.concatenate([plan.batch(i) for i in range(4)])
+    assert sorted(shown.tolist() + epoch.left_out) == list(range(24)) and len(epoch.left_out) == 4
+    to_come = order.check_epoch(plan, ledger, 1, last_update=6)
+    assert (to_come.shown, to_come.checked, to_come.updates) == (0, [], range(5, 7))
+
+
+def test_an_update_that_saw_other_clips_is_found(converted: Path, tmp_path: Path) -> None:
+    plan = make_run(tmp_path, converted)
+    ledger = order.read_ledger(tmp_path) | {3: order.digest(plan.batch(7))}
+    assert order.check_epoch(plan, ledger, 0, last_update=6).wrong == [3]
+
+
+def run(*words: str) -> None:
+    explain.explain(explain.parse(list(words)))
+
+
+def test_the_command_names_draws_and_proves(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_run(tmp_path, converted)
+    run("--workdir", str(tmp_path), "--step", "2", "--examples", "3")
+    said, split = capsys.readouterr().out, open_dataset(converted).split("train")
+    assert "batch 2 of 4 of epoch 0" in said and "(the plan's)" in said and "20 clips shown, none twice" in said
+    assert all(split.clip_ids[row] in said for row in plan.batch(1).tolist())
+    assert "leaves out 4 of 24 clips" in said
+    with Image.open(tmp_path / "update-2.png") as sheet:  # three lines, a shop image and three slots each
+        assert sheet.size == (4 * 78 + 18, 3 * 94 + 6)
+        assert len(set(np.asarray(sheet).reshape(-1, 3)[:, 0].tolist())) > 50
+
+    run("--workdir", str(tmp_path), "--step", "2", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch"]["updates"] == [1, 4] and len(found["pairs"]) == 5 and found["epoch"]["wrong"] == []
+
+
+def test_what_is_refused(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        run("--workdir", str(tmp_path), "--step", "1")
+    make_run(tmp_path, converted)
+    with pytest.raises(ValueError, match="updates 1 to 6"):
+        run("--workdir", str(tmp_path), "--step", "7")
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], json.dumps({"step": 3, "ledger": "0" * 16}) + "\n"]) + '{"step": 4, "le')
+    with pytest.raises(ValueError, match=r"update\(s\) 3 saw other clips"):
+        run("--workdir", str(tmp_path), "--step", "1")
+    assert "2 with the plan's ledger" in capsys.readouterr().out
+    path.write_text("no json\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1"):
+        order.read_ledger(tmp_path)
