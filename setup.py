@@ -51,6 +51,8 @@ EXTRAS = {
     ],
 }
 
+PARTS = ("checkup", "drawing", "layouts")
+
 setup(
     name="rice_jax",
     version=VERSION,
@@ -59,7 +61,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["rice_jax", "configs", "data_pipeline", "data_pipeline.drawing", "data_pipeline.layouts"],
+    packages=["rice_jax", "configs", "data_pipeline", *(f"data_pipeline.{each}" for each in PARTS)],
     package_data={"rice_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,

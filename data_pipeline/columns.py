@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
 from data_pipeline.listing import NONE, TABLES, Listing, reasons
-from data_pipeline.records import CLIP_COLUMNS, COLUMNS, TABLE_FILES, content_hash, shard_name
+from data_pipeline.records import CLIP_COLUMNS, COLUMNS, TABLE_FILES, content_hash, manifest_hash, shard_name
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.shards import ShardNote
 from data_pipeline.tfrecord import file_crc, index_path, write_file
@@ -109,7 +109,8 @@ def make_manifest(
         "splits": {split.listing.split: _counts(split) for split in converted},
         "files": dict(sorted(files.items())),
     }
-    return {"content_hash": content_hash(manifest), **manifest}
+    manifest = {"content_hash": content_hash(manifest), **manifest}
+    return {"manifest_hash": manifest_hash(manifest), **manifest}
 
 
 def _column_files(split: Converted) -> dict[str, bytes]:

@@ -13,28 +13,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.columns import Converted, encode_json, make_manifest
 from data_pipeline.faults import BadInputError, WrongUseError
-from data_pipeline.layouts.folder import Folder
-from data_pipeline.layouts.lpr4m import Lpr4m
-from data_pipeline.layouts.lpr750k import Lpr750k
 from data_pipeline.listing import NONE, Layout, Listing
 from data_pipeline.records import COLUMNS, MANIFEST, shard_name
 from data_pipeline.report import make_report, print_report
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.sources import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source
 from data_pipeline.survey import list_splits
 from data_pipeline.tfrecord import sync_folder, write_file
 from data_pipeline.workers import Workers
 
-LAYOUTS: Mapping[str, type[Lpr750k | Lpr4m | Folder]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m, "folder": Folder}
-SPLITS = ("train", "val", "test")
-SAMPLED_FRAMES = 10  # all that SPEC 9.1 ever reads
 IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
 WORK, FAULTS, REPORT = ".work", "faults.txt", "report.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,10 +54,22 @@ class Options:
     workers: int = 1
     clips_per_shard: int | None = None  # None: by the number of clips
 
+    @property
+    def stored_frames(self) -> int | None:
+        """How many frames of a clip are stored at most; None: all."""
+        return SAMPLED_FRAMES if self.frames == "sampled" else None
+
 
 def convert(options: Options) -> dict[str, Any]:
     """Converts, unless it is done already; the report. Errors as the module says."""
-    layout, splits = open_source(options)
+    layout, splits = open_source(
+        options.layout,
+        options.source,
+        wanted=options.splits,
+        train_annotation=options.train_annotation,
+        stored_frames=options.stored_frames,
+    )
+    refuse_list_faults(layout)
     identity = identity_of(options, layout, splits)
     options.output.mkdir(parents=True, exist_ok=True)
     with locked(options.output):
@@ -80,6 +87,7 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
     work = options.output / WORK
     with Workers(options.workers, layout) as workers:
         listings, tables = list_splits(layout, splits, workers.run)
+        refuse_list_faults(layout)
         refuse_empty(options, listings)
         remarks = layout.locate(listings, workers.run, work)
     with Workers(options.workers, layout) as workers:  # anew, as the layout now knows where the pictures are
@@ -100,31 +108,11 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
 # --- before anything is written ---------------------------------------------------------------------------------------
 
 
-def open_source(options: Options) -> tuple[Layout, tuple[str, ...]]:
-    """The layout of the source and the splits to convert."""
-    kind = LAYOUTS[options.layout]
-    if absent := [f"{name}/" for name in kind.FOLDERS if not (options.source / name).is_dir()]:
-        raise WrongUseError(
-            f"{options.source}: found no folder {' and '.join(absent)}, needs the layout {options.layout} of "
-            "docs/data_formats.md; correct --source."
-        )
-    stored = SAMPLED_FRAMES if options.frames == "sampled" else None
-    layout: Layout = kind(options.source, options.train_annotation, stored)
-    there = layout.splits()
-    splits = tuple(split for split in SPLITS if split in (options.splits or there))
-    if missing := [split for split in splits if split not in there]:
-        raise WrongUseError(
-            f"{options.source}: found nothing for {', '.join(missing)} (only for {', '.join(there) or 'no split'}), "
-            f"needs it in {layout.FOLDERS[0]}/; leave the split out with --splits."
-        )
-    if not splits:
-        raise WrongUseError(
-            f"{options.source / 'annotations'}: found no list of train, val or test, needs at least one; "
-            "correct --source or --layout."
-        )
-    if left_out := [split for split in SPLITS if split not in splits and not options.splits]:
-        print(f"{options.source}: nothing for {', '.join(left_out)}; converting {', '.join(splits)}.", file=sys.stderr)
-    return layout, splits
+def refuse_list_faults(layout: Layout) -> None:
+    """BadInputError with all that is wrong with lists and names as a whole."""
+    if faults := list(dict.fromkeys(layout.faults)):
+        more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+        raise BadInputError("bad lists", "\n".join([*map(str, faults[:SHOWN_FAULTS]), *more]))
 
 
 def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +122,7 @@ def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict
         "layout": options.layout,
         "splits": list(splits),
         "frames": options.frames,
-        "stored_frames": SAMPLED_FRAMES if options.frames == "sampled" else None,
+        "stored_frames": options.stored_frames,
         "clips_per_shard": options.clips_per_shard,
         "lists": layout.checksums(splits),
     }

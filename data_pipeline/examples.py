@@ -123,6 +123,6 @@ class Examples:
 
     def _fault(self, kind: Kind, row: int, fault: str) -> ValueError:
         return ValueError(
-            f"{self.split.path} {self.split.name} row {row} ({self._name(kind, row)}): {fault}; "
+            f"{self.split.where(kind, row)} ({self._name(kind, row)}): {fault}; "
             f"convert again, or list {LISTED[kind]} in skip_clips."
         )

@@ -69,11 +69,22 @@ class ListedClip:
     fault: BadInputError | None = None  # it keeps its place, without a record
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FoundFrame:
+    """A frame of a clip, looked for."""
+
+    position: int  # in the clip's list
+    picture: Picture | BadInputError | None  # None: a download that is known to have failed
+
+
 class Layout(Protocol):
     """One layout on disk. Picklable and small: each worker has its own."""
 
     FOLDERS: ClassVar[tuple[str, ...]]  # that a source must have; the first is where its splits are told
     source: Path
+    stored_frames: int | None  # of a clip, evenly spaced; None: all
+    copies: list[str]  # paths of pictures that are listed and the same as one of their name that is read in their place
+    faults: list[Fault]  # of lists and names as a whole: nobody could say which clips they cost
 
     def splits(self) -> tuple[str, ...]:
         """Those of train, val, test that the source has clips for."""
@@ -98,6 +109,9 @@ class Layout(Protocol):
 
     def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
         """A listed clip with its pictures to be stored; BadInputError."""
+
+    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
+        """A listed clip, and all of its stored frames that `read_clip` would look for; BadInputError: none can be."""
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
         """Where a shop image's picture is; BadInputError."""

@@ -109,26 +109,34 @@ def check_picture(data: bytes, path: str) -> tuple[int, int]:
 
     Everything that is stored passes here once, so that training may trust it. BadInputError says what is wrong.
     """
+    return decode_picture(data, path).size
+
+
+def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image:
+    """The first picture of a file, decoded as a whole; BadInputError as `check_picture` says.
+
+    named: the path has a suffix to hold the bytes against.
+    """
     if not data:
         raise BadInputError("empty picture", "found 0 bytes, needs a picture; restore the file.", path)
     suffix = os.path.splitext(path)[1]
     expected = SUFFIXES.get(suffix.lower())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                found = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a second one behind it
-                if found != expected:
-                    raise BadInputError(
-                        "wrong suffix",
-                        f"found {found} data in a file called {suffix or 'nothing'}, "
-                        f"needs {expected or 'a suffix of a picture'}; rename or replace the file.",
-                        path,
-                    )
-                picture.load()
-                return picture.size
+            warnings.simplefilter("ignore")  # of bombs, for which our own limit is lower, and of odd metadata
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            found = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a second one behind it
+            if named and found != expected:
+                raise BadInputError(
+                    "wrong suffix",
+                    f"found {found} data in a file called {suffix or 'nothing'}, "
+                    f"needs {expected or 'a suffix of a picture'}; rename or replace the file.",
+                    path,
+                )
+            picture.load()
+            return picture
     except (Image.DecompressionBombError, MemoryError) as err:
         raise BadInputError(
             "oversized picture", f"declares more than {MAX_PIXELS:,} pixels; replace the file.", path

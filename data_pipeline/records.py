@@ -65,6 +65,12 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a manifest says, but for this hash."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_hash"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def shard_name(split: str, kind: str, number: int, count: int) -> str:
     """kind: clips or images."""
     return f"{split}-{kind}-{number:05d}-of-{count:05d}.tfrecord"
@@ -118,40 +124,48 @@ class Dataset:
         return self._table("numbers")
 
     def verify(self) -> None:
-        if content_hash(self.manifest) != self.content_hash:
-            raise ValueError(
-                f"{self.path / MANIFEST}: found a content hash that disagrees with its own list of files; "
-                "restore the file, or convert again."
-            )
+        for name, detail in self.disagreements():
+            raise ValueError(f"{self.path / name}: {detail}")
+
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        """File and what is wrong with it, of all that disagree with the manifest; of shards only their size is read."""
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
                 found = path.stat().st_size
-            except FileNotFoundError as err:
-                raise ValueError(
-                    f"{path}: found no such file, needs {size} bytes; restore it, or convert again."
-                ) from err
+            except OSError:
+                yield name, f"found no such file, needs {size} bytes; restore it, or convert again."
+                continue
             if found != size:
-                raise ValueError(f"{path}: found {found} bytes, needs {size}; restore it, or convert again.")
-            if not name.endswith(".tfrecord") and file_crc(path) != crc:
-                raise ValueError(f"{path}: found a checksum (CRC32C) that disagrees; restore it, or convert again.")
+                yield name, f"found {found} bytes, needs {size}; restore it, or convert again."
+            elif not name.endswith(".tfrecord") and file_crc(path) != crc:
+                yield name, "found a checksum (CRC32C) that disagrees; restore it, or convert again."
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
         version = manifest["schema_version"]
     except (FileNotFoundError, NotADirectoryError) as err:
         raise FileNotFoundError(
             f"{path / MANIFEST}: found no manifest, needs a finished conversion; "
             "run python -m data_pipeline.convert (again: it goes on where it stopped)."
         ) from err
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise ValueError(f"{path / MANIFEST}: found no manifest of a conversion ({err}); convert again.") from err
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path / MANIFEST}: found schema version {version}, needs {SCHEMA_VERSION}; "
             "convert the source again, or use the version of rice_jax that wrote it."
+        )
+    try:
+        sound = manifest["content_hash"] == content_hash(manifest)
+        sound &= manifest.get("manifest_hash", manifest_hash(manifest)) == manifest_hash(manifest)
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path / MANIFEST}: found a hash that disagrees with what the file says; restore it, or convert again."
         )
     return manifest
 
@@ -215,6 +229,17 @@ class Split:
         """The shop image in a row, read from its shard. ValueError names shard and record, and what is wrong."""
         record: ImageRecord = self._images.read(row, self.image_columns["ordinal"], decode_image)
         return record
+
+    def where(self, kind: str, row: int) -> str:
+        """Shard and record of a row; kind: clip or image."""
+        shards = self._clips if kind == "clip" else self._images
+        shard, place = shards.place(row)
+        return f"{shards.paths[shard]} record {place}"
+
+    def shard_rows(self, kind: str) -> list[tuple[int, int]]:
+        """First row and end of each shard."""
+        ends = (self._clips if kind == "clip" else self._images).ends.tolist()
+        return list(zip([0, *ends], ends, strict=False))
 
     @cached_property
     def clip_ids(self) -> Sequence[str]:
@@ -297,12 +322,16 @@ class _Shards:
         self._files: collections.OrderedDict[int, tuple[BinaryIO, NDArray[np.uint64]]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, row: int, ordinals: NDArray[np.int32], decode: Any) -> Any:
+    def place(self, row: int) -> tuple[int, int]:
+        """Number of the shard that holds a row, and which of its records that is."""
         total = int(self.ends[-1]) if len(self.ends) else 0
         if not 0 <= row < total:
             raise IndexError(f"found row {row}, needs 0 to {total - 1} of the split's {self.kind}.")
         shard = int(np.searchsorted(self.ends, row, side="right"))
-        place = int(row - (self.ends[shard - 1] if shard else 0))
+        return shard, int(row - (self.ends[shard - 1] if shard else 0))
+
+    def read(self, row: int, ordinals: NDArray[np.int32], decode: Any) -> Any:
+        shard, place = self.place(row)
         file, offsets = self._open(shard)
         begin, end = int(offsets[place]), int(offsets[place + 1])
         try:

@@ -24,6 +24,7 @@ from data_pipeline.convert import Options, convert
 from data_pipeline.frames import FrameOptions
 from data_pipeline.plan import Plan, rows_without
 from data_pipeline.records import Dataset, open_dataset
+from data_pipeline.tfrecord import frame_record, index_path, unframe_record
 
 NUM_CLIPS, NUM_IMAGES = 23, 7
 OPTIONS = FrameOptions(image_size=12, resize=16)
@@ -52,6 +53,9 @@ class TinySplit:
 
     def clip(self, row: int) -> Record:
         return Record(self.clip_ids[row], [png((row, 10 + k, 0)) for k in range(self.columns["frames"][row])])
+
+    def where(self, kind: str, row: int) -> str:
+        return f"{self.path} {self.name} row {row}"
 
     def image(self, row: int) -> Record:
         return Record(self.image_ids[row], [], png((200, row, 0)))
@@ -499,6 +503,21 @@ def test_a_damaged_record_is_named_with_shard_record_and_clip(converted, tmp_pat
     message = str(caught.value)
     named = re.match(rf"clip (\S+): \S*{re.escape(shard.name)} record (\d): .*checksum", message)
     assert named[1] == split.clip_ids[4 + int(named[2])]  # four clips a shard, and it is the second
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_with_shard_and_record(converted, tmp_path):
+    """Its record's checksum agrees: a conversion refuses such a picture, another writer may not."""
+    path = tmp_path / "copy"
+    shutil.copytree(converted.path, path)
+    shard = sorted(path.glob("train-clips-*.tfrecord"))[1]
+    begin, end = np.frombuffer(index_path(shard).read_bytes(), "<u8")[2:4].astype(int)
+    data = shard.read_bytes()
+    record = unframe_record(data[begin:end]).replace(b"\xff\xd8\xff", b"abc", 1)
+    shard.write_bytes(data[:begin] + frame_record(record) + data[end:])
+    split = open_dataset(path).split("train")
+    named = rf"{re.escape(str(shard))} record 2 \(clip {split.clip_ids[6]}\): frame 1 of \d+ .*skip_clips"
+    with pytest.raises(ValueError, match=named):
+        list(clip_batches(split, range(split.num_clips), OPTIONS, 4))
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import breakdown, conversion, pipeline, training_step, turns
+from benchmarks import breakdown, checkpoint, conversion, integrity, pipeline, training_step, turns
 from tests.lpr_layouts import make_lpr750k
 
 MACHINE = {"device", "processor", "cores", "load_average", "versions"}
@@ -100,3 +100,17 @@ def test_without_torch_one_line_says_what_to_install(
         training_step.parse([])
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: torch is not installed; pip install 'rice_jax[torch]'\n"
+
+
+def test_the_report_of_integrity_has_the_share_of_the_checksums(converted: Path, tmp_path: Path) -> None:
+    report = report_of(integrity, tmp_path, "--data", converted, "--passes", 2)
+    assert report["records"] == 24
+    assert report["microseconds_a_clip"]["input"] > report["microseconds_a_clip"]["checking"]
+
+
+def test_a_save_is_timed_apart_from_what_comes_after_it(tmp_path: Path) -> None:
+    report = report_of(checkpoint, tmp_path, "--config", "smoke", "--scratch", tmp_path)
+    assert report["seconds"].keys() == {"blocked", "digest", "alone", "after_save", "written"}
+    assert report["median_seconds"]["written"] > report["median_seconds"]["blocked"] > 0
+    assert report["disk_bytes"] > 0.8 * report["state_bytes"]  # numbers like a run's, which do not compress
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

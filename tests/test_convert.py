@@ -280,10 +280,19 @@ def test_all_faults_are_collected_before_it_stops(
             b'{"\xff": 1}',
             "annotations/query_tenframes.json: found invalid start byte at byte 2",
         ),
+        (
+            "query_tenframes.json",
+            b'{"a": ' + b"1" * 5000 + b"}",
+            "annotations/query_tenframes.json: cannot be read (Exc",
+        ),
         ("query_tenframes.json", b'{"a":' + b"[" * 100_000, "annotations/query_tenframes.json: found lists in lists"),
         ("test_image_title_4.txt", b"a\tb\n\xff\tc", "annotations/test_image_title_4.txt: found byte 0xff in line 2"),
         ("test_videoid_to_gtimage_3.json", b'{"a": 5}', "annotations/test_videoid_to_gtimage_3.json: found 5 for a"),
-        ("test_frameid2gtbox_3_17.json", b'{"a": [1]}', "annotations/test_frameid2gtbox_3_17.json: found the box"),
+        (
+            "test_frameid2gtbox_3_17.json",
+            b'{"a": [1]}',
+            "annotations/test_frameid2gtbox_3_17.json (frame a): found the box",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_as_a_whole_is_named(

@@ -1,19 +1,24 @@
 """LPR4M as img2dataset leaves it: the same clips as LPR750K, whichever way their names are recovered."""
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from data_pipeline.convert import ConversionError, Options, convert, main
+from data_pipeline.layouts import downloads
 from data_pipeline.layouts.downloads import name_of
+from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.records import Dataset, Split, open_dataset
-from tests.lpr_layouts import IMAGE_IDS, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
+from tests.lpr_layouts import IMAGE_IDS, ORIGINAL_SIDE, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
 
 LONG = next(clip for clip in TRAIN if clip.length == 12)
 SHORT = next(clip for clip in TRAIN if clip.length == 4)
@@ -165,6 +170,51 @@ def test_a_damaged_sidecar_is_named(tmp_path: Path, no_pyarrow: None) -> None:
     (source / "test_frame/00000/0000001.json").write_text('{"url": 3')
     with pytest.raises(ConversionError, match=r"test_frame/00000: 0000001.json cannot be read"):
         run(source, tmp_path / "records")
+
+
+@pytest.mark.parametrize(
+    ("limit", "change", "message"),
+    [
+        ("MAX_TABLE_ROWS", {}, "bytes or 7 rows, needs fewer"),
+        ("MAX_TABLE_BYTES", {}, "found over 7 bytes or"),
+        ("MAX_URL_BYTES", {}, "found a text of .* bytes, needs at most 7"),
+        ("", {"original_width": 2**40}, "an original of 1099511627776 x"),
+        ("", {"original_height": -4}, "an original of .* x -4 pixels"),
+        ("", {"key": "../../etc"}, "found the key '../../etc'"),
+        ("", {"url": None}, "cannot be read"),
+    ],
+)
+def test_a_table_beyond_any_download_is_refused(
+    limit: str, change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes of a table may say that they are a million rows, or hold a text of gigabytes."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source = make_lpr4m(tmp_path / "source")
+    path = source / "training_frame/00001.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    parquet.write_table(pyarrow().Table.from_pylist([{**row, **change} for row in rows]), path)
+    if limit:
+        monkeypatch.setattr(downloads, limit, 7)
+    fault = fault_of_second_shard(source)
+    assert re.search(message, str(fault))
+
+
+def test_a_sidecar_of_nonsense_numbers_is_refused(tmp_path: Path, no_pyarrow: None) -> None:
+    source = make_lpr4m(tmp_path / "source")
+    sidecar = source / "training_frame/00001/0000100.json"
+    sidecar.write_text(sidecar.read_text().replace(str(ORIGINAL_SIDE), "1e999"))
+    fault = fault_of_second_shard(source)
+    assert "0000100.json cannot be read" in str(fault)
+
+
+def fault_of_second_shard(source: Path) -> object:
+    np.save(source / "wanted.npy", np.zeros(0, np.uint64))
+    download = downloads.find_download(source, "training_frame")
+    return downloads.scan_shard(Lpr4m(source, None, None), download, 1, source / "wanted.npy").fault
+
+
+def pyarrow() -> Any:
+    return importlib.import_module("pyarrow")
 
 
 def test_a_damaged_picture_in_a_tar_is_named_by_tar_and_member(tmp_path: Path) -> None:

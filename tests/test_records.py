@@ -219,7 +219,7 @@ def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: py
 def test_a_manifest_that_was_edited_is_refused(copy: Path) -> None:
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"records": 7', '"records": 6'))
-    with pytest.raises(ValueError, match=r"content hash that disagrees"):
+    with pytest.raises(ValueError, match=r"hash that disagrees"):
         open_dataset(copy)
 
 

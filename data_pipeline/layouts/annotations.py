@@ -4,7 +4,6 @@ Everything here is text from a download: it is parsed as what it must be, with l
 """
 
 import ast
-import contextlib
 import dataclasses
 import json
 import re
@@ -244,13 +243,15 @@ def queries(
     entries: Mapping[str, T],
     frames_of: Callable[[T], tuple[str, ...]],
     truth: Mapping[str, tuple[str, ...]],
+    list_faults: list[Fault],
 ) -> tuple[list[ListedClip], list[Fault]]:
     """The test clips that `file` lists, with their truth, boxes and speech; and a fault for each of the others.
 
     entries: what the file says of each clip id, from which `frames_of` makes its frames.
+    list_faults: gets what is wrong with the files of boxes and speech.
     """
-    boxes = load_boxes(find_optional(source, BOXES))
-    speech = load_texts(find_optional(source, SPEECH))
+    boxes = load_boxes(find_optional(source, BOXES), list_faults)
+    speech = load_texts(find_optional(source, SPEECH), list_faults)
     name = str(file.relative_to(source))
     clips, faults = [], []
     for clip_id, entry in entries.items():
@@ -326,87 +327,94 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
     )
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name on what is wrong with it as a whole."""
-    try:
-        yield
-    except BadInputError as err:
-        raise BadInputError(err.reason, err.detail, f"annotations/{path.name}") from err
+def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
+    """A JSON object. A repeated key and bytes that are not UTF-8 are faults, and the rest is read all the same.
 
-
-def load_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object whose repeated keys are a fault, not an overwriting."""
-    with naming(path):
-        return _load_json_object(path)
-
-
-def _load_json_object(path: Path) -> dict[str, Any]:
+    BadInputError: nothing of it can be read.
+    """
+    file = _shown(path)
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise BadInputError("oversized file", f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file.")
+        detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
+        raise BadInputError("oversized file", detail, file)
+    data = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as err:
-        raise BadInputError("not UTF-8", f"found {err.reason} at byte {err.start}; convert its encoding.") from err
+        detail = f"found {err.reason} at byte {err.start}; convert its encoding."
+        faults.append(Fault("not UTF-8", file, detail))
+        text = data.decode("utf-8", "replace")
+
+    def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        for key, each in pairs:
+            if key in value:
+                detail = f"found the id {key} twice, needs each once; remove one."
+                faults.append(Fault("duplicate id", file, detail))
+            value.setdefault(key, each)
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as err:
-        raise BadInputError("not JSON", f"found {err.msg} in line {err.lineno}; restore the file.") from err
+        detail = f"found {err.msg} in line {err.lineno}; restore the file."
+        raise BadInputError("not JSON", detail, file) from err
+    except ValueError as err:  # a number of thousands of digits
+        raise BadInputError("not JSON", f"cannot be read ({err}); restore the file.", file) from err
     except RecursionError as err:
-        raise BadInputError("not JSON", "found lists in lists without end; restore the file.") from err
+        raise BadInputError("not JSON", "found lists in lists without end; restore the file.", file) from err
     if not isinstance(value, dict):
-        raise BadInputError("not JSON", f"found a {type(value).__name__}, needs an object; restore the file.")
+        detail = f"found a {type(value).__name__}, needs an object; restore the file."
+        raise BadInputError("not JSON", detail, file)
     return value
 
 
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise BadInputError("duplicate id", f"found the id {twice} twice, needs each once; remove one.")
-    return value
-
-
-def load_id_lists(path: Path) -> dict[str, tuple[str, ...]]:
-    """A JSON object of lists of ids: truth, galleries (SPEC 8.6)."""
-    lists = load_json_object(path)
-    with naming(path):
-        for key, ids in lists.items():
+def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]:
+    """A JSON object of lists of ids: truth, galleries (SPEC 8.6). An entry at fault is left out."""
+    lists = {}
+    for key, ids in load_json_object(path, faults).items():
+        try:
             if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
                 raise BadInputError(
                     "not a list", f"found {ids!r:.80} for {key}, needs a list of image ids; correct it."
                 )
-        return {
-            checked_id(key, "clip or livestream"): tuple(checked_id(each, "image") for each in ids)
-            for key, ids in lists.items()
-        }
+            lists[checked_id(key, "clip or livestream")] = tuple(checked_id(each, "image") for each in ids)
+        except BadInputError as err:
+            faults.append(err.at(_shown(path)))
+    return lists
 
 
-def load_texts(path: Path | None) -> dict[str, str]:
+def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
     """id TAB text, one a line: titles, speech (SPEC 8.6). No file: no texts."""
     texts: dict[str, str] = {}
-    if path is None:
-        return texts
-    for number, _, line in lines(path):
-        key, _, text = decode_line(path, number, line).partition("\t")
+    for line in decoded_lines(path, faults) if path else ():
+        key, _, text = line.partition("\t")
         texts[key] = text
     return texts
 
 
-def decode_line(path: Path, number: int, line: bytes) -> str:
-    """The text of a line of a small list, which is wrong as a whole when a line is."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise BadInputError(
-            "not UTF-8",
-            f"found byte {line[err.start]:#04x} in line {number}, needs UTF-8; convert the file's encoding.",
-            f"{path.parent.name}/{path.name}",
-        ) from err
+def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
+    """The lines of a small list; one that is not UTF-8 is left out."""
+    for number, _, line in lines(path):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as err:
+            detail = f"found byte {line[err.start]:#04x} in line {number}, needs UTF-8; convert the file's encoding."
+            faults.append(Fault("not UTF-8", _shown(path), detail))
 
 
-def load_boxes(path: Path | None) -> dict[str, tuple[Box, ...]]:
-    """Boxes by frame id (SPEC 8.6). No file: no boxes."""
+def load_boxes(path: Path | None, faults: list[Fault]) -> dict[str, tuple[Box, ...]]:
+    """Boxes by frame id (SPEC 8.6); an entry at fault is left out. No file: no boxes."""
+    boxes: dict[str, tuple[Box, ...]] = {}
     if path is None:
-        return {}
-    with naming(path):
-        return {frame_id: boxes_of_frame(value) for frame_id, value in load_json_object(path).items()}
+        return boxes
+    for frame_id, value in load_json_object(path, faults).items():
+        try:
+            boxes[frame_id] = boxes_of_frame(value)
+        except BadInputError as err:
+            faults.append(err.at(_shown(path), 0, f"frame {frame_id:.{MAX_ID_BYTES}}"))
+    return boxes
+
+
+def _shown(path: Path) -> str:
+    """A list's path below its source: it lies in annotations/, or is LPR4M's list of urls."""
+    return f"{path.parent.name}/{path.name}" if path.parent.name == "annotations" else path.name

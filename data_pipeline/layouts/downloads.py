@@ -26,6 +26,7 @@ from data_pipeline.listing import Layout, Run
 from data_pipeline.pictures import SUFFIXES
 from data_pipeline.schema import Picture
 
+FOLDERS_ABOVE = ("", "files/", "webdataset/")  # where an output of img2dataset is looked for, in this order
 ABSENT, STORED, FAILED = range(3)
 PLACE = np.dtype(
     [
@@ -42,6 +43,10 @@ PLACE = np.dtype(
 )
 SUFFIX_LIST = tuple(SUFFIXES)
 MAX_SIDECAR_BYTES = 1 << 20
+MAX_TABLE_BYTES, MAX_TABLE_ROWS = 1 << 28, 1_000_000  # of a shard's table; the largest shards have 50,000 downloads
+MAX_URL_BYTES = 1 << 14
+MAX_SIDE = 1 << 24  # px, of an original picture
+MAX_MEMBER_BYTES = (1 << 32) - 1  # PLACE's size
 TABLE_COLUMNS = ["url", "key", "status", "original_width", "original_height"]
 
 
@@ -68,8 +73,8 @@ class Download:
 
 def find_download(source: Path, kind: str) -> Download:
     """The output folder `kind` (training_frame, ...), in the source or in its files/ or webdataset/."""
-    for parent in ("", "files", "webdataset"):
-        folder = Path(parent) / kind
+    for above in FOLDERS_ABOVE:
+        folder = Path(above) / kind
         if not (source / folder).is_dir():
             continue
         names = sorted(os.listdir(source / folder))
@@ -93,7 +98,7 @@ def name_of(text: str) -> str:
 
 def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
     """64 bits of each name. Among LPR4M's 473 million names one is taken for another of 40 million with chance 1e-3."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    digests = b"".join(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in names)
     return np.frombuffer(digests, "<u8")
 
 
@@ -165,7 +170,7 @@ def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, in
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isreg() and not member.issparse():
+                if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
                     yield member.name, member.offset_data, member.size
     except (tarfile.TarError, EOFError, ValueError) as err:
         raise BadInputError(
@@ -183,15 +188,35 @@ def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, t
     except ImportError:
         return None
     try:
-        columns = parquet.read_table(path, columns=TABLE_COLUMNS).to_pydict()
-    except (OSError, ValueError, KeyError) as err:
+        if path.stat().st_size > MAX_TABLE_BYTES or parquet.read_metadata(path).num_rows > MAX_TABLE_ROWS:
+            raise ValueError(f"found over {MAX_TABLE_BYTES:,} bytes or {MAX_TABLE_ROWS:,} rows, needs fewer")
+        texts = ["url", "key", "status"]  # read as dictionaries: one text in a million rows is one text in memory
+        table = parquet.read_table(path, columns=TABLE_COLUMNS, read_dictionary=texts)
+        _refuse_long_texts(table.select(texts))
+        columns = table.to_pydict()
+        rows = zip(*(columns[name] for name in TABLE_COLUMNS), strict=True)
+        return [_entry(*row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
         raise BadInputError(
             "unreadable table", f"{path.name} cannot be read ({err}); download the shard again."
         ) from err
-    return [
-        (name_of(url), key, status == "success", (width or 0, height or 0))
-        for url, key, status, width, height in zip(*(columns[name] for name in TABLE_COLUMNS), strict=True)
-    ]
+
+
+def _refuse_long_texts(table: Any) -> None:
+    """A few kilobytes of a table can be gigabytes of texts."""
+    compute = importlib.import_module("pyarrow.compute")
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        longest = compute.max(compute.binary_length(getattr(chunk, "dictionary", chunk))).as_py() or 0
+        if longest > MAX_URL_BYTES:
+            raise ValueError(f"found a text of {longest:,} bytes, needs at most {MAX_URL_BYTES:,}")
+
+
+def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> tuple[str, str, bool, tuple[int, int]]:
+    """(name, key, stored, original size) of one download; an exception that its reader names if it is none."""
+    size = int(width or 0), int(height or 0)
+    if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
+        raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
+    return name_of(url), key, status == "success", size
 
 
 def _read_sidecars(
@@ -210,9 +235,8 @@ def _read_sidecars(
             with open(path, "rb") as file:
                 file.seek(offset)
                 entry = json.loads(file.read(min(size or MAX_SIDECAR_BYTES, MAX_SIDECAR_BYTES)))
-            original = int(entry["original_width"] or 0), int(entry["original_height"] or 0)
-            yield name_of(entry["url"]), key, entry["status"] == "success", original
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+            yield _entry(entry["url"], key, entry["status"], entry["original_width"], entry["original_height"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise BadInputError(
                 "unreadable sidecar", f"{key}.json cannot be read ({err!r:.100}); download the shard again."
             ) from err
@@ -224,6 +248,24 @@ def list_names(download: Download) -> Iterator[str]:
         table = _read_table(download, number)
         for name, *_ in table if table is not None else _read_sidecars(download, number, _members(download, number)[1]):
             yield name
+
+
+def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault]:
+    """Sidecars that say otherwise than the shard's table, which is the one that is believed (in a worker)."""
+    faults: list[Fault] = []
+    shard = f"{download.folder}/{download.shards[number]}"
+    try:
+        _, sidecars = _members(download, number)
+        table = _read_table(download, number)
+        told = {key: (name, stored) for name, key, stored, _ in table or ()}
+        for name, key, stored, _ in _read_sidecars(download, number, sidecars) if table and sidecars else ():
+            if told.get(key) != (name, stored):
+                detail = f"found {name} ({'stored' if stored else 'failed'}) of key {key} in its sidecar and "
+                detail += f"{told.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
+                faults.append(Fault("table and sidecar differ", f"{shard}/{key}.json", detail))
+    except BadInputError as err:
+        faults.append(err.at(shard))  # once more what the reader of the lists may have said
+    return faults
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import google_crc32c
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.layouts.annotations import checked_id, stored_positions
-from data_pipeline.listing import Line, ListedClip, Listing, Row, Run
+from data_pipeline.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
 from data_pipeline.pictures import PictureFolder
 from data_pipeline.schema import Clip, Picture, ShopImage
 
@@ -75,7 +75,7 @@ class Folder:
     FOLDERS: ClassVar[tuple[str, ...]] = ("clips", "shop")
 
     def __init__(self, source: Path, train_annotation: str | None, stored_frames: int | None) -> None:
-        """Reads names and tables, no picture. BadInputError with all that is wrong with them."""
+        """Reads names and tables, no picture; what is wrong with them is in `faults`."""
         if train_annotation:
             raise WrongUseError(
                 "--train-annotation: found a training list's name, but a folder has none; put splits into clips.csv."
@@ -87,18 +87,16 @@ class Folder:
         self.left_out: list[str] = []  # paths of what is neither a picture nor a folder where one belongs
         self.titles: dict[str, str] = {}
         self.livestreams: dict[str, str] = {}
-        faults: list[Fault] = []
-        self.clips = self._read_clips(faults)
-        self.shop = self._read_shop(faults)
-        if not self.clips and not faults:
+        self.faults: list[Fault] = []
+        self.copies: list[str] = []
+        self.clips = self._read_clips(self.faults)
+        self.shop = self._read_shop(self.faults)
+        if not self.clips and not self.faults:
             raise WrongUseError(
                 f"{source}/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct --source."
             )
-        self._read_products(faults)
-        self._read_splits(faults)
-        if faults:
-            more = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-            raise BadInputError("bad folder", "\n".join([*map(str, faults[:SHOWN]), *more]))
+        self._read_products(self.faults)
+        self._read_splits(self.faults)
 
     # --- names --------------------------------------------------------------------------------------------------------
 
@@ -316,6 +314,11 @@ class Folder:
             image_ids=source.truth,
             title=self.titles.get(source.truth[0], ""),
         )
+
+    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
+        assert isinstance(source, ListedClip)
+        positions = stored_positions(len(source.frames), self.stored_frames)
+        return source, [FoundFrame(position, self._picture(source.frames[position])) for position in positions]
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
         return self._picture(image.reference)

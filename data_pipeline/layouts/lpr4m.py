@@ -1,5 +1,6 @@
 """LPR4M as its authors' download gives it: lists of ids, and pictures that img2dataset has numbered (SPEC 8.4-8.7)."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
 from data_pipeline.layouts.downloads import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
-from data_pipeline.listing import Layout, Line, ListedClip, Listing, Row, Run
+from data_pipeline.listing import FoundFrame, Layout, Line, ListedClip, Listing, Row, Run
 from data_pipeline.schema import Clip, Picture, ShopImage
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
@@ -28,6 +29,8 @@ class Lpr4m:
         self.source = source
         self.train_annotation = train_annotation
         self.stored_frames = stored_frames  # None: all
+        self.faults: list[Fault] = []
+        self.copies: list[str] = []
         self.indices: dict[str, Index] = {}  # by output folder; filled by locate()
 
     def splits(self) -> tuple[str, ...]:
@@ -64,23 +67,30 @@ class Lpr4m:
         return [name_of(listed.frames[position]) for position in positions]
 
     def truth(self) -> dict[str, tuple[str, ...]]:
-        return annotations.load_id_lists(annotations.find_one(self.source, TRUTH, needed_for="the test split"))
+        return self._truth
+
+    @functools.cached_property
+    def _truth(self) -> dict[str, tuple[str, ...]]:
+        path = annotations.find_one(self.source, TRUTH, needed_for="the test split")
+        return annotations.load_id_lists(path, self.faults)
 
     def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
         """Clips of the test frames: LPR4M has no list of its queries, a frame's id begins with its clip's."""
         urls = self._frame_urls()
         names: dict[str, list[str]] = {}
-        for name in _names_of_list(urls) if urls else list_names(find_download(self.source, "test_frame")):
+        for name in self._names_of_list(urls) if urls else list_names(find_download(self.source, "test_frame")):
             names.setdefault(name.rpartition("-")[0], []).append(name)
         in_order = lambda frames: tuple(sorted(set(frames), key=lambda name: (len(name), name)))
-        return annotations.queries(self.source, urls or self.source / "test_frame", names, in_order, self.truth())
+        return annotations.queries(
+            self.source, urls or self.source / "test_frame", names, in_order, self.truth(), self.faults
+        )
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         path = annotations.find_one(self.source, GALLERIES, needed_for="the test split")
-        titles = annotations.load_texts(annotations.find_optional(self.source, TITLES))
+        titles = annotations.load_texts(annotations.find_optional(self.source, TITLES), self.faults)
         shelves = {
             livestream: [ShopImage(image_id, image_id, titles.get(image_id, ""), image_id) for image_id in image_ids]
-            for livestream, image_ids in annotations.load_id_lists(path).items()
+            for livestream, image_ids in annotations.load_id_lists(path, self.faults).items()
         }
         return shelves, []
 
@@ -89,6 +99,9 @@ class Lpr4m:
         if len(found) > 1:
             raise WrongUseError(f"{self.source}: found {len(found)} files {FRAME_URLS}, needs one; remove the others.")
         return found[0] if found else None
+
+    def _names_of_list(self, path: Path) -> list[str]:
+        return [name_of(line) for line in annotations.decoded_lines(path, self.faults)]
 
     # --- where the pictures are ---------------------------------------------------------------------------------------
 
@@ -124,6 +137,21 @@ class Lpr4m:
         frames, positions, existing, failed = self._frames(listed.frames, _output(split, "frame"))
         return annotations.clip_of(listed, frames, positions, existing, failed)
 
+    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
+        listed = source if isinstance(source, ListedClip) else annotations.read_line(self.source, source)
+        index = self.indices[_output(split, "frame")]
+        positions = annotations.stored_positions(len(listed.frames), self.stored_frames)
+        names = [name_of(listed.frames[position]) for position in positions]
+        found: list[FoundFrame] = []
+        for position, name, place in zip(positions, names, index.find(hash_names(names)), strict=True):
+            picture: Picture | BadInputError | None = None
+            if place["state"] == STORED:
+                picture = index.download.picture(name, place)
+            elif place["state"] != FAILED and index.complete:
+                picture = _missing_frames(index, [name], len(listed.frames))
+            found.append(FoundFrame(position, picture))
+        return listed, found
+
     def _frames(self, listed: Sequence[str], kind: str) -> tuple[tuple[Picture, ...], tuple[int, ...], int, int]:
         """Pictures to store, their positions, how many frames exist, how many of those looked up failed."""
         index = self.indices[kind]
@@ -147,11 +175,7 @@ class Lpr4m:
     def _refuse_missing(self, index: Index, names: Sequence[str], places: NDArray[np.void]) -> None:
         absent = [name for name, place in zip(names, places, strict=True) if place["state"] not in (STORED, FAILED)]
         if absent and index.complete:
-            raise BadInputError(
-                "missing frame",
-                f"found no picture for {len(absent)} of {len(names)} frames in {index.download.folder} (first "
-                f"{absent[0]}), needs every frame that its download did not report as failed; run img2dataset again.",
-            )
+            raise _missing_frames(index, absent, len(names))
         if not (places["state"] == STORED).any():
             raise BadInputError(
                 "clip without frames",
@@ -173,12 +197,16 @@ class Lpr4m:
         return index.download.picture(image.reference, place)
 
 
+def _missing_frames(index: Index, absent: Sequence[str], num_frames: int) -> BadInputError:
+    return BadInputError(
+        "missing frame",
+        f"found no picture for {len(absent)} of {num_frames} frames in {index.download.folder} (first {absent[0]}), "
+        "needs every frame that its download did not report as failed; run img2dataset again.",
+    )
+
+
 def _output(split: str, what: str) -> str:
     return f"{'test' if split == 'test' else 'training'}_{what}"
-
-
-def _names_of_list(path: Path) -> list[str]:
-    return [name_of(annotations.decode_line(path, number, line)) for number, _, line in annotations.lines(path)]
 
 
 def _unique(hashes: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:

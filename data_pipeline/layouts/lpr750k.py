@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
-from data_pipeline.listing import Line, ListedClip, Listing, Row, Run
+from data_pipeline.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
 from data_pipeline.pictures import SUFFIXES, PictureFolder
 from data_pipeline.schema import Clip, Picture, ShopImage
 
@@ -26,6 +26,8 @@ class Lpr750k:
         self.train_annotation = train_annotation
         self.stored_frames = stored_frames  # None: all
         self.folder = PictureFolder(source)
+        self.faults: list[Fault] = []
+        self.copies: list[str] = []
 
     def splits(self) -> tuple[str, ...]:
         folder = self.source / "annotations"
@@ -70,12 +72,17 @@ class Lpr750k:
     def _truth_file(self) -> Path:
         return annotations.find_one(self.source, TRUTH, needed_for="the test split")
 
+    @functools.cached_property
+    def _truth(self) -> dict[str, tuple[str, ...]]:
+        return annotations.load_id_lists(self._truth_file, self.faults)
+
     def truth(self) -> dict[str, tuple[str, ...]]:
-        return annotations.load_id_lists(self._truth_file)
+        return self._truth
 
     def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
         path = annotations.find_one(self.source, QUERIES, needed_for="the test split")
-        return annotations.queries(self.source, path, annotations.load_json_object(path), _frames_of, self.truth())
+        entries = annotations.load_json_object(path, self.faults)
+        return annotations.queries(self.source, path, entries, _frames_of, self.truth(), self.faults)
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         """Rows of the gallery file. A picture that several livestreams show is stored once.
@@ -83,7 +90,7 @@ class Lpr750k:
         The official code reads each row's own file: a file that differs from the first of its name stays apart.
         """
         path = annotations.find_one(self.source, GALLERY, needed_for="the test split")
-        titles = annotations.load_texts(annotations.find_optional(self.source, TITLES))
+        titles = annotations.load_texts(annotations.find_optional(self.source, TITLES), self.faults)
         shelves: dict[str, list[ShopImage]] = {}
         faults: list[Fault] = []
         first: dict[tuple[str, str], Picture] = {}
@@ -99,6 +106,7 @@ class Lpr750k:
                     first[key], references[key] = picture, reference
                 elif self._same_bytes(first[key], picture):
                     reference = references[key]
+                    self.copies.append(picture.path)
                 image = ShopImage(image_id, reference, titles.get(image_id, ""))
                 shelves.setdefault(livestream, []).append(image)
             except BadInputError as err:
@@ -111,6 +119,16 @@ class Lpr750k:
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
+        listed, found = self.find_frames(source, split)
+        frames = []
+        for each in found:
+            if isinstance(each.picture, BadInputError):
+                raise each.picture
+            if each.picture:
+                frames.append(each.picture)
+        return annotations.clip_of(listed, tuple(frames), tuple(each.position for each in found), len(listed.frames))
+
+    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
         if isinstance(source, ListedClip):
             listed: Row | ListedClip = source
             paths = [f"query/{frame}" for frame in source.frames]
@@ -118,8 +136,13 @@ class Lpr750k:
             listed = annotations.read_line(self.source, source)
             paths = list(listed.frames)
         positions = annotations.stored_positions(len(paths), self.stored_frames)
-        frames = tuple(self.folder.find(paths[position], missing="missing frame") for position in positions)
-        return annotations.clip_of(listed, frames, positions, len(paths))
+        return listed, [FoundFrame(position, self._look_for(paths[position])) for position in positions]
+
+    def _look_for(self, path: str) -> Picture | BadInputError:
+        try:
+            return self.folder.find(path, missing="missing frame")
+        except BadInputError as err:
+            return err
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
         return self.folder.find(image.reference, missing=NO_IMAGE)

@@ -1,0 +1,84 @@
+"""What checking the checksums of every record costs the input: python -m benchmarks.integrity --data DIR
+
+The training clips are read with their two CRC32Cs verified and, with the same calls, unverified; and whole batches are
+made of them, decoded, cropped and flipped, as in training. The cost is the difference of the first two, as a share of
+the last: on its own the difference of two pipelines is lost in the noise of a busy machine.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import turns
+from data_pipeline.batches import train_batches
+from data_pipeline.frames import FrameOptions
+from data_pipeline.plan import Plan
+from data_pipeline.records import Split, open_dataset
+from data_pipeline.tfrecord import FOOTER, HEADER, index_path, unframe_record
+from rice_jax import config as configuration
+
+
+def framed_records(split: Split) -> list[bytes]:
+    """The bytes of each training clip's record in its shard."""
+    framed = []
+    for shard in sorted(split.path.glob(f"{split.name}-clips-*.tfrecord")):
+        data, offsets = shard.read_bytes(), np.frombuffer(index_path(shard).read_bytes(), "<u8").tolist()
+        framed += [data[begin:end] for begin, end in itertools.pairwise(offsets)]
+    return framed
+
+
+def unverified(framed: bytes) -> bytes:
+    return framed[HEADER.size : -FOOTER.size]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    split = open_dataset(arguments.data).split("train")
+    framed = framed_records(split)
+    plan = Plan(split.num_clips, min(arguments.batch_size, split.num_clips), 0)
+
+    def read(unframe: Callable[[bytes], bytes]) -> None:
+        for _ in range(arguments.passes):
+            for record in framed:
+                unframe(record)
+
+    def epoch() -> None:
+        with train_batches(split, plan, range(plan.batch_size), FrameOptions(), threads=0) as batches:
+            for _ in range(plan.batches_per_epoch):
+                next(batches)
+
+    seconds = turns.in_turn(
+        {"verified": lambda: read(unframe_record), "unverified": lambda: read(unverified), "input": epoch},
+        arguments.repeats,
+    )
+    clips = plan.batches_per_epoch * plan.batch_size
+    checking = (seconds["verified"].processor - seconds["unverified"].processor) / arguments.passes / len(framed)
+    making = seconds["input"].processor / clips
+    turns.write_report(
+        arguments.output,
+        {
+            "records": len(framed),
+            "bytes_a_record": float(np.mean([len(record) for record in framed])),
+            "seconds": seconds,
+            "microseconds_a_clip": {"checking": 1e6 * checking, "input": 1e6 * making},
+            "share_of_the_input": checking / making,
+        },
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.integrity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a converted data set; its training split is used")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--passes", type=int, default=50, help="over the records, a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/integrity.json"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())
