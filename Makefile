@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The two lines of jax that are supported: 0.10 is the last for Python 3.11, 0.12 needs 3.12 or newer.
 PYTHONS ?= python3.11 python3.12
 
-.PHONY: help setup demo test lint types unit test-slow mutations corruption fuzz test-versions clean
+.PHONY: help setup demo test lint types unit test-slow mutations chaos corruption fuzz test-versions clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ test-slow: setup  ## the tests marked slow
 
 mutations: setup  ## mistakes made on purpose in a copy of the code, and which tests notice; most of an hour
 	$(BIN)/python -m tests.mutations
+
+chaos: setup  ## training killed at random moments, against undisturbed runs; most of an hour, goes on where it stopped
+	$(BIN)/python -m tests.chaos
 
 corruption: setup  ## 10,000 single bytes of a converted set changed: build/corruption/report.json; a minute
 	$(BIN)/python -m tests.corruption --output build/corruption

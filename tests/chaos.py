@@ -28,10 +28,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import rice_jax
 from data_pipeline.convert import Options, convert
 from data_pipeline.records import open_dataset
+from data_pipeline.synthetic import synthesize
 from rice_jax import config as configuration
 from rice_jax import order
-from tests import lpr_layouts
-from tests.lpr_layouts import TinyClip
 
 UPDATES, SAVE_EVERY, EVALUATE_EVERY = 12, 3, 4  # intervals that do not divide each other
 PHASES = ("update", "save", "evaluation", "embeddings")
@@ -42,16 +41,11 @@ PATIENCE = 240.0  # seconds that a command may take on a busy machine; a killed 
 
 
 def make_data(folder: Path) -> Path:
-    """24 training clips, and validation and test clips of their own."""
+    """A drawn shop of 24 products, converted."""
     if not (folder / "records" / "manifest.json").exists():
-        clips = [TinyClip(k % 2, 1000 * (k + 20), 1 + k % 4, k % 3) for k in range(24)]
-        kept, lpr_layouts.TRAIN = lpr_layouts.TRAIN, clips
-        try:
-            shutil.rmtree(folder / "source", ignore_errors=True)
-            source = lpr_layouts.make_lpr750k(folder / "source")
-        finally:
-            lpr_layouts.TRAIN = kept
-        convert(Options(layout="lpr750k", source=source, output=folder / "records", workers=1))
+        shutil.rmtree(folder / "shop", ignore_errors=True)
+        synthesize(output=folder / "shop", products=24, clips=192, seed=0, workers=2)
+        convert(Options(layout="lpr750k", source=folder / "shop", output=folder / "records", workers=2))
     return folder / "records"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import breakdown, checkpoint, conversion, integrity, pipeline, training_step, turns
+from benchmarks import breakdown, checkpoint, conversion, integrity, memory, pipeline, training_step, turns
 from tests.lpr_layouts import make_lpr750k
 
 MACHINE = {"device", "processor", "cores", "load_average", "versions"}
@@ -72,6 +72,20 @@ def test_the_parts_of_a_step_add_up_to_input_and_step(converted: Path, tmp_path:
         pieces = {name: seconds[unit] for name, seconds in report["pieces_seconds"].items()}
         assert sum(report["parts_seconds"][unit].values()) == pytest.approx(pieces["input"] + pieces["step"])
         assert sum(report["percent_of_step"][unit].values()) == pytest.approx(100)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory can be set back on Linux only"
+)
+def test_steps_take_about_the_memory_that_preflight_says(tmp_path: Path) -> None:
+    memory.main(memory.parse(["--batch_size", "32", "--output", str(tmp_path / "report.json")]))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [case["micro_batches"] for case in report["cases"]] == [False, True]
+    for case in report["cases"]:
+        assert 0.75 < case["predicted_over_measured"] < 1.25
+    whole, micro = (case["measured_bytes"] for case in report["cases"])
+    assert micro < whole / 2
 
 
 @needs_torch

@@ -24,6 +24,7 @@ from data_pipeline.frames import centre_crop, decode, load
 from data_pipeline.records import open_dataset
 from rice_jax import config as configuration
 from rice_jax import retrieval, step, train
+from tests import official
 from tests.test_checkpoints import flip_data
 
 
@@ -407,10 +408,15 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         rice_jax.load(tmp_path)
 
 
-def test_a_checkpoint_of_eight_devices_opens_on_one(run: Path) -> None:
-    from tests.official import one_device
-
-    alone = rice_jax.load(run, mesh=one_device())
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 4)])
+def test_a_checkpoint_of_eight_devices_is_evaluated_alike_on_fewer(
+    run: Path, loaded: rice_jax.Model, converted: Path, sizes: tuple[int, int]
+) -> None:
+    fewer = rice_jax.load(run, mesh=official.mesh_of(*sizes))
+    assert jax.tree.leaves(fewer.params)[0].sharding.mesh.size == sizes[0] * sizes[1]
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    np.testing.assert_allclose(alone.encode_images(images), rice_jax.load(run).encode_images(images), atol=1e-6)
-    assert jax.tree.leaves(alone.params)[0].sharding.mesh.size == 1
+    np.testing.assert_allclose(fewer.encode_images(images), loaded.encode_images(images), atol=1e-6)
+    split = open_dataset(converted).split("test")
+    ours, theirs = (retrieval.evaluate(m, split).figures for m in (fewer, loaded))
+    for name in ("recall@1", "recall@3", "recall@5", "recall@10"):
+        assert abs(ours[name] - theirs[name]) <= 1 / ours["queries"]
