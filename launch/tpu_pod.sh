@@ -10,7 +10,8 @@ RUNTIME=v2-alpha-tpuv5-lite
 SHARE=10.0.0.2:/share             # an NFS export (Filestore) that every host mounts at /mnt/rice
 WORKDIR=/mnt/rice/runs/rice
 DATA=/mnt/rice/data/lpr4m         # a converted set
-CONFIG=rice:icl_pmd_pfr
+CONFIG=pod:b32                    # a batch of 32,768: docs/scaling.md has what fits on which slice
+INIT_FROM=/mnt/rice/ViT-B-32.pt   # CLIP's weights: docs/weights.md
 # ==== to here =========================================================================================================
 queue() { gcloud compute tpus queued-resources "$@" --zone "$ZONE"; }
 on_all() { gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "$1"; }
@@ -29,7 +30,7 @@ case "${1:-}" in
   # Which worker this is, of how many, the machine's metadata say. It runs on when the connection breaks.
   train)
     on_all "nohup .venv/bin/python -m rice_jax.train --config $CONFIG --workdir $WORKDIR \
-      --config.data.path=$DATA --wait 120 >> train.log 2>&1 < /dev/null &"
+      --config.data.path=$DATA --config.init_from=$INIT_FROM --wait 120 >> train.log 2>&1 < /dev/null &"
     ;;
   status) on_all "tail -n 3 train.log" && queue describe "$NAME" --format "value(state.state)" ;;
   delete) queue delete "$NAME" --force --quiet ;;

@@ -41,6 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     identity = [about, configuration.to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = retrieval.EmbeddingStore(output / "embeddings" / key)
+    hosts.agree({"the model in --workdir": key})  # else parts of one result would be of two models
     result = retrieval.evaluate(
         model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
     )
@@ -60,7 +61,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "data": Dataset(arguments.data).content_hash,
         "--subset": read_ids(arguments.subset) if arguments.subset else None,
         **{f"--{name}": getattr(arguments, name) for name in ("split", "score", "step")},
-        **{f"--config.{name}": value for name, value in arguments.overrides.items()},
+        **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in hosts.MAY_DIFFER},
     }
 
 

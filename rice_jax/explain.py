@@ -2,7 +2,7 @@
 
 Draws the clips and shop images of update N as the network saw them, cropped and flipped, names them all, and checks
 the run's ledger for the epoch of that update: that every update so far saw the plan's clips, none of them twice, and
-which clips the epoch leaves out. Exit status 1 when an update saw other clips.
+which clips the epoch leaves out. Exit status 1 when an update saw other clips, or the data set is another one.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.batches import train_batches
 from data_pipeline.plan import Plan
-from data_pipeline.records import Split, open_dataset
+from data_pipeline.records import Dataset, Split, open_dataset
 from rice_jax import config as configuration
 from rice_jax import order, retrieval
-from rice_jax.checkpoints import read_config
+from rice_jax.checkpoints import Checkpoints, read_config
 
 SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
 NAMED = 5  # of the clips that an epoch leaves out
@@ -31,11 +31,14 @@ def draw_update(split: Split, plan: Plan, config: Any, update: int, *, examples:
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
         batch = next(batches)
     slots = batch["frames"].shape[1]
-    sheet = Image.new("RGB", ((slots + 1) * (SIDE + GAP) + 3 * GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for line, clip in enumerate(batch["index"].tolist()):
+    font = ImageFont.load_default(11)
+    texts = [f"{split.clip_ids[clip]}  shows  {image_of(split, clip)}"[:160] for clip in batch["index"].tolist()]
+    width = max((slots + 1) * (SIDE + GAP) + 2 * GAP, *(GAP + int(font.getlength(text)) for text in texts))
+    sheet = Image.new("RGB", (width + GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, text in enumerate(texts):
         x, y = GAP, GAP + line * (SIDE + TEXT + GAP)
-        pen.text((x, y), f"{split.clip_ids[clip]}  shows  {image_of(split, clip)}"[:120], "#30343b", font)
+        pen.text((x, y), text, "#30343b", font)
         for place, picture in enumerate([batch["image"][line], *batch["frames"][line][: batch["mask"][line].sum()]]):
             shown = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             sheet.paste(shown, (x + place * (SIDE + GAP) + (GAP if place else 0), y + TEXT))
@@ -52,7 +55,7 @@ def explain(arguments: argparse.Namespace) -> None:
     if text is None:
         raise FileNotFoundError(f"{workdir}: holds no config.json; give the --workdir of a training run.")
     config = configuration.from_json(text)
-    dataset = open_dataset(arguments.data or config.data.path)
+    dataset = _open(arguments.data, config, workdir)
     split, plan, ledger = (
         dataset.split(config.data.train_split),
         order.make_plan(config, dataset),
@@ -69,6 +72,7 @@ def explain(arguments: argparse.Namespace) -> None:
     pairs = [{"clip": split.clip_ids[row], "image": image_of(split, row)} for row in rows.tolist()]
     if arguments.json:
         found = epoch._asdict() | {"updates": [epoch.updates.start, epoch.updates.stop - 1]}
+        found |= {name: [split.clip_ids[row] for row in found[name]] for name in ("twice", "left_out")}
         print(json.dumps({"update": update, "pairs": pairs, "ledger": ledger.get(update), "epoch": found}))
     else:
         print("\n".join(lines(split, plan, epoch, ledger, update, pairs)))
@@ -78,6 +82,27 @@ def explain(arguments: argparse.Namespace) -> None:
             f"{workdir}: update(s) {', '.join(map(str, epoch.wrong[:NAMED]))} saw other clips than the plan of this "
             "data set and config; give the --data that the run was trained on, or distrust the run."
         )
+
+
+def _open(data: Path | None, config: Any, workdir: Path) -> Dataset:
+    """The run's data set. ValueError when a checkpoint says that it is another: a ledger of rows could not tell."""
+    try:
+        dataset = open_dataset(data or config.data.path)
+    except FileNotFoundError as error:
+        if data:
+            raise
+        raise FileNotFoundError(
+            f"{config.data.path}: found no data set where the run had it; say with --data where it is now."
+        ) from error
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest()
+    trained_on = checkpoints.meta(step).get("data") if step else None
+    if trained_on not in (None, dataset.content_hash):
+        raise ValueError(
+            f"{dataset.path}: found content hash {dataset.content_hash[:12]}, needs {trained_on[:12]}, on which the "
+            "run was trained; give that set as --data."
+        )
+    return dataset
 
 
 def lines(
@@ -115,12 +140,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--step", type=int, required=True, help="number of the update, as in metrics.jsonl: 1 is the first"
     )
     parser.add_argument("--data", type=Path, help="the converted set (default: where the run found it)")
-    parser.add_argument("--output", type=Path, help="the picture (default: RUN/update-N.png)")
+    parser.add_argument("--output", type=Path, help="the picture, .png (default: RUN/update-N.png)")
     parser.add_argument("--examples", type=int, default=16, help="pairs that are drawn (default: 16)")
     parser.add_argument("--json", action="store_true", help="print what was found as one line of JSON")
     arguments = parser.parse_args(argv)
-    if arguments.examples < 1:
-        parser.exit(2, "error: --examples needs at least 1.\n")
+    for name in ("step", "examples"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: found {getattr(arguments, name)}, needs at least 1.")
+    if arguments.output and arguments.output.suffix.lower() != ".png":
+        parser.error(f"--output: found {arguments.output}, needs a name that ends in .png.")
     return arguments
 
 

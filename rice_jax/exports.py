@@ -64,7 +64,7 @@ def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., 
 def export_programs(model: Model, output: Path) -> None:
     """Writes the programs of a model into `output`, once they are read back and agree with the model's own methods.
 
-    A model without a matching decoder has no `match`. The folder appears whole or not at all.
+    A model that PMD did not train has no `match`. The folder appears whole or not at all.
 
     Raises:
       ValueError: `output` holds something, or what was written does not give the model's own figures.
@@ -119,7 +119,7 @@ def _export(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export
         ),
         "encode_clips": (functools.partial(inference.encode_clips, model.net, flip), (frames, mask)),
     }
-    if model.net.decoder is not None:
+    if model.can_match:
         images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
         programs["match"] = (functools.partial(inference.match, model.net, False), (frames, mask, images))
 

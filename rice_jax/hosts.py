@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "grain",
     "numpy", "pillow",
 )  # fmt: skip
+SETTINGS = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # of jax, that change what it computes
 MAY_DIFFER = ("data.path", "data.threads", "data.workers", "data.cache_bytes")  # between hosts; the data must not
 
 _line: Line | None = None  # None: one process
@@ -52,15 +54,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process-id", type=int, metavar="I", help="this one's number, 0 to N - 1")
     group.add_argument(
-        "--wait", type=float, default=WAIT_SECONDS, metavar="SECONDS", help="for the others to come (default: 45)"
+        "--wait", type=_seconds, default=WAIT_SECONDS, metavar="SECONDS", help="for the others to come (default: 45)"
     )
 
 
-def run(main: Callable[[Any], None], arguments: argparse.Namespace, facts: Callable[[Any], dict[str, Any]]) -> None:
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < threading.TIMEOUT_MAX:  # NaN would never be over
+        raise argparse.ArgumentTypeError(f"found {text}, needs seconds, more than 0.")
+    return seconds
+
+
+def run(
+    main: Callable[[Any], None],
+    arguments: argparse.Namespace,
+    facts: Callable[[Any], dict[str, Any]],
+    *,
+    stops_together: bool = False,
+) -> None:
     """Runs a command, joined to the other processes where there are some; all of them end when one does.
 
-    facts: of the arguments, what must be the same everywhere beside the code; read without a device.
+    Args:
+      facts: of the arguments, what must be the same everywhere beside the code; read without a device.
+      stops_together: whether `main` asks jax's preemption service, which keeps SIGTERM from ending a process.
     """
+    jax.config.update("jax_enable_preemption_service", stops_together)
     try:
         place = find_place(arguments)
     except ValueError as error:
@@ -98,9 +116,10 @@ def join(place: Place, facts: Callable[[Any], dict[str, Any]], arguments: Any) -
     if place.process == 0:
         Hub(place, wait_seconds=arguments.wait)
     hello = Hello(place.process, place.count, socket.gethostname(), os.getpid(), known, failed)
-    line = Line(place, hello, wait_seconds=arguments.wait)
+    _line = Line(place, hello, wait_seconds=arguments.wait)
+    _keep_stdout()
     jax.distributed.initialize(
-        line.service,
+        _line.service,
         place.count,
         place.process,
         cluster_detection_method="deactivate",
@@ -108,8 +127,14 @@ def join(place: Place, facts: Callable[[Any], dict[str, Any]], arguments: Any) -
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=60,
     )
-    _line = line
     _check_devices()
+
+
+def _keep_stdout() -> None:
+    """Leaves stdout to what Python prints: gloo, by which CPUs talk, writes its connections to descriptor 1 itself."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    os.dup2(2, 1)
 
 
 def _check_devices() -> None:
@@ -188,7 +213,7 @@ def check_shared(folder: Path) -> None:
 def code() -> dict[str, Any]:
     """What decides a run beside config and data: our sources, each with its hash, and versions of what they use."""
     facts: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    facts["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "")
+    facts |= {name: os.environ.get(name, "") for name in SETTINGS}
     for package in PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)

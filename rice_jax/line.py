@@ -23,7 +23,9 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn
 
 HELLO_BYTES = 1 << 20  # at most: whatever else speaks to the port is not read for ever
-HELLO_SECONDS = 5.0
+HELLO_SECONDS = 5.0  # of silence, from whoever has connected
+LOOK_SECONDS = 0.1  # how often the roll call counts those that came
+NOBODY = -1  # of whom an end is when no process failed
 SILENCE_SECONDS = 30  # of a host without power or network, until its connection counts as lost
 
 
@@ -54,6 +56,17 @@ class Hello:
     pid: int
     facts: dict[str, Any]  # what must be the same everywhere
     failed: str | None  # why it cannot take part
+
+    @classmethod
+    def read(cls, text: bytes) -> "Hello | None":
+        """None: not ours, as of a port scanner or a health check."""
+        try:
+            hello = cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        numbers = all(isinstance(number, int) for number in (hello.process, hello.count, hello.pid))
+        words = isinstance(hello.host, str) and isinstance(hello.failed, str | None)
+        return hello if numbers and words and isinstance(hello.facts, dict) else None
 
     @property
     def name(self) -> str:
@@ -119,6 +132,7 @@ class Hub:
             ) from error
         self._place, self._wait = place, wait_seconds
         self._members: dict[int, tuple[Hello, socket.socket, BinaryIO]] = {}
+        self._called, self._stranger = False, ""  # the roll; who came and is none of the processes meant
         self._lock = threading.Lock()
         self._values: dict[int, Any] = {}
         self._finished: set[int] = set()
@@ -142,41 +156,52 @@ class Hub:
         """Waits until all are there; what forbids them to start, or None."""
         deadline = time.monotonic() + self._wait
         count = self._place.count
-        while len(self._members) < count:
-            self._server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
+        self._server.settimeout(LOOK_SECONDS)
+        while len(self._members) < count and not self._stranger and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
                 connection, _ = self._server.accept()
-            except TimeoutError:
-                missing = [process for process in range(count) if process not in self._members]
-                return (
-                    f"{len(missing)} of {count} processes did not come within {self._wait:.0f} s: {ranges(missing)}. "
-                    f"There are: {'; '.join(hello.name for hello, *_ in self._members.values()) or 'none'}. Look at "
-                    f"the missing ones' own output, and whether they reach {self._place.address}; --wait waits longer."
-                )
-            fault = self._admit(connection)
-            if fault is not None:
-                return fault
-        hellos = {process: hello for process, (hello, *_) in self._members.items()}
-        failed = [f"{hello.name}: {hello.failed}" for _, hello in sorted(hellos.items()) if hello.failed is not None]
+                # A thread each, so that one which says nothing keeps nobody waiting.
+                threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+        with self._lock:
+            self._called = True
+        if self._stranger:
+            return self._stranger
+        hellos = {process: hello for process, (hello, *_) in sorted(self._members.items())}
+        missing = [process for process in range(count) if process not in hellos]
+        if missing:
+            return (
+                f"{len(missing)} of {count} processes did not come within {self._wait:.0f} s: {ranges(missing)}. "
+                f"There are: {'; '.join(hello.name for hello in hellos.values()) or 'none'}. Look at "
+                f"the missing ones' own output, and whether they reach {self._place.address}; --wait waits longer."
+            )
+        failed = [f"{hello.name}: {hello.failed}" for hello in hellos.values() if hello.failed is not None]
         return "\n".join(failed) or disagreement({process: hello.facts for process, hello in hellos.items()})
 
-    def _admit(self, connection: socket.socket) -> str | None:
+    def _greet(self, connection: socket.socket) -> None:
+        """Takes whoever says hello among the members while the roll is called."""
         connection.settimeout(HELLO_SECONDS)
         file = connection.makefile("rb")
-        try:
-            hello = Hello(**json.loads(file.readline(HELLO_BYTES)))
+        hello = None
+        with contextlib.suppress(OSError):
+            hello = Hello.read(file.readline(HELLO_BYTES))
+        with self._lock:
+            if hello is None or self._called:
+                file.close()
+                connection.close()
+                return
+            connection.settimeout(None)
+            watch(connection)
             known = self._members.get(hello.process)
-        except (OSError, ValueError, TypeError):  # a port scanner, a health check: none of ours
-            connection.close()
-            return None
-        connection.settimeout(None)
-        watch(connection)
-        if known is not None or hello.count != self._place.count or not 0 <= hello.process < hello.count:
-            _send(connection, {"error": f"{hello.name} is not expected by process 0 of {self._place.count}."})
-            other = f"and as {known[0].name}" if known is not None else f"where {self._place.count} processes are meant"
-            return f"found {hello.name} {other}; give every process its own number, and all the same count."
-        self._members[hello.process] = hello, connection, file
-        return None
+            if known is not None or hello.count != self._place.count or not 0 <= hello.process < hello.count:
+                meant = f"where {self._place.count} processes are meant"
+                self._stranger = (
+                    f"found {hello.name} {meant if known is None else f'and as {known[0].name}'}; give every process "
+                    "its own number, and all the same count."
+                )
+                with contextlib.suppress(OSError):
+                    _send(connection, {"error": f"{hello.name} is not expected by process 0 of {self._place.count}."})
+                return
+            self._members[hello.process] = hello, connection, file
 
     def _attend(self, process: int) -> None:
         """Reads what one process says until it ends."""
@@ -207,6 +232,12 @@ class Hub:
                 self._finished.add(hello.process)
                 if len(self._finished) == count:
                     self._to_all({"finished": True})
+            if self._values and self._finished and not self._ended:
+                self._end(
+                    NOBODY,
+                    f"process {ranges(list(self._values))} waits for what process {ranges(list(self._finished))} has "
+                    "to say, which is done: what asks the others (rice_jax.load, a checkpoint) must run in all.",
+                )
 
     def _end(self, process: int, text: str) -> None:
         self._ended = True

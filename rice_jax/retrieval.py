@@ -115,6 +115,11 @@ class Model:
         return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *more), self.params, *arrays)
 
     @property
+    def can_match(self) -> bool:
+        """Whether PMD trained its decoder: PFR alone leaves the matching head as it was born."""
+        return self.net.decoder is not None and bool(self.config.loss.pmd)
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of the parameters: equal models have equal ones, whatever folder they come from."""
         digest = hashlib.sha256()
@@ -178,11 +183,11 @@ class _Shelves:
 
 
 def check_decoder(m: Model) -> None:
-    """ValueError for a model that has only an encoder."""
-    if m.net.decoder is None:
+    """ValueError for a model that never learned to match: only an encoder, or a decoder without its matching head."""
+    if not m.can_match:
+        found = "no decoder (loss.pmd and loss.pfr are 0" if m.net.decoder is None else "not learned it (loss.pmd is 0"
         raise ValueError(
-            "matching: this model has no decoder (loss.pmd and loss.pfr are 0 in its config); train one with a PMD "
-            "loss, or rank by --score embedding."
+            f"matching: this model has {found} in its config); train one with a PMD loss, or rank by --score embedding."
         )
 
 

@@ -7,18 +7,20 @@ it is the same command on each, and --workdir a folder that all share.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from data_pipeline.batches import train_batches
-from data_pipeline.records import Dataset, open_dataset
+from data_pipeline.plan import Plan
+from data_pipeline.records import Dataset, Split, open_dataset
 from rice_jax import config as configuration
 from rice_jax import guards, hosts, model, order, retrieval, sharding
 from rice_jax.checkpoints import Checkpoints, read_config, write_config
 from rice_jax.logs import Log, Progress
 from rice_jax.sources import initialise
-from rice_jax.step import abstract_state, init_state, make_train_step
+from rice_jax.step import State, abstract_state, init_state, make_train_step
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
@@ -27,59 +29,10 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     Of several processes (rice_jax.hosts) all run this; the first decides what was there, and writes.
 
     Raises:
-      ValueError: a config that does not hold together or does not fit the data, a workdir of another run, a damaged
-        checkpoint or record, or a loss that stays not finite.
+      ValueError: as set_up, a damaged record, or a loss that stays not finite.
     """
-    # --- Config, data, mesh ---
-    configuration.validate(config)
-    dataset = open_dataset(config.data.path)
-    train = dataset.split(config.data.train_split)
-    keep = order.kept_rows(config, train)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    config = configuration.fitted(
-        config, clips=train.num_clips if keep is None else len(keep), splits=dataset.splits, devices=mesh.size
-    )
-    held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
-    plan = order.make_plan(config, dataset)
-    sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
-
-    # --- Model and state: the newest checkpoint's, or new ones ---
-    net = model.build(config)
-    abstract = abstract_state(net, config, mesh)
-    hosts.check_shared(workdir)
-    checkpoints = Checkpoints(
-        workdir,
-        kept=config.checkpoints_kept,
-        kept_every=config.checkpoints_kept_every,
-        kept_best=config.checkpoints_kept_best,
-    )
-    start = hosts.ask_first(checkpoints.latest)
-    config.init_from = config.init_from or hosts.ask_first(lambda: saved_start(workdir, start))
-    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
-    refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
-    if hosts.is_first():
-        write_config(workdir, meta["config"])
-    if start is None:
-        start, state = 0, init_state(net, config, abstract)
-        state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
-    else:
-        (start, state), notes = checkpoints.newest_state(abstract), []
-    log = Log(workdir, step=start)
-    size = sum(x.size for x in jax.tree.leaves(abstract.params))
-    for note in notes:
-        log.say(note)
-    log.say(
-        f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}, "
-        f"{jax.process_count()} process(es)"
-    )
-    if mesh.size > 1:
-        log.say(sharding.table(abstract, abstract.params))
-    log.say(
-        f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
-        f"from update {start} to {config.num_updates}"
-    )
-
-    # --- The loop. Nothing in it waits for the device but the marked lines. ---
+    run, start, state = set_up(config, workdir)
+    config, net, mesh, train, held_out, plan, abstract, checkpoints, meta, log = run
     train_step = make_train_step(net, config, mesh, abstract)
     progress = Progress(total=config.num_updates, batch_size=config.batch_size)
     pending: list[tuple[int, Any]] = []  # metrics that the device may still be computing
@@ -100,6 +53,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
         parameters=[sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params)],
         clips_of=lambda update: [train.clip_ids[row] for row in plan.batch(update - 1)],
     )
+    # Nothing in the loop waits for the device but the marked lines.
     with stop.listening(), watch, checkpoints, log, batches:
         done = start
         try:
@@ -149,6 +103,77 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
         if start == config.num_updates:
             log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(held_out.name) if held_out is not None else {}
+
+
+class Run(NamedTuple):
+    """What the loop works with, all but the state, which each update takes and gives anew."""
+
+    config: Any  # with what the data set decides filled in
+    net: model.Rice
+    mesh: Mesh
+    train: Split
+    held_out: Split | None
+    plan: Plan
+    abstract: State  # the state's shapes and shardings
+    checkpoints: Checkpoints
+    meta: dict[str, Any]  # what a checkpoint says of the run
+    log: Log
+
+
+def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
+    """The run, the updates that are done, and the state after them: the newest checkpoint's, or a new one.
+
+    Raises:
+      ValueError: a config that does not hold together or does not fit the data, a workdir of another run, or a damaged
+        checkpoint.
+    """
+    configuration.validate(config)
+    dataset = open_dataset(config.data.path)
+    train = dataset.split(config.data.train_split)
+    keep = order.kept_rows(config, train)
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    config = configuration.fitted(
+        config, clips=train.num_clips if keep is None else len(keep), splits=dataset.splits, devices=mesh.size
+    )
+    held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
+    plan = order.make_plan(config, dataset)
+    sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
+
+    net = model.build(config)
+    abstract = abstract_state(net, config, mesh)
+    hosts.check_shared(workdir)
+    checkpoints = Checkpoints(
+        workdir,
+        kept=config.checkpoints_kept,
+        kept_every=config.checkpoints_kept_every,
+        kept_best=config.checkpoints_kept_best,
+    )
+    start = hosts.ask_first(checkpoints.latest)
+    config.init_from = config.init_from or hosts.ask_first(lambda: saved_start(workdir, start))
+    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
+    refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
+    if hosts.is_first():
+        write_config(workdir, meta["config"])
+    if start is None:
+        start, state = 0, init_state(net, config, abstract)
+        state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
+    else:
+        (start, state), notes = checkpoints.newest_state(abstract), []
+    log = Log(workdir, step=start)
+    size = sum(x.size for x in jax.tree.leaves(abstract.params))
+    for note in notes:
+        log.say(note)
+    log.say(
+        f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}, "
+        f"{jax.process_count()} process(es)"
+    )
+    if mesh.size > 1:
+        log.say(sharding.table(abstract, abstract.params))
+    log.say(
+        f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
+        f"from update {start} to {config.num_updates}"
+    )
+    return Run(config, net, mesh, train, held_out, plan, abstract, checkpoints, meta, log), start, state
 
 
 def checkpoint_is_due(done: int, config: Any) -> bool:
@@ -220,4 +245,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    hosts.run(main, parse(), facts)
+    hosts.run(main, parse(), facts, stops_together=True)

@@ -1,7 +1,9 @@
 """What an update was made of: the ledger against the plan, the picture, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,11 @@ from rice_jax import explain, logs, order, step
 from rice_jax.checkpoints import write_config
 
 
-def make_run(folder: Path, data: Path, *, updates: int = 4) -> Plan:
+def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Plan:
     """A run's config and the ledger that its first `updates` updates write, without the training."""
     config = smoke.get_config()
     config.data.path, config.batch_size = str(data), 5
+    config.data.update(fields)
     write_config(folder, configuration.to_json(config))
     plan = order.make_plan(config, open_dataset(data))
     with logs.Log(folder, step=0) as log:
@@ -70,12 +73,55 @@ def test_the_command_names_draws_and_proves(
     assert all(split.clip_ids[row] in said for row in plan.batch(1).tolist())
     assert "leaves out 4 of 24 clips" in said
     with Image.open(tmp_path / "update-2.png") as sheet:  # three lines, a shop image and three slots each
-        assert sheet.size == (4 * 78 + 18, 3 * 94 + 6)
+        assert sheet.width > 4 * 78 + 18 and sheet.height == 3 * 94 + 6
+        right = np.asarray(sheet.convert("L"))[6:22, 4 * 78 + 18 :]
+        assert right.min() < 128 and (right[:, -4:] == 255).all()  # the ids are wider than the pictures, and whole
         assert len(set(np.asarray(sheet).reshape(-1, 3)[:, 0].tolist())) > 50
 
     run("--workdir", str(tmp_path), "--step", "2", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["epoch"]["updates"] == [1, 4] and len(found["pairs"]) == 5 and found["epoch"]["wrong"] == []
+    assert found["epoch"]["left_out"] == [split.clip_ids[row] for row in sorted(plan.left_out(0).tolist())]
+
+
+@pytest.mark.parametrize("field", ["spread_products", "skip_clips"])
+def test_the_plan_is_that_of_the_config(
+    field: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = open_dataset(converted).split("train").clip_ids[3]
+    make_run(tmp_path, converted, **{field: True if field == "spread_products" else (skipped,)})
+    run("--workdir", str(tmp_path), "--step", "1")
+    said = capsys.readouterr().out
+    assert "4 with the plan's ledger; 20 clips shown, none twice" in said
+    assert ("leaves out 3 of 23 clips" in said and skipped not in said) == (field == "skip_clips")
+
+
+def test_another_data_set_is_refused_and_one_that_moved_is_asked_for(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has rows: of a set of the same length it would prove what never was."""
+    moved = shutil.copytree(converted, tmp_path / "data")
+    make_run(tmp_path, moved)
+    monkeypatch.setattr(explain.Checkpoints, "latest", lambda self: 3)
+    monkeypatch.setattr(explain.Checkpoints, "meta", lambda self, step: {"data": "0" * 64})
+    with pytest.raises(ValueError, match=r"needs 000000000000, on which the run was trained"):
+        run("--workdir", str(tmp_path), "--step", "1")
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="say with --data where it is now"):
+        run("--workdir", str(tmp_path), "--step", "1")
+    content = open_dataset(converted).content_hash
+    monkeypatch.setattr(explain.Checkpoints, "meta", lambda self, step: {"data": content})
+    run("--workdir", str(tmp_path), "--step", "1", "--data", str(tmp_path / "elsewhere"))
+    assert (tmp_path / "update-1.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("--step", "0"), ("--step", "1", "--examples", "0"), ("--step", "1", "--output", "a.x")]
+)
+def test_wrong_use_is_exit_status_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--workdir", "run", *words)
+    assert end.value.code == 2 and "needs" in capsys.readouterr().err
 
 
 def test_what_is_refused(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

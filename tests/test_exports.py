@@ -99,8 +99,9 @@ def test_files_of_a_newer_jax_are_refused_with_both_versions(
         exports.load_programs(tmp_path)
 
 
-def test_a_model_of_icl_alone_has_no_match(tmp_path: Path) -> None:
-    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
+@pytest.mark.parametrize("pfr", [0.0, 1.0])
+def test_a_model_that_never_learned_to_match_has_no_match(tmp_path: Path, pfr: float) -> None:
+    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": pfr})
     exports.export_programs(m, tmp_path)  # an empty folder will do
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "encode_clips.stablehlo", "encode_images.stablehlo", "parameters.safetensors", "programs.json",

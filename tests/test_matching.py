@@ -265,5 +265,8 @@ def test_a_model_of_icl_alone_is_refused_before_anything_is_encoded(shop: Shop, 
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="this model has no decoder"):
         m.match(shop.frames, shop.mask, shop.images)
+    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder learned to rebuild, not to match
+    with pytest.raises(ValueError, match=r"this model has not learned it \(loss.pmd is 0 in its config\)"):
+        retrieval.evaluate(m, shop.split, score="matching")
     with pytest.raises(ValueError, match="needs one of embedding, matching, raw-matching"):
         retrieval.evaluate(m, shop.split, score="cosine")
