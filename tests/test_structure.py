@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import default, demo, folder, grocery, lpr750k, rice, smoke
+from configs import default, demo, folder, grocery, lpr750k, pod, rice, smoke
 from rice_jax import model, sharding, step
 from tests import official
 
@@ -17,16 +17,17 @@ ORDER = {
     "data_pipeline": "faults tfrecord folders schema records plan frames examples batches histogram "
     "pictures listing layouts sources survey shards workers columns report convert checkup doctor "
     "drawing synthetic",
-    "rice_jax": "version config line hosts sharding model pairs losses optimizer step digests checkpoints guards "
-    "metrics inference retrieval archives naming contents sources exports weights logs show "
-    "explain train evaluate demo",
+    "rice_jax": "version config line hosts sharding model pairs losses optimizer step programs costs topologies "
+    "digests checkpoints guards metrics inference retrieval archives naming contents sources exports weights logs show "
+    "order explain preflight train evaluate demo",
 }
 # Nobody imports a command.
-COMMANDS = {"convert", "doctor", "synthetic", "show", "explain", "train", "evaluate", "demo"}
+COMMANDS = {"convert", "doctor", "synthetic", "show", "explain", "preflight", "train", "evaluate", "demo"}
 PRESETS = [
     *(config.get_config() for config in (default, demo, folder, grocery, smoke)),
     *map(lpr750k.get_config, default.STAGES),
     *map(rice.get_config, default.STAGES),
+    *map(pod.get_config, pod.SIZES),
 ]
 
 

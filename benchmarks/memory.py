@@ -1,0 +1,103 @@
+"""The memory that preflight says a step takes, against what steps on this CPU take: python -m benchmarks.memory
+
+Each case in a process of its own: the step is compiled, the peak of resident memory is set back
+(/proc/self/clear_refs), then the state is put on the device and steps run, with the next batch copied in as training
+does. The growth from before to that peak is compared with the report for cpu:1. Needs Linux.
+"""
+
+import argparse
+import concurrent.futures
+import ctypes
+import gc
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import training_step, turns
+from configs import default
+from rice_jax import config as configuration
+from rice_jax import model, preflight, sharding, step, topologies
+
+SIZES: dict[str, dict[str, Any]] = {  # of the default config; activations outweigh parameters
+    "tiny": {"data.num_frames": 2, "data.image_size": 32, "model.patch_size": 16, "model.width": 64, "model.layers": 2,
+             "model.heads": 2, "model.hidden": 256, "model.embedding": 32, "model.decoder_heads": 2},
+    "small": {"data.num_frames": 4, "data.image_size": 96, "model.patch_size": 16, "model.width": 192,
+              "model.layers": 6, "model.heads": 3, "model.hidden": 768, "model.embedding": 128,
+              "model.decoder_heads": 3},
+}  # fmt: skip
+CHUNKS = {"loss.micro_batch": 32, "loss.pair_chunk": 8}
+STEPS = 3
+
+
+def resident(field: str) -> int:
+    """VmRSS, now, or VmHWM, the peak since it was set back: bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def measured(config: Any) -> int:
+    """By how many bytes resident memory grows at most, from the compiled step over a few updates."""
+    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    abstract = step.abstract_state(net, config, mesh)
+    compiled = step.make_train_step(net, config, mesh, abstract).lower(
+        abstract, preflight.abstract_batch(config, mesh)
+    ).compile()  # fmt: skip
+    start = jax.tree.map(np.array, step.init_state(net, config, abstract))  # on the host: making it compiles, too
+    drawn = [training_step.draw(config) for _ in range(2)]
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the state lies in what compiling left behind
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding, may_alias=False), start, abstract)
+    batch = sharding.to_global(drawn[0], mesh)
+    for number in range(STEPS):
+        state, metrics = compiled(state, batch)
+        batch = sharding.to_global(drawn[(number + 1) % 2], mesh)
+        if not np.isfinite(float(metrics["loss"])):
+            raise ValueError(f"update {number}: the loss is {metrics['loss']}; what it took means nothing.")
+    return resident("VmHWM") - before
+
+
+def compare(size: str, batch_size: int, micro_batches: bool) -> dict[str, Any]:
+    changes = SIZES[size] | (CHUNKS if micro_batches else {}) | {"batch_size": batch_size}
+    config = preflight.with_changes(default.get_config(), changes)
+    predicted = preflight.assess(config, topologies.parse("cpu:1")).device_bytes or 0
+    grown = measured(config)
+    return {
+        "size": size,
+        "batch_size": batch_size,
+        "micro_batches": micro_batches,
+        "predicted_bytes": predicted,
+        "measured_bytes": grown,
+        "predicted_over_measured": predicted / grown,
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    cases = []
+    for batch_size in arguments.batch_size:
+        for micro_batches in (False, True):
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                cases.append(pool.submit(compare, arguments.size, batch_size, micro_batches).result())
+    turns.write_report(arguments.output, {"sizes": SIZES[arguments.size], "chunks": CHUNKS, "cases": cases})
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[32, 64, 96])
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/memory.json"))
+    arguments = parser.parse_args(argv)
+    if not Path("/proc/self/clear_refs").exists():
+        parser.exit(2, "error: /proc/self/clear_refs is missing; run this on Linux.\n")
+    return arguments
+
+
+if __name__ == "__main__":
+    configuration.run(main, parse())

@@ -1,0 +1,97 @@
+"""The official formulation on a mesh, for comparison.
+
+python -m benchmarks.official_formulation --config pod --topology v5e:16x16 [what else preflight takes]
+
+Every device gathers the tokens of all clips of the global batch, and decodes each image, all its tokens, against its
+own clip and the hard ones (SPEC 5), where the image lives. The losses are those of rice_jax.losses, which moves one
+vector an image; so are the encoder, ICL and the parts of the decoder. Prints what preflight does, of this formulation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rice_jax import config as configuration
+from rice_jax import losses, model, pairs, preflight, sharding
+
+IMAGES_AT_ONCE = 2  # as the official code takes them
+
+
+def local_losses(
+    net: model.Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """ICL, PMD and PFR on one device of the mesh, inside shard_map."""
+    params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(key)
+    rows = batch["mask"].shape[0]
+    own = sharding.first_row(rows) + jnp.arange(rows)
+    encoded = losses.encode_rows(net, options, params, key, batch, own)
+    everyone = losses.Everyone(*map(sharding.gather_rows, (encoded.images, encoded.clips, batch["product"])))
+    out = {
+        "icl": losses.icl_loss(
+            encoded.clips,
+            encoded.images,
+            everyone,
+            own,
+            params["logit_scale"],
+            same_product_is=options.icl_same_product,
+            chunk=options.icl_chunk,
+        )
+    }
+    clip_tokens = sharding.gather_rows(encoded.clip_tokens)  # [G, S, D]: all of it, on every device
+    key_mask = sharding.gather_rows(encoded.key_mask)
+    same = "masked" if options.exclude_same_product else "negative"
+    itself, also = losses.relations(own, everyone.product, same)
+    hard, found = pairs.hardest(encoded.images, everyone.clips, itself | also)
+    decoder = functools.partial(model.call, net.decoder, params["decoder"])
+
+    def decode(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        """Logits of one image against its clips [1 + k], and PFR of its own."""
+        image_tokens, position, clips = row
+        x = decoder(jnp.broadcast_to(image_tokens, (len(clips), *image_tokens.shape)), method="image_tokens")
+        keys_values = decoder(clip_tokens[clips], method="keys_values")
+        scores = decoder(x, keys_values, key_mask[clips], method="scores")
+        weights = jax.nn.softmax(scores, axis=-1)
+        if options.cross_dropout:
+            keys = pairs.pair_keys(key, jnp.broadcast_to(position, clips.shape), clips)
+            first = pairs.dropped(weights[:, :, :1], keys[:, None], options.cross_dropout)
+            weights = jnp.concatenate([first, weights[:, :, 1:]], axis=2)
+        logits = decoder(x, weights, keys_values, method="logit")[:, 0]
+        coefficients = model.call(net.reconstruction, params["reconstruction"], scores[:1], key_mask[clips[:1]])
+        pfr = losses.pfr_loss(coefficients[0], image_tokens, clip_tokens[clips[0]], key_mask[clips[0]])
+        return logits, pfr
+
+    clips = jnp.concatenate([own[:, None], hard], axis=1)
+    logits, pfr = losses.in_chunks(jax.vmap(decode), (encoded.image_tokens, own, clips), IMAGES_AT_ONCE)
+    out["pmd"] = losses.pmd_loss(logits[:, 0], logits[:, 1:], found)
+    out["pfr"] = jnp.mean(pfr)
+    return sharding.mean_over_devices(out), {
+        "negatives_missing": sharding.sum_over_devices(jnp.sum(~found)),
+        "busiest_device_units": sharding.max_over_devices(sharding.varying(jnp.int32(0))),
+    }
+
+
+def make_loss(net: model.Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
+    """As losses.make_loss; ValueError for options that the official code does not have."""
+    if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
+        raise ValueError("the official formulation is of ICL, PMD and PFR, mined from image to clip; set loss so.")
+    batch_spec = sharding.P(sharding.BATCH)
+    local = jax.shard_map(
+        functools.partial(local_losses, net, options, specs),
+        mesh=mesh,
+        in_specs=(specs, batch_spec, sharding.P()),
+        out_specs=(sharding.P(), sharding.P()),
+    )
+
+    def loss(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        parts, counts = local(params, {name: batch[name] for name in ("frames", "mask", "image", "product")}, key)
+        return sum(options[name] * value for name, value in parts.items()), {**parts, **counts}
+
+    return loss
+
+
+if __name__ == "__main__":
+    configuration.run(functools.partial(preflight.main, make_loss=make_loss), preflight.parse())
