@@ -6,6 +6,7 @@ command goes on where it stopped. Exit status: 0 training is safe (there may be 
 """
 
 import argparse
+import collections
 import concurrent.futures.process
 import contextlib
 import json
@@ -33,7 +34,7 @@ from data_pipeline.tfrecord import write_file
 from data_pipeline.workers import Workers
 
 CONVERTED = "converted"
-SHOWN = 20  # faults on the screen
+SHOWN = 5  # faults of a kind on the screen: one lost archive is not to drown in its thousand missing frames
 
 
 def examine(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,12 +103,16 @@ def _printable(text: str) -> str:
 def print_report(report: dict[str, Any], output: Path) -> None:
     for kind, each in report["counts"].items():
         print(f"{each['severity']:<8} {kind:<40} {each['count']:>9,}")
-    for fault in report["faults"][:SHOWN]:
+    shown: collections.Counter[str] = collections.Counter()
+    for fault in report["faults"]:
+        shown[fault["kind"]] += 1
+        if shown[fault["kind"]] > SHOWN:
+            continue
         line = f" line {fault['line']}" if fault["line"] else ""
         subject = f" ({fault['subject']})" if fault["subject"] else ""
-        print(_printable(f"{fault['severity']}: {fault['file']}{line}{subject}: {fault['detail']}"))
-    if len(report["faults"]) > SHOWN:
-        print(f"... and {len(report['faults']) - SHOWN:,} more")
+        print(_printable(f"{fault['severity']}: {fault['file']:.300}{line}{subject}: {fault['detail']}"))
+    if more := sum(max(0, each["count"] - SHOWN) for each in report["counts"].values()):
+        print(f"... and {more:,} more")
     for remark in report["remarks"]:
         print(_printable(remark))
     for split, numbers in report["distributions"].items():

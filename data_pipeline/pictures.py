@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from stat import S_ISREG
 
 from PIL import Image
 
@@ -58,8 +59,11 @@ class PictureFolder:
         path = os.path.join(self.root, picture.path)
         self._refuse_link_out(path, picture.path)
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
+            with open(path, "rb", opener=_open_at_once) as file:
+                stat = os.fstat(file.fileno())
+                size = stat.st_size if picture.size is None else picture.size
+                if not S_ISREG(stat.st_mode):
+                    raise BadInputError("unreadable picture", "is no regular file; restore the file.", picture.path)
                 if size > MAX_BYTES:
                     raise BadInputError(
                         "oversized picture",
@@ -97,6 +101,11 @@ class PictureFolder:
                 "copy or mount it there, or give a --source that holds both.",
                 path,
             )
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that is called as a picture would otherwise wait for a writer for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @functools.lru_cache(maxsize=4096)  # a clip's frames share a folder, and resolving costs a system call a level

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from data_pipeline import convert, doctor
 from data_pipeline.checkup import looks, twins
@@ -218,6 +218,19 @@ def recode(one: str, other: str) -> Callable[[Path], object]:
     return plant
 
 
+def half_grey(source: Path) -> None:
+    """Truncated, with an end mark."""
+    data = (source / FRAME).read_bytes()
+    (source / FRAME).write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+
+
+def dotted(image: Image.Image) -> Image.Image:
+    """Black, but for one pixel that is not."""
+    black = Image.new("RGB", image.size)
+    black.putpixel((5, 5), (255, 255, 255))
+    return black
+
+
 def columns_less(rows: list[bytes]) -> None:
     cells = rows[1].split(b"\t")
     rows[1] = b"\t".join(cells[:6] + cells[7:])
@@ -240,6 +253,8 @@ PLANTED = [
     Planted("truncated picture", lambda s: (s / FRAME).write_bytes((s / FRAME).read_bytes()[:-600]), FRAME),
     Planted("truncated picture", lambda s: (s / QUERY_FRAME).write_bytes((s / QUERY_FRAME).read_bytes()[:900]),
             QUERY_FRAME),
+    Planted("truncated picture", half_grey, rf"{FRAME} .*premature end"),
+    Planted("empty list", write(VAL_LIST, b""), rf"^{VAL_LIST}: found no line", also=("split without clips",)),
     Planted("empty picture", write(FRAME, b""), FRAME),
     Planted("empty picture", write(f"gallery/{LIVES[2]}/{IMAGE_IDS[3]}-0.jpg", b""), rf"image {IMAGE_IDS[3]}\)"),
     Planted("not a picture", write(QUERY_FRAME, bytes(500)), QUERY_FRAME),
@@ -250,11 +265,14 @@ PLANTED = [
     Planted("uniform picture", picture(FRAME, lambda image: Image.new("RGB", image.size)), rf"{FRAME} .*all black"),
     Planted("uniform picture", picture(shop(0), lambda image: Image.new("RGB", image.size, "white")), shop(0),
             also=("two shop images under one id",)),
+    Planted("uniform picture", picture(FRAME, dotted), rf"{FRAME} .*all black"),
     Planted("tiny picture", picture(FRAME, lambda image: image.resize((1, 1))), rf"{FRAME} .*found 1 x 1 pixels",
             also=("box outside the frame",)),
     Planted("oversized picture", lambda s: (s / FRAME).write_bytes(bomb((s / FRAME).read_bytes())), FRAME),
     Planted("missing frame", lambda s: (s / FRAME).unlink(), FRAME),
     Planted("missing frame", lambda s: (s / QUERY_FRAME).unlink(), QUERY_FRAME),
+    Planted("missing frame", lambda s: ((s / FRAME).unlink(), os.mkfifo(s / FRAME)), FRAME,
+            also=("unreadable picture",)),  # a pipe: nobody waits for what never comes
     Planted("missing frame", link(FRAME, "/nowhere/at/all.jpg"), FRAME,
             also=("path leaves the source",)),
     Planted("image id without an image", lambda s: (s / shop(0)).unlink(), shop(0)),
@@ -290,6 +308,8 @@ PLANTED = [
     Planted("frame in train and test", copy(FRAME, QUERY_FRAME), rf"{FRAME} .*found the same bytes as {QUERY_FRAME}"),
     Planted("frame in train and test", recode(QUERY_FRAME, FRAME),
             rf"{FRAME} .*found the same picture as {QUERY_FRAME}"),
+    Planted("frame in train and test", lambda s: picture(FRAME, lambda _: ImageOps.mirror(
+        Image.open(s / QUERY_FRAME).convert("RGB")), quality=80)(s), rf"{FRAME} .*the same picture as"),
     Planted("frame of two products", copy(FRAME, f"{folder_of(TRAIN[0])}/{TRAIN[0].id}/{TRAIN[0].frame_ids[0]}.jpg"),
             "whose product is another", "warning"),
     Planted("frame listed twice", cell(1, str(4 * [FRAME])), LINE + "found the frame", "warning"),
@@ -302,6 +322,7 @@ PLANTED = [
     Planted("truth without query", entry(TRUTH, lambda d: d.update(ghost=[IMAGE_IDS[2]])), r"clip ghost", "warning"),
     Planted("livestream without gallery", lines(GALLERY, without(LIVES[3])), TEST[2].id),
     Planted("image twice in a gallery", lines(GALLERY, lambda rows: rows.append(rows[0])), IMAGE_IDS[3], "warning"),
+    Planted("control characters", cell(5, "a\0title"), LINE + r"found 'a\\x00title' as image_title", "warning"),
     Planted("ids alike", cell(8, "SPU2"), "the product ids 'SPU2', 'spu2'", "warning"),
     Planted("turned by EXIF", picture(FRAME, lambda image: image, exif=TURNED), FRAME, "warning"),
     Planted("unusual colours", picture(FRAME, lambda image: image.convert("CMYK")), rf"{FRAME} .*CMYK", "warning"),
@@ -347,6 +368,27 @@ def test_all_faults_of_a_source_are_told_together(source: Path) -> None:
     assert kinds(examine(source)[1]) == {
         "missing frame": 1, "empty picture": 1, "not a list": 2, "query without truth": 1,
     }  # fmt: skip
+
+
+def test_what_a_jpeg_lost_is_seen_without_the_strict_decoder_too(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_grey(source)
+    monkeypatch.setattr(looks, "simplejpeg", None)
+    status, report = examine(source)
+    assert (status, kinds(report)) == (0, {"damaged picture": 1})
+    assert "grey in its lowest rows" in named(report, "damaged picture")[0]
+
+
+def test_each_kind_is_on_the_screen(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in source.glob("training_video_*/*/*.jpg"):
+        path.unlink()
+    (source / QUERY_FRAME).write_bytes(b"")
+    _, report = examine(source)
+    said = capsys.readouterr().out
+    missing = kinds(report)["missing frame"]
+    assert missing > 20 and said.count("error: training_video_") == doctor.SHOWN
+    assert f"error: {QUERY_FRAME}" in said and f"... and {missing - doctor.SHOWN} more" in said
 
 
 def test_a_known_kind_may_be_accepted(source: Path) -> None:

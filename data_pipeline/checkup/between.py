@@ -19,6 +19,9 @@ def compare(patient: Patient) -> Iterator[Fault]:
     """Faults between clips, shop images, splits and galleries."""
     charts = patient.charts
     for place, chart in enumerate(charts):
+        if not chart.clip_ids:
+            detail = "found no clip, needs some: nothing would be trained or judged; restore the list, or leave it out."
+            yield Fault("split without clips", chart.split, detail)
         for other in charts[place + 1 :]:
             yield from _ids_in_both(patient, chart, other)
             yield from _frames_in_both(patient, chart, other)

@@ -15,6 +15,7 @@ from data_pipeline.listing import NONE
 # Kinds that a conversion takes and that leave training and its figures what they are; every other kind is an error.
 WARNINGS = frozenset(
     {
+        "control characters",
         "damaged picture",
         "file of no manifest",
         "frame listed twice",

@@ -27,14 +27,17 @@ LOOK = np.dtype(
         ("key", "<u8"),  # of the file as it was; 0: no sound picture
         ("digest", "<u8"),  # of its bytes
         ("hash", "<u8"),  # of what it shows: where brightness rises from left to right, 8 x 8
+        ("mirror", "<u8"),  # the hash of its mirror image
         ("width", "<u4"),
         ("height", "<u4"),
         ("thumb", "u1", (4, 4, 3)),
     ]
 )
-VERSION = 1  # of LOOK and of what is refused: another one begins anew
+VERSION = 2  # of LOOK and of what is refused: another one begins anew
 MIN_SIDE = 16  # px: the smallest side of which a network of patches can see anything
 UNIFORM_RANGE = 12  # levels of 255: JPEG's noise on a black frame stays below it
+GREY_ROWS = 8  # of a block of JPEG
+STRAY = 0.1  # per cent of the pixels at either end that are not asked: a hot pixel, a dot
 ORIENTATION = 0x0112  # EXIF
 ODD_MODES = {"CMYK": "inks (CMYK)", "I": "32 bits", "F": "floats", "I;16": "16 bits", "I;16B": "16 bits"}
 
@@ -71,10 +74,16 @@ def _look_at(data: bytes, path: str, key: int, named: bool) -> Seen:
     brightness = np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
     look = np.zeros((), LOOK)
     look["key"], look["digest"] = key, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    look["hash"] = np.packbits(brightness[:, 1:] > brightness[:, :-1]).view("<u8")[0]
+    look["hash"], look["mirror"] = _hash(brightness), _hash(brightness[:, ::-1])
     look["width"], look["height"] = picture.size
     look["thumb"] = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX))
-    return Seen(look, [BadInputError(reason, detail, path) for reason, detail in _oddities(picture, rgb, data)])
+    problems = [BadInputError(reason, detail, path) for reason, detail in _oddities(picture, rgb, look["thumb"], data)]
+    return Seen(look, problems)
+
+
+def _hash(brightness: NDArray[np.int16]) -> np.uint64:
+    bits: np.uint64 = np.packbits(brightness[:, 1:] > brightness[:, :-1]).view("<u8")[0]
+    return bits
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -84,16 +93,20 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _oddities(picture: Image.Image, rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
+def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], data: bytes) -> list[tuple[str, str]]:
     """Reason and detail of what a conversion takes and a person should know."""
     found = []
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
         detail = f"found {width} x {height} pixels, needs {MIN_SIDE} on each side; replace the file."
         found.append(("tiny picture", detail))
-    pixels = np.asarray(rgb).reshape(-1, 3)
-    darkest, brightest = pixels.min(axis=0), pixels.max(axis=0)
-    if np.ptp([darkest, brightest], axis=0).max() <= UNIFORM_RANGE and len(pixels) > 1:
+    # The thumb first: percentiles of every picture would cost more than decoding it.
+    if np.ptp(thumb.reshape(-1, 3).astype(np.int16), axis=0).max() <= 2 * UNIFORM_RANGE and width * height > 1:
+        darkest, brightest = np.percentile(np.asarray(rgb).reshape(-1, 3), (STRAY, 100 - STRAY), axis=0).astype(int)
+        uniform = (brightest - darkest).max() <= UNIFORM_RANGE
+    else:
+        uniform = False
+    if uniform:
         colour = "black" if brightest.max() <= 2 * UNIFORM_RANGE else f"of one colour {tuple(darkest.tolist())}"
         found.append(("uniform picture", f"is all {colour}, needs something to see; replace the file or leave it out."))
     if picture.mode in ODD_MODES:
@@ -103,14 +116,25 @@ def _oddities(picture: Image.Image, rgb: Image.Image, data: bytes) -> list[tuple
         if picture.getexif().get(ORIENTATION, 1) not in (0, 1):
             detail = "is to be turned by its EXIF, which training does not unless data.apply_exif; turn it for good."
             found.append(("turned by EXIF", detail))
-    if simplejpeg and picture.format == "JPEG" and picture.mode == "RGB":
-        try:
-            simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError as err:  # stricter than Pillow, which shows what is lost as grey or as stripes
-            found.append(("damaged picture", f"decodes with a complaint ({err}); look at it, and restore the file."))
+    if picture.format == "JPEG" and picture.mode == "RGB":
+        found += _damage(rgb, data)
     if picture.format != "MPO" and _has_second(picture):
         found.append(("several pictures in a file", "is animated or has pages, of which the first is used; split it."))
     return found
+
+
+def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
+    """What Pillow passes over: it shows what a JPEG has lost as grey or as stripes, when an end mark is there."""
+    mend = "look at it, and restore the file."
+    if simplejpeg:
+        try:
+            simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError as err:
+            reason = "truncated picture" if "premature end" in str(err).lower() else "damaged picture"
+            return [(reason, f"decodes with a complaint ({err}); {mend}")]
+    elif rgb.height > GREY_ROWS and rgb.crop((0, rgb.height - GREY_ROWS, *rgb.size)).getextrema() == 3 * ((128, 128),):
+        return [("damaged picture", f"has nothing but grey in its lowest rows, as where the end is lost; {mend}")]
+    return []
 
 
 def _has_second(picture: Image.Image) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from data_pipeline.workers import Workers
 CLIPS_A_TASK = 64
 IMAGES_A_TASK = 512
 BOX_SLACK = 0.5  # px by which a box may stick out: the rounding of a download that shrank its frame
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")  # and what stands for a character that was lost
+TEXTS = ("image_title", "category", "category_name", "product", "speech", "scale", "duration", "number")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -63,7 +66,7 @@ class RawSource:
         """Lists, and where the pictures are; a split that cannot be read is a fault, and the others go on."""
         self._all_but_bad(self.splits, lambda splits: self._list(splits, run))
         for listing in self.listings:
-            self.faults += listing.faults
+            self.faults += [*listing.faults, *_empty_lists(listing)]
             listing.faults = []
         self._all_but_bad(self.listings, lambda listings: self._locate(listings, run, work))
         for index in self.layout.indices.values() if isinstance(self.layout, Lpr4m) else ():
@@ -178,6 +181,14 @@ class RawSource:
         picture = found[frame].picture
         assert isinstance(picture, Picture)  # its look is sound
         return picture
+
+
+def _empty_lists(listing: Listing) -> Iterator[Fault]:
+    """Parts of a list that say nothing, as an interrupted download leaves them."""
+    told = {fault.file for fault in listing.faults}
+    for number, file in enumerate(listing.files):
+        if file not in told and not np.any(listing.lines["file"] == number):
+            yield Fault("empty list", file, "found no line, needs one a clip; restore the file, or remove it.")
 
 
 def _of_split(error: BadInputError | WrongUseError, layout: Layout, split: str) -> Fault:
@@ -297,6 +308,11 @@ def examine_clips(surgery: Surgery, split: str, clips: Sequence[tuple[str, Line 
             part.result.counts.append(0)  # told when the lists were read
             continue
         part.result.counts.append(len(found))
+        for name in TEXTS:
+            text = getattr(listed, name, "")
+            if CONTROL.search(text):
+                detail = f"found {text!r:.80} as {name}, needs text without control characters; correct the cell."
+                part.result.faults.append(fault(BadInputError("control characters", detail)))
         before: set[str] = set()
         for each in found:
             look = part.look(each.picture, fault)
