@@ -106,12 +106,9 @@ def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytes
     assert any(f"shape=(2, {WIDTH}, 88)" in fault or f"shape=({WIDTH}, 88)" in fault for fault in inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"icl_same_product": "masked", "exclude_same_product": True},
-        pytest.param({"cross_dropout": 0.0}, marks=pytest.mark.slow),
-    ],
+    "options", [{"icl_same_product": "masked", "exclude_same_product": True}, {"cross_dropout": 0.0}]
 )
 def test_the_official_formulation_gives_our_losses_and_gradients(options: dict[str, Any]) -> None:
     config, mesh = config_of(2, **options), official.mesh_of(4, 2)
