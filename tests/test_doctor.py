@@ -370,9 +370,7 @@ def test_all_faults_of_a_source_are_told_together(source: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_a_jpeg_lost_is_seen_without_the_strict_decoder_too(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_jpeg_lost_is_seen_without_the_strict_decoder_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half_grey(source)
     monkeypatch.setattr(looks, "simplejpeg", None)
     status, report = examine(source)
