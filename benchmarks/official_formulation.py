@@ -78,19 +78,7 @@ def make_loss(net: model.Rice, options: Any, mesh: Mesh, specs: Any) -> Callable
     """As losses.make_loss; ValueError for options that the official code does not have."""
     if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
         raise ValueError("the official formulation is of ICL, PMD and PFR, mined from image to clip; set loss so.")
-    batch_spec = sharding.P(sharding.BATCH)
-    local = jax.shard_map(
-        functools.partial(local_losses, net, options, specs),
-        mesh=mesh,
-        in_specs=(specs, batch_spec, sharding.P()),
-        out_specs=(sharding.P(), sharding.P()),
-    )
-
-    def loss(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        parts, counts = local(params, {name: batch[name] for name in ("frames", "mask", "image", "product")}, key)
-        return sum(options[name] * value for name, value in parts.items()), {**parts, **counts}
-
-    return loss
+    return losses.make_loss(net, options, mesh, specs, local=local_losses)
 
 
 if __name__ == "__main__":

@@ -356,19 +356,22 @@ def local_losses(
     }
 
 
-def make_loss(model: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., tuple[Array, dict[str, Array]]]:
+def make_loss(
+    model: Rice, options: Any, mesh: Mesh, specs: Any, *, local: Callable[..., Any] = local_losses
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """loss(params, batch, key) -> (total, parts) over a global batch on `mesh`. Differentiate it from outside.
 
     Args:
       options: the config's `loss` section.
       specs: PartitionSpecs of the parameters.
+      local: what each device computes; benchmarks put the official formulation here.
 
     `batch` holds frames uint8 [G,N,px,px,3], mask int32 [G,N], image uint8 [G,px,px,3] and product int32 [G];
     `parts` the unweighted losses and the counts of what mining missed.
     """
     batch_spec = sharding.P(sharding.BATCH)
     losses = jax.shard_map(
-        functools.partial(local_losses, model, options, specs),
+        functools.partial(local, model, options, specs),
         mesh=mesh,
         in_specs=(specs, batch_spec, sharding.P()),
         out_specs=(sharding.P(), sharding.P()),
