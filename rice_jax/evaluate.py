@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.records import Dataset, open_dataset
+from data_pipeline.tfrecord import write_file
 from rice_jax import config as configuration
 from rice_jax import hosts, retrieval
 from rice_jax.version import __version__
@@ -48,9 +49,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not hosts.is_first():
         return
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in retrieval.rankings(result, split))
-    (output / "rankings.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_file(output / "rankings.jsonl", "".join(lines).encode())
     text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
-    (output / "metrics.json").write_text(text)
+    write_file(output / "metrics.json", text.encode())
     print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
 
 

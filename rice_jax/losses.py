@@ -144,25 +144,27 @@ def pfr_loss(
 # --- what feeds them --------------------------------------------------------------------------------------------------
 
 
-def divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is not above `most`."""
-    return max(size for size in range(1, most + 1) if n % size == 0)
-
-
 def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
     """f over chunks of the leading axis, each recomputed in the backward pass; 0: all at once, nothing recomputed.
 
-    Chunks are of one size, hence of the largest that divides the rows and is not above `chunk`.
+    As few chunks as `chunk` rows at most allow, all of one size: copies of the last row fill up the last chunk, and
+    what f makes of them is dropped.
 
     With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
     if not chunk or n <= chunk:
         return f(rows)
-    chunk = divisor(n, chunk)
-    split = jax.tree.map(lambda a: a.reshape(n // chunk, chunk, *a.shape[1:]), rows)
-    out = jax.lax.map(jax.checkpoint(f), split)
-    return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), out)
+    count = -(-n // chunk)
+    size = -(-n // count)
+
+    def split(a: Array) -> Array:
+        if spare := count * size - n:
+            a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (spare, *a.shape[1:]))])
+        return a.reshape(count, size, *a.shape[1:])
+
+    out = jax.lax.map(jax.checkpoint(f), jax.tree.map(split, rows))
+    return jax.tree.map(lambda a: a.reshape(count * size, *a.shape[2:])[:n], out)
 
 
 class Encoded(NamedTuple):
@@ -309,7 +311,7 @@ def hard_pairs(
         directions.append(HardPairs(hard, found, logits, units))
     if options.mining_direction in ("clip_to_image", "both"):
         hard, found = mined(encoded.clips, everyone.images)
-        logits = pairs.clip_to_image_logits(*inputs, hard, chunk=divisor(rows, options.unit_chunk))
+        logits = pairs.clip_to_image_logits(*inputs, hard, chunk=options.unit_chunk)
         directions.append(HardPairs(hard, found, logits, sharding.varying(jnp.int32(0))))
     return directions
 

@@ -178,14 +178,17 @@ def clip_to_image_logits(
 ) -> Float[Array, "B k"]:
     """Logits of every clip against its hard images; the anchors are the clips at home, so the load is always even."""
     rows = hard_images.shape[0]
-    return decode_units(
+    chunk = min(chunk, rows)
+    spare = -rows % chunk  # copies of the last clip fill up the last chunk; their logits are dropped
+    logits = decode_units(
         decode,
         params,
         class_tokens,
         keys_values,
         context,
-        hard_images,
-        sharding.varying(jnp.arange(rows)),
+        jnp.pad(hard_images, ((0, spare), (0, 0)), mode="edge"),
+        sharding.varying(jnp.minimum(jnp.arange(rows + spare), rows - 1)),
         count=sharding.varying(jnp.int32(rows)),
         chunk=chunk,
     )
+    return logits[:rows]

@@ -287,8 +287,8 @@ def advise(config: Any, devices: int, ask: Callable[[Any], Report]) -> dict[str,
 def largest(config: Any, devices: int, ask: Callable[[Any], Report]) -> Report:
     """The report of the largest batch that fits, a multiple of the devices. When none fits, that of one row a device.
 
-    Where a device has more than 64 rows, their number is a multiple of 16: chunks are divisors of it, and small ones of
-    an odd number would be slow. Taken for granted: more rows take more memory.
+    Where a device has more than 64 rows, their number is a multiple of 16, which fills a chip's registers. Taken for
+    granted: more rows take more memory.
     """
     tried: dict[int, Report] = {}
 

@@ -134,9 +134,10 @@ def test_same_product_pairs_are_no_negatives(icl: str, mesh_shape: tuple[int, in
     assert int(parts["negatives_missing"]) == 14
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (8, 1)])
-def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int]) -> None:
-    check("random", mesh_shape, micro_batch=5, pair_chunk=1, icl_chunk=1, frame_icl=1.0)
+@pytest.mark.parametrize(("mesh_shape", "chunk"), [((1, 1), 3), ((8, 1), 1)])  # of 16 and of 2 rows: with a rest too
+def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int], chunk: int) -> None:
+    chunks = {"pair_chunk": chunk, "icl_chunk": chunk, "unit_chunk": chunk}
+    check("random", mesh_shape, micro_batch=5, frame_icl=1.0, mining_direction="both", **chunks)
 
 
 SIGMOID = {"icl_form": "sigmoid", "pmd": 0.0, "pfr": 0.0, "icl_chunk": 2}
