@@ -43,6 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.max_aspect = 1.0  # above 1: that crop's width : height is off by up to this factor, either way
     c.data.shrink_to = 0  # px: those crops are of pictures shrunk to this shorter side, to save memory; 0: as they are
     c.data.colour_jitter = 0.0  # strength of brightness, contrast and saturation changes, in training
+    c.data.white_balance = 0.0  # red, green and blue each times 1 - this to 1 + this, in training
+    c.data.erase = 0.0  # chance that training paints a square over, of 0.2 to 0.5 of the picture's side
     c.data.apply_exif = False  # turn pictures as their EXIF orientation says
     c.data.cache_bytes = 0  # memory for decoded and resized training pictures: the same pixels, for a set that fits
     c.data.threads = 4  # that read, decode and resize, a process
@@ -51,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.patch_size = 32  # px
     c.model.stem_channels = ()  # of 3x3 convolutions of stride 2 in place of the patch embedding, one a halving
-    c.model.stem_blocks = ()  # residual convolutions after each of them
+    c.model.stem_blocks = ()  # residual blocks, of two convolutions each, after each of them
     c.model.pool = "class_token"  # or "mean" of all tokens: what the embedding is made of
     c.model.width = 768  # D
     c.model.layers = 12  # L

@@ -30,8 +30,10 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, 
 
 AUGMENT_STREAM = int.from_bytes(b"augment")  # second half of the Philox key: no other use of the seed gets these words
 SHOP_IMAGE, FIRST_FRAME, WHOLE_CLIP = 0, 1, 2**32  # `picture` in words(): slot k of the clip is FIRST_FRAME + k
-PICTURE_WORDS = 8  # a picture's words by position: an option that is turned on leaves the others' words alone
-CROP_Y, CROP_X, FLIP, AREA, ASPECT, BRIGHTNESS, CONTRAST, SATURATION = range(PICTURE_WORDS)
+PICTURE_WORDS = 15  # a picture's words by position: an option that is turned on leaves the others' words alone
+CROP_Y, CROP_X, FLIP, AREA, ASPECT, BRIGHTNESS, CONTRAST, SATURATION = range(8)
+RED, GREEN, BLUE, ERASE, ERASE_Y, ERASE_X, ERASE_SIDE = range(8, PICTURE_WORDS)
+ERASED = (123, 117, 104)  # CLIP's mean colour (SPEC 9.5): nothing, to the network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class FrameOptions:
     max_aspect: float = 1.0  # above 1: that crop's width : height is off by up to this factor, either way
     shrink_to: int = 0  # such crops are of a picture whose shorter side is at most this; 0: of the picture as it is
     colour_jitter: float = 0.0  # brightness, contrast and saturation times 1 - c to 1 + c
+    white_balance: float = 0.0  # red, green and blue, each times 1 - w to 1 + w
+    erase: float = 0.0  # chance that a square of 0.2 to 0.5 of the side is painted over
     apply_exif: bool = False  # turn pictures as their EXIF orientation says; the official code does not
 
     def __post_init__(self) -> None:
@@ -66,11 +70,14 @@ class FrameOptions:
             raise ValueError(f"shrink_to: found {self.shrink_to}, needs 0 or at least image_size, {self.image_size}.")
         if self.num_frames < 1:
             raise ValueError(f"num_frames: found {self.num_frames}, needs at least 1.")
-        if not 0 < self.min_scale <= 1 or self.max_aspect < 1 or not 0 <= self.colour_jitter <= 1:
+        if not 0 < self.min_scale <= 1 or not self.max_aspect >= 1:
             raise ValueError(
-                f"min_scale, max_aspect, colour_jitter: found {self.min_scale}, {self.max_aspect}, "
-                f"{self.colour_jitter}; needs 0 < min_scale <= 1 <= max_aspect and 0 <= colour_jitter <= 1."
+                f"min_scale, max_aspect: found {self.min_scale}, {self.max_aspect}; "
+                "needs 0 < min_scale <= 1 <= max_aspect."
             )
+        for name in ("colour_jitter", "white_balance", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, needs 0 to 1.")
 
     @property
     def crops_at_random_scale(self) -> bool:
@@ -232,7 +239,11 @@ def augment(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixe
     pixels = crop(pixels, options, picture_words)
     if options.flip and below(picture_words[FLIP], 2):
         pixels = mirror(pixels)
-    return jitter(pixels, options.colour_jitter, picture_words) if options.colour_jitter else pixels
+    if options.colour_jitter:
+        pixels = jitter(pixels, options.colour_jitter, picture_words)
+    if options.white_balance:
+        pixels = balance(pixels, options.white_balance, picture_words)
+    return erase(pixels, options.erase, picture_words) if options.erase else pixels
 
 
 def mirror(pixels: Pixels) -> Pixels:
@@ -276,3 +287,25 @@ def jitter(pixels: Pixels, strength: float, picture_words: Words) -> Pixels:
     for enhancer, position in steps:
         picture = enhancer(picture).enhance(uniform(picture_words[position], 1 - strength, 1 + strength))
     return np.asarray(picture)
+
+
+def balance(pixels: Pixels, strength: float, picture_words: Words) -> Pixels:
+    """Each channel times a factor of its own, 1 - strength to 1 + strength: the same thing under another lamp."""
+    factors = [uniform(picture_words[position], 1 - strength, 1 + strength) for position in (RED, GREEN, BLUE)]
+    return np.clip(pixels * np.array(factors, np.float32) + 0.5, 0, 255).astype(np.uint8)
+
+
+def erase(pixels: Pixels, chance: float, picture_words: Words) -> Pixels:
+    """With that chance, a square of 0.2 to 0.5 of the side is painted over; its centre is anywhere in the picture."""
+    if uniform(picture_words[ERASE], 0.0, 1.0) >= chance:
+        return pixels
+    height, width = pixels.shape[:2]
+    half = uniform(picture_words[ERASE_SIDE], 0.1, 0.25)
+    y, x = (uniform(picture_words[position], 0.0, 1.0) for position in (ERASE_Y, ERASE_X))
+    rows, columns = (
+        slice(max(0, round((centre - half) * side)), round((centre + half) * side))
+        for centre, side in ((y, height), (x, width))
+    )
+    painted = pixels.copy()
+    painted[rows, columns] = ERASED
+    return painted

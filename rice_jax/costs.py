@@ -37,7 +37,7 @@ def embedding_macs(config: Any) -> int:
     macs, before = 0, 3
     for channels, blocks in zip(c.stem_channels, c.stem_blocks, strict=True):
         side = -(-side // 2)
-        macs += 9 * side**2 * channels * (before + blocks * channels)
+        macs += 9 * side**2 * channels * (before + 2 * blocks * channels)
         before = channels
     return macs + patches * before * c.width
 

@@ -248,6 +248,8 @@ OPTIONS = st.fixed_dictionaries(
         "min_scale": st.floats(),
         "max_aspect": st.floats(),
         "colour_jitter": st.floats(),
+        "white_balance": st.floats(),
+        "erase": st.floats(),
         "shrink_to": st.integers(-1, 99),
     },
 )

@@ -10,7 +10,7 @@ from rice_jax import demo
 
 TINY = [
     "--config.num_updates=2", "--config.batch_size=8", "--config.optimizer.warmup_updates=1", "--config.model.width=24",
-    "--config.model.stem_channels=8,8,8", "--config.model.stem_blocks=0,0,0", "--config.model.layers=1",
+    "--config.model.stem_channels=8,8,8,8", "--config.model.stem_blocks=0,0,0,0", "--config.model.layers=1",
     "--config.model.hidden=24", "--config.model.embedding=16", "--config.data.image_size=32", "--config.data.resize=32",
     "--config.loss.pmd=0", "--config.loss.pfr=0",
 ]  # fmt: skip

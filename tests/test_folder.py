@@ -106,7 +106,7 @@ def test_a_folder_of_phone_pictures_is_converted_trained_on_and_ranked(
     config.data.path = str(phone / "records")
     config.update({"num_updates": 3, "eval_every": 0, "eval_batch_size": 16, "log_every": 1})
     config.data.update({"image_size": 16, "resize": 16, "shrink_to": 24})
-    config.model.update({"stem_channels": (8, 8, 8), "width": 16, "layers": 1, "hidden": 32, "embedding": 16})
+    config.model.update({"stem_channels": (8, 8, 8, 8), "width": 24, "layers": 1, "hidden": 32, "embedding": 16})
     config.optimizer.warmup_updates = 1
     figures = train.train_and_evaluate(config, tmp_path / "run")
     assert figures["queries"] == 12 and figures["mean_gallery_size"] == 12  # of val, which the set has

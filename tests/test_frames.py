@@ -424,6 +424,40 @@ def test_colour_jitter_reaches_both_ends_and_its_middle_changes_nothing():
     np.testing.assert_allclose(frames.augment(pixels, options, bright), np.minimum(pixels * 1.5, 255), atol=1)
 
 
+def test_white_balance_turns_each_channel_by_its_own_word():
+    pixels = np.asarray(picture(16, 16)) // 2 + 50
+    options = FrameOptions(image_size=16, resize=16, flip=False, white_balance=0.2)
+    middle = {"red": 2**63, "green": 2**63, "blue": 2**63}
+    np.testing.assert_array_equal(frames.augment(pixels, options, words_for(**middle)), pixels)
+    for channel, name in enumerate(middle):
+        for word, factor in ((0, 0.8), (2**64 - 1, 1.2)):
+            expected = pixels.astype(float)
+            expected[..., channel] *= factor
+            found = frames.augment(pixels, options, words_for(**middle | {name: word}))
+            np.testing.assert_allclose(found, np.minimum(expected, 255), atol=0.51)
+
+
+@pytest.mark.parametrize(("side_word", "area"), [(0, 8 * 8), (2**64 - 1, 20 * 20)])  # 0.2 and 0.5 of 40 px
+def test_erasing_paints_one_square_of_the_side_it_drew(side_word: int, area: int) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    options = FrameOptions(image_size=40, resize=40, flip=False, erase=0.5)
+    centre = {"erase_y": 2**63, "erase_x": 2**63, "erase_side": side_word}
+    found = frames.augment(pixels, options, words_for(erase=0, **centre))
+    painted = (found == frames.ERASED).all(axis=-1)
+    rows, columns = np.nonzero(painted)
+    assert painted.sum() == area == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    assert rows.mean() == columns.mean() == 19.5 and not found[~painted].any() and not pixels.any()
+    corner = frames.augment(pixels, options, words_for(erase=0, erase_side=side_word))
+    assert (corner == frames.ERASED).all(axis=-1).sum() == area / 4  # its centre is the picture's corner
+
+
+def test_erasing_happens_as_often_as_asked():
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    options = FrameOptions(image_size=8, resize=8, flip=False, erase=0.3)
+    drawn = [frames.augment(pixels, options, frames.words(5, 0, example, 1)).any() for example in range(2000)]
+    assert 0.27 < np.mean(drawn) < 0.33
+
+
 def test_turning_an_option_on_leaves_the_crop_alone():
     pixels = np.asarray(picture(32, 32))
     for example in range(50):
@@ -444,6 +478,8 @@ def test_turning_an_option_on_leaves_the_crop_alone():
         {"min_scale": 0.0},
         {"max_aspect": 0.5},
         {"colour_jitter": 1.5},
+        {"white_balance": -0.1},
+        {"erase": 1.5},
     ],
     ids=str,
 )

@@ -27,8 +27,8 @@ TINY = [
     "--config.optimizer.warmup_updates=1",
 ]
 SIZES = {
-    "folder": "--config.data.image_size=16 --config.data.resize=16 --config.model.stem_channels=8,8,8 "
-    "--config.model.width=16 --config.model.layers=1 --config.model.hidden=32 --config.model.embedding=16",
+    "folder": "--config.data.image_size=16 --config.data.resize=16 --config.model.stem_channels=8,8,8,8 "
+    "--config.model.width=24 --config.model.layers=1 --config.model.hidden=32 --config.model.embedding=16",
     "lpr750k": "--config.data.image_size=24 --config.data.resize=24 --config.model.patch_size=8 "
     "--config.model.width=128 --config.model.layers=3 --config.model.heads=2 --config.model.hidden=512 "
     "--config.model.embedding=48",
