@@ -12,8 +12,8 @@ def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
     c = grocery.get_config(arg)
     c.unlock()
     c.num_updates = 320
-    c.data.min_scale = 0.6  # a pattern must be seen whole
-    c.loss.patch_drop = 0.0  # and with more clips than grocery's there is less to learn by heart
+    c.data.min_scale, c.data.resize = 0.6, 72  # a pattern must be seen whole
+    c.data.erase = 0.0  # and with more clips than grocery's there is less to learn by heart
     pmd, pfr = default.stage(arg)
     c.loss.pmd, c.loss.pfr = 0.2 * pmd, 0.02 * pfr  # in so few updates the embedding comes first
     c.log_every, c.eval_every, c.checkpoint_every = 20, 0, 80
