@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.heads = 12  # of the encoder; CLIP: D/64
     c.model.hidden = 3072  # of the MLPs
     c.model.embedding = 512  # E
-    c.model.activation = "quick_gelu"  # or "gelu": must be the pretrained weights' own
+    c.model.activation = "quick_gelu"  # of the MLPs, or "gelu": must be the pretrained weights' own; a stem has ReLU
     c.model.decoder_heads = 8  # H; official 8, D/64 is what CLIP's blocks were trained with [3]
     c.model.decoder_self_eps = 1e-12  # LayerNorm of the decoder's self layer; 1e-5 everywhere else [6]
     c.model.cross_kv_norm = False  # LayerNorm before the decoder's keys and values [4]

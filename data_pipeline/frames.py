@@ -296,7 +296,7 @@ def balance(pixels: Pixels, strength: float, picture_words: Words) -> Pixels:
 
 
 def erase(pixels: Pixels, chance: float, picture_words: Words) -> Pixels:
-    """With that chance, a square of 0.2 to 0.5 of the side is painted over; its centre is anywhere in the picture."""
+    """With that chance, a square of 0.2 to 0.5 of the side is painted over; cut at its edge: its centre is anywhere."""
     if uniform(picture_words[ERASE], 0.0, 1.0) >= chance:
         return pixels
     height, width = pixels.shape[:2]

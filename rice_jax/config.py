@@ -245,9 +245,9 @@ def validate(config: Any) -> None:
     stem, blocks = f["model.stem_channels"], f["model.stem_blocks"]
     if stem and 2 ** len(stem) != f["model.patch_size"]:
         faults.append(f"model.stem_channels {stem} needs log2 of model.patch_size {f['model.patch_size']} numbers")
-    if len(blocks) != len(stem) or any(channels < 1 or channels % 8 for channels in stem):
+    if len(blocks) != len(stem) or any(channels < 1 for channels in stem):
         faults.append(
-            f"model.stem_channels {stem} needs multiples of 8, and model.stem_blocks {blocks} as many numbers"
+            f"model.stem_channels {stem} needs positive numbers, and model.stem_blocks {blocks} as many numbers"
         )
     if f["optimizer.warmup_updates"] >= f["num_updates"]:
         faults.append(

@@ -199,7 +199,7 @@ class Convolution(nn.Module):
     """A 3x3 convolution of standardised kernels (mean 0, norm sqrt 2), with a gain and a bias a channel.
 
     Kernels are normed rather than what they give. So nothing depends on the batch, and a picture keeps what a norm over
-    its pixels takes away: how bright and how coloured it is.
+    its pixels takes away: its contrast, and how its channels differ. A shade that all of them share is lost.
     """
 
     channels: int
@@ -229,7 +229,7 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions in place of one large patch: learns far faster from few pictures.
+    """3x3 convolutions and ReLU in place of one large patch: learns far faster from few pictures.
 
     A convolution of stride 2 for each halving, each followed by its number of residual blocks: two convolutions of
     stride 1, what they add scaled by a learnt number a channel, small at first. Then a linear map to the width.

@@ -178,7 +178,7 @@ def clip_to_image_logits(
 ) -> Float[Array, "B k"]:
     """Logits of every clip against its hard images; the anchors are the clips at home, so the load is always even."""
     rows = hard_images.shape[0]
-    chunk = min(chunk, rows)
+    chunk = -(-rows // -(-rows // chunk))  # as few chunks as it allows, all of one size
     spare = -rows % chunk  # copies of the last clip fill up the last chunk; their logits are dropped
     logits = decode_units(
         decode,

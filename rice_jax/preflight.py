@@ -287,7 +287,7 @@ def advise(config: Any, devices: int, ask: Callable[[Any], Report]) -> dict[str,
 def largest(config: Any, devices: int, ask: Callable[[Any], Report]) -> Report:
     """The report of the largest batch that fits, a multiple of the devices. When none fits, that of one row a device.
 
-    Where a device has more than 64 rows, their number is a multiple of 16, which fills a chip's registers. Taken for
+    Where a device has more than 64 rows, their number is a multiple of 16, which shortens the search. Taken for
     granted: more rows take more memory.
     """
     tried: dict[int, Report] = {}
