@@ -134,7 +134,7 @@ def test_same_product_pairs_are_no_negatives(icl: str, mesh_shape: tuple[int, in
     assert int(parts["negatives_missing"]) == 14
 
 
-@pytest.mark.parametrize(("mesh_shape", "chunk"), [((1, 1), 3), ((8, 1), 1)])  # of 16 and of 2 rows: with a rest too
+@pytest.mark.parametrize(("mesh_shape", "chunk"), [((1, 1), 3), ((2, 1), 3), ((8, 1), 1)])  # 3 leaves a rest
 def test_micro_batches_and_chunks_change_nothing(mesh_shape: tuple[int, int], chunk: int) -> None:
     chunks = {"pair_chunk": chunk, "icl_chunk": chunk, "unit_chunk": chunk}
     check("random", mesh_shape, micro_batch=5, frame_icl=1.0, mining_direction="both", **chunks)
