@@ -32,8 +32,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# A file's tests stay together, for what its fixtures make once. More than four processes take more memory than they are worth.
 unit: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
