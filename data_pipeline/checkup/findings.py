@@ -120,7 +120,7 @@ def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
         "without": int(np.count_nonzero(column == NONE)),
         "once": int(np.count_nonzero(ranked == 1)),
         "median": float(np.median(ranked)) if len(ranked) else 0.0,
-        "share_of_the_first_tenth": round(float(ranked[:tenth].sum() / max(1, ranked.sum())), 4),
+        "share_of_the_first_tenth": round(int(ranked[:tenth].sum()) / max(1, int(ranked.sum())), 4),
         "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:LONG_TAIL]},
         "ranked": ranked[np.unique(np.geomspace(1, len(ranked), 40).astype(int)) - 1].tolist() if len(ranked) else [],
     }

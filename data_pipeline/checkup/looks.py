@@ -101,7 +101,7 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
         detail = f"found {width} x {height} pixels, needs {MIN_SIDE} on each side; replace the file."
         found.append(("tiny picture", detail))
     # The thumb first: percentiles of every picture would cost more than decoding it.
-    if np.ptp(thumb.reshape(-1, 3).astype(np.int16), axis=0).max() <= 2 * UNIFORM_RANGE and width * height > 1:
+    if np.max(np.ptp(thumb.reshape(-1, 3).astype(np.int16), axis=0)) <= 2 * UNIFORM_RANGE and width * height > 1:
         darkest, brightest = np.percentile(np.asarray(rgb).reshape(-1, 3), (STRAY, 100 - STRAY), axis=0).astype(int)
         uniform = (brightest - darkest).max() <= UNIFORM_RANGE
     else:

@@ -99,7 +99,7 @@ def _spots(x: Field, y: Field, dice: Dice) -> Field:
     discs = [
         -np.hypot(x - dice.uniform(-1, 1), y - dice.uniform(-1.3, 1.3)) / dice.uniform(0.25, 0.6) for _ in range(7)
     ]
-    return np.maximum.reduce(discs)
+    return np.max(discs, axis=0)
 
 
 def _scales(x: Field, y: Field, dice: Dice) -> Field:

@@ -40,7 +40,7 @@ class Sprite:
     def edge(self, y: float, *, right: bool) -> tuple[float, float]:
         """The silhouette's outermost point at a height, of the unit square."""
         at_height = self.hull[np.abs(self.hull[:, 1] - y) < 0.05]
-        return (float(at_height[:, 0].max() if right else at_height[:, 0].min()), y)
+        return (float(np.max(at_height[:, 0]) if right else np.min(at_height[:, 0])), y)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
