@@ -147,20 +147,19 @@ class Watch:
 
     def _run(self) -> None:
         told: tuple[str, int, float] | None = None
-        full = False
-        period = min(LOOK_SECONDS, self._seconds / 4) if self._seconds else LOOK_SECONDS
-        while not self._over.wait(period):
-            full = full or _tell_of_memory()
-            wait = self._wait
-            if wait is None or not self._seconds:
-                continue
-            stood = time.monotonic() - wait[2]
-            if wait is not told and stood >= self._seconds:
-                told = wait
-                self._report(wait, stood)
-            elif wait is told and self._ends and stood >= 2 * self._seconds:
-                warn(f"still waiting for the {wait[0]} for {stood:.0f} s; ends (stall_ends). The same command goes on.")
-                os._exit(1)  # nothing else would: a collective that hangs cannot be cancelled
+        full, looked = False, -math.inf
+        while not self._over.wait(min(LOOK_SECONDS, self._seconds / 4) if self._seconds else LOOK_SECONDS):
+            if self._seconds and (wait := self._wait) is not None:
+                stood = time.monotonic() - wait[2]
+                if wait is not told and stood >= self._seconds:
+                    told = wait
+                    self._report(wait, stood)
+                elif wait is told and self._ends and stood >= 2 * self._seconds:
+                    still = f"still waiting for the {wait[0]} after {stood:.0f} s"
+                    warn(f"{still}; ends (stall_ends). The same command goes on.")
+                    os._exit(1)  # nothing else would: a collective that hangs cannot be cancelled
+            if not full and time.monotonic() - looked >= LOOK_SECONDS:  # which opens a file for each thread
+                full, looked = _tell_of_memory(), time.monotonic()
 
     def _report(self, wait: tuple[str, int, float], stood: float) -> None:
         what, step, _ = wait
@@ -190,9 +189,11 @@ def _tell_of_memory() -> bool:
 
 def resident_bytes() -> int:
     """Of this process and its children; 0 where there is no /proc."""
-    total = 0
-    children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    for process in ["self", *children.split()]:
+    total, processes = 0, ["self"]
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            processes += path.read_text().split()
+    for process in processes:
         with contextlib.suppress(OSError):  # it has ended
             total += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return total

@@ -74,14 +74,25 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
     assert status == 143 and "the signal once more ends" in said and "came to its end" not in said
 
 
+def until(capfd: pytest.CaptureFixture[str], text: str) -> str:
+    """What was said on stderr up to the text, which a busy machine may let come late."""
+    said, deadline = "", time.monotonic() + 60
+    while text not in said:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.02)
+        said += capfd.readouterr().err
+    return said
+
+
 def test_a_wait_that_lasts_is_reported_once_and_what_has_no_name_never(capfd: pytest.CaptureFixture[str]) -> None:
     with guards.Watch(0.2, ends=False) as watch:
         watch.waits_for("", 3)
         time.sleep(0.5)
         assert capfd.readouterr().err == ""
         watch.waits_for("device", 4)
-        time.sleep(1.0)
-    told = capfd.readouterr().err
+        told = until(capfd, "test_guards.py")
+        time.sleep(0.5)
+    told += capfd.readouterr().err
     assert told.count("waits for the device for") == 1 and "after update 4" in told and "collective" in told
     assert "test_guards.py" in told  # the stack
 
@@ -113,8 +124,9 @@ def test_memory_near_its_limit_is_told_once_with_figures(
     monkeypatch.setattr(guards, "memory_limit", lambda: int(held * 1.05))
     monkeypatch.setattr(guards, "LOOK_SECONDS", 0.05)
     with guards.Watch(0.0, ends=False):
-        time.sleep(0.5)
-    told = capfd.readouterr().err
+        told = until(capfd, "warning: memory:")
+        time.sleep(0.3)
+    told += capfd.readouterr().err
     assert told.count("warning: memory:") == 1 and f"of {held * 1.05 / 2**30:.1f}" in told
 
 
