@@ -34,7 +34,7 @@ types: setup
 
 # A file's tests stay together, for what its fixtures make once. More than four processes take more memory than they are worth.
 unit: setup
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow

@@ -12,15 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from data_pipeline.processes import cores
+
 
 class Seconds(NamedTuple):
     wall: float
     processor: float  # of all threads and of the processes that ended; on a busy machine the steadier of the two
-
-
-def cores() -> int:
-    """Those that this process may use, of which taskset can leave it fewer."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_turn(

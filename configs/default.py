@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.num_frames = 10  # N: frame slots a clip in training
     c.data.eval_num_frames = 10  # and in evaluation
     c.data.image_size = 224  # px a side, what the encoder sees
-    c.data.resize = 256  # px a side before the crop to image_size
+    c.data.resize = 256  # px a side before the crop to image_size; with min_scale or max_aspect in evaluation only
     c.data.resize_mode = "stretch"  # or "keep_ratio": bicubic, shorter side, as CLIP [17]
     c.data.frame_sampling = "uniform"  # or "random": a sorted random subset of the clip's frames, in training
     c.data.tail_cut = True  # training drops a random tail of ten-frame clips (SPEC 9.2)

@@ -8,11 +8,8 @@ step. `import grain` imports jax; no jax backend is ever initialised here, in th
 import dataclasses
 import functools
 import gc
-import multiprocessing
 import os
 import signal
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
@@ -25,6 +22,7 @@ from numpy.typing import NDArray
 from data_pipeline.examples import PADDING, Arrays, Examples, PictureCache
 from data_pipeline.frames import FrameOptions
 from data_pipeline.plan import Plan
+from data_pipeline.processes import end_with_parent
 from data_pipeline.records import Split
 
 Rows = Sequence[int] | NDArray[np.integer]
@@ -180,14 +178,7 @@ def _start_worker(index: int, count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    while parent is not None and os.getppid() == parent.pid:
-        time.sleep(1.0)
-    os._exit(1)  # kill -9 of the parent closes nothing: without this, workers and shared memory stay for ever
+    end_with_parent()
 
 
 # --- what training and evaluation call --------------------------------------------------------------------------------

@@ -5,21 +5,18 @@ the same command goes on where it stopped. Exit status: 0 done (or done before),
 """
 
 import argparse
-import concurrent.futures.process
 import dataclasses
-import errno
-import fcntl
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.columns import Converted, encode_json, make_manifest
-from data_pipeline.faults import BadInputError, WrongUseError
+from data_pipeline.command import add_workers, exit_status, make_parser, number, positive
+from data_pipeline.faults import BadInputError, FailedError
+from data_pipeline.folders import WORK, claim, locked
 from data_pipeline.listing import NONE, Layout, Listing
 from data_pipeline.records import COLUMNS, MANIFEST, shard_name
 from data_pipeline.report import make_report, print_report
@@ -31,14 +28,9 @@ from data_pipeline.tfrecord import sync_folder, write_file
 from data_pipeline.workers import Workers
 
 IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
-WORK, FAULTS, REPORT = ".work", "faults.txt", "report.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FAULTS, REPORT = "faults.txt", "report.json"
 SHOWN_FAULTS = 20
 MAX_FAULTS = 10_000  # then the reading stops: it is not single clips that are wrong
-
-
-class ConversionError(Exception):
-    """The conversion failed, and the message says all: exit status 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +65,11 @@ def convert(options: Options) -> dict[str, Any]:
     identity = identity_of(options, layout, splits)
     options.output.mkdir(parents=True, exist_ok=True)
     with locked(options.output):
-        if (options.output / MANIFEST).exists():
-            refuse_other_conversion(options.output, identity)
-            shutil.rmtree(options.output / WORK, ignore_errors=True)  # of a run that ended behind the manifest
+        # The lists may change between the runs (a fault mended): each shard knows its own inputs.
+        if claim(options.output, identity, options.output / MANIFEST, may_change=("lists",)):
             print(f"{options.output}: already converted, nothing to do.")
             report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
             return report
-        begin_work(options.output, identity)
         return _convert(options, layout, splits, identity)
 
 
@@ -126,62 +116,6 @@ def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict
         "clips_per_shard": options.clips_per_shard,
         "lists": layout.checksums(splits),
     }
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keeps a second converter out of the folder; the system lets go when this process ends, however it ends."""
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise WrongUseError(
-                f"{output}: found another conversion at work in it, needs it alone; wait for it, or take another "
-                "--output."
-            ) from err
-        yield
-    finally:
-        os.close(folder)
-
-
-def refuse_other_conversion(output: Path, identity: dict[str, Any]) -> None:
-    try:
-        found = json.loads((output / MANIFEST).read_bytes())["identity"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise WrongUseError(f"{output / MANIFEST}: found no manifest of a conversion; take another --output.") from err
-    _refuse_difference(output, found, identity)
-
-
-def begin_work(output: Path, identity: dict[str, Any]) -> None:
-    """Marks the folder as this conversion's; WrongUseError if it holds anything else.
-
-    The lists may change between the runs of an unfinished conversion (a fault mended): each shard knows its own inputs.
-    """
-    mark = output / WORK / "identity.json"
-    if mark.exists():
-        found = json.loads(mark.read_bytes())
-        _refuse_difference(output, {**found, "lists": None}, {**identity, "lists": None})
-    elif strangers := sorted(path.name for path in output.iterdir() if path.name != WORK):
-        raise WrongUseError(
-            f"{output}: found {', '.join(strangers[:3])}, needs an empty folder or an unfinished conversion; "
-            "take another --output."
-        )
-    mark.parent.mkdir(exist_ok=True)
-    for left_over in (*output.glob(".*.tmp"), *mark.parent.glob(".*.tmp")):
-        left_over.unlink(missing_ok=True)  # of a writer that was killed
-    write_file(mark, encode_json(identity))
-
-
-def _refuse_difference(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    if names:
-        name = names[0]
-        raise WrongUseError(
-            f"{output}: found another conversion, which differs in {', '.join(names)} "
-            f"({name} {json.dumps(found.get(name))[:200]}, needs {json.dumps(wanted.get(name))[:200]}); "
-            "take another --output, or delete it."
-        )
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -251,14 +185,14 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
 def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
     for listing in listings:
         if not listing.listed:
-            raise ConversionError(
+            raise FailedError(
                 f"{options.source}: found no {listing.split} clip in its list, needs at least one; restore the list, "
                 "or leave the split out with --splits."
             )
 
 
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
-    """Writes all faults to a file. ConversionError if they are not to be skipped, or too many of a split are."""
+    """Writes all faults to a file. FailedError if they are not to be skipped, or too many of a split are."""
     faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
     path = options.output / FAULTS
     path.unlink(missing_ok=True)
@@ -268,7 +202,7 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
     if options.on_error == "fail":
         shown = "\n".join(map(str, faults[:SHOWN_FAULTS]))
         more = f"\n... and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise ConversionError(
+        raise FailedError(
             f"{shown}{more}\n{options.source}: found {len(faults)} faults, all of them in {path}; mend them and run "
             "the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
         )
@@ -282,7 +216,7 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
     ]
     for split, kind, skipped, listed in rates:
         if skipped > options.max_skip_rate * listed:
-            raise ConversionError(
+            raise FailedError(
                 f"{options.source}: skipped {skipped} of {listed} {split.listing.split} {kind} "
                 f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
                 f"{options.max_skip_rate:.2%}; the faults are in {path}: mend them, or raise --max-skip-rate."
@@ -294,7 +228,7 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
 
 
 def parse_options(arguments: Sequence[str] | None) -> Options:
-    parser = argparse.ArgumentParser("python -m data_pipeline.convert", description=__doc__.splitlines()[0])
+    parser = make_parser("data_pipeline.convert", __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="how the source is laid out on disk")
     parser.add_argument(
         "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
@@ -317,9 +251,8 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips or images (0.01)"
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=_positive, default=cores, metavar="N", help=f"processes ({cores})")
-    parser.add_argument("--clips-per-shard", type=_positive, metavar="N", help="64 to 1,024, by the number of clips")
+    add_workers(parser)
+    parser.add_argument("--clips-per-shard", type=positive, metavar="N", help="64 to 1,024, by the number of clips")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -331,52 +264,15 @@ def _splits(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> float:
-    rate = _number(float, text, "0 to 1")
+    rate = number(float, text, "0 to 1")
     if not 0 <= rate <= 1:
         raise argparse.ArgumentTypeError(f"found {text}, needs 0 to 1")
     return rate
 
 
-def _positive(text: str) -> int:
-    count = _number(int, text, "a whole number")
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
-    return count
-
-
-def _number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text}, needs {needed}") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        convert(options)
-    except WrongUseError as err:
-        print(err, file=sys.stderr)
-        return 2
-    except (ConversionError, BadInputError) as err:
-        print(err, file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on: finished shards are kept.", file=sys.stderr)
-    except concurrent.futures.process.BrokenProcessPool:
-        print(
-            "A worker process died (killed, or out of memory); run the same command again, with fewer --workers if "
-            "memory was short: finished shards are kept.",
-            file=sys.stderr,
-        )
-    except OSError as err:
-        advice = "run the same command again: finished shards are kept."
-        if err.errno in NO_SPACE:
-            print(f"{options.output}: no space left on the device ({err}); free some and {advice}", file=sys.stderr)
-        else:
-            print(f"{err}; mend it and {advice}", file=sys.stderr)
-    else:
-        return 0
-    return 1
+    return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ command goes on where it stopped. Exit status: 0 training is safe (there may be 
 
 import argparse
 import collections
-import concurrent.futures.process
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from data_pipeline.checkup.findings import Findings, distributions
 from data_pipeline.checkup.looks import append_known, load_known
 from data_pipeline.checkup.page import make_page
 from data_pipeline.checkup.raw import RawSource
+from data_pipeline.command import add_workers, exit_status, make_parser
 from data_pipeline.faults import WrongUseError
 from data_pipeline.folders import WORK, locked
 from data_pipeline.records import MANIFEST
@@ -34,6 +33,7 @@ from data_pipeline.tfrecord import write_file
 from data_pipeline.workers import Workers
 
 CONVERTED = "converted"
+BUILD = Path("build/doctor")
 SHOWN = 5  # faults of a kind on the screen: one lost archive is not to drown in its thousand missing frames
 
 
@@ -125,7 +125,7 @@ def print_report(report: dict[str, Any], output: Path) -> None:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m data_pipeline.doctor", description=__doc__.splitlines()[0])
+    parser = make_parser("data_pipeline.doctor", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a source folder, or a converted set")
     parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="what PATH is (found out)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
@@ -138,12 +138,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="kinds of faults that you know of, separated by commas: they become warnings",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print report.json in place of the summary")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"argument --workers: found {options.workers}, needs at least 1")
-    return options
+    add_workers(parser)
+    return parser.parse_args(arguments)
 
 
 def complete(options: argparse.Namespace) -> None:
@@ -156,7 +152,7 @@ def complete(options: argparse.Namespace) -> None:
             f"{options.path}: found neither manifest.json nor annotations/ nor clips/ and shop/, needs one of them; "
             "correct the path, or say --layout."
         )
-    options.output = options.output or Path("build/doctor") / options.path.resolve().name
+    options.output = options.output or BUILD / options.path.resolve().name
     if options.output.resolve().is_relative_to(options.path.resolve()):
         raise WrongUseError(
             f"{options.output}: found the output inside of what is examined, needs it elsewhere; give --output."
@@ -170,26 +166,18 @@ def _is_converted(path: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
+
+    def job() -> bool:
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
             complete(options)
             report = examine(options)
             if not options.json:
                 print_report(report, options.output)
-    except WrongUseError as err:
-        print(err, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
-        return 1
-    except (OSError, concurrent.futures.process.BrokenProcessPool) as err:
-        print(
-            f"{err or 'A worker died'}; mend it and run the same command: it goes on where it stopped.", file=sys.stderr
-        )
-        return 1
-    if options.json:
-        print(_printable(_json(report)), end="")
-    return 0 if report["safe"] else 1
+        if options.json:
+            print(_printable(_json(report)), end="")
+        return bool(report["safe"])
+
+    return exit_status(job, output=options.output or BUILD, kept="what was looked at is known")
 
 
 if __name__ == "__main__":

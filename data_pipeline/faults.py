@@ -40,3 +40,7 @@ class BadInputError(ValueError):
 
 class WrongUseError(ValueError):
     """The command cannot begin as it was given: exit status 2."""
+
+
+class FailedError(Exception):
+    """The command's work failed, and the message says all: exit status 1."""

@@ -1,8 +1,12 @@
-"""An output folder: one writer at a time, one job from the first file to the last, whatever it held before refused."""
+"""An output folder: one writer at a time, one job from the first file to the last, whatever it held before refused.
+
+Or one that appears whole, when its job is done.
+"""
 
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +34,11 @@ def locked(output: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def claim(output: Path, identity: dict[str, Any], finished: Path) -> bool:
+def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change: tuple[str, ...] = ()) -> bool:
     """Marks the folder as this job's; whether the job is done already. WrongUseError if it holds anything else.
 
     identity: what makes the job this one. finished: the file that it writes last, a JSON object with the identity.
+    may_change: of the identity, between the runs of a job that is not done.
     """
     mark = output / WORK / "identity.json"
     if finished.exists():
@@ -42,15 +47,19 @@ def claim(output: Path, identity: dict[str, Any], finished: Path) -> bool:
         except (ValueError, KeyError, TypeError) as err:
             raise WrongUseError(f"{finished}: found no identity in it; take another --output.") from err
         _refuse_difference(output, found, identity)
+        shutil.rmtree(output / WORK, ignore_errors=True)  # of a run that ended just behind `finished`
         return True
     if mark.exists():
-        _refuse_difference(output, json.loads(mark.read_bytes()), identity)
+        same = dict.fromkeys(may_change)
+        _refuse_difference(output, json.loads(mark.read_bytes()) | same, identity | same)
     elif strangers := sorted(path.name for path in output.iterdir() if path.name != WORK):
         raise WrongUseError(
             f"{output}: found {', '.join(strangers[:3])}, needs an empty folder or unfinished work of the same "
             "command; take another --output."
         )
     mark.parent.mkdir(exist_ok=True)
+    for left_over in (*output.glob(".*.tmp"), *mark.parent.glob(".*.tmp")):
+        left_over.unlink(missing_ok=True)  # of a writer that was killed
     write_file(mark, json.dumps(identity).encode())
     return False
 
@@ -58,5 +67,28 @@ def claim(output: Path, identity: dict[str, Any], finished: Path) -> bool:
 def _refuse_difference(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if names:
-        differences = ", ".join(f"{name} {found.get(name)}, needs {wanted.get(name)}" for name in names)
-        raise WrongUseError(f"{output}: found other work ({differences}); take another --output, or delete it.")
+        first = names[0]
+        raise WrongUseError(
+            f"{output}: found other work, which differs in {', '.join(names)} "
+            f"({first} {json.dumps(found.get(first))[:200]}, needs {json.dumps(wanted.get(first))[:200]}); "
+            "take another --output, or delete it."
+        )
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it when the block ends well, and goes when it does not.
+
+    Raises:
+      ValueError: something is there already.
+    """
+    output = output.absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output}: holds something already; give a folder that is empty or not there yet.")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -65,7 +65,7 @@ class FrameOptions:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, needs one of {', '.join(allowed)}.")
         if not 1 <= self.image_size <= self.resize:
-            raise ValueError(f"image_size: found {self.image_size}, needs 1 to resize, which is {self.resize}.")
+            raise ValueError(f"image_size: found {self.image_size}, needs 1 to resize ({self.resize}); set both.")
         if self.shrink_to and self.shrink_to < self.image_size:
             raise ValueError(f"shrink_to: found {self.shrink_to}, needs 0 or at least image_size, {self.image_size}.")
         if self.num_frames < 1:

@@ -6,13 +6,11 @@ command goes on where it stopped. Exit status: 0 done (or done before), 1 failed
 """
 
 import argparse
-import concurrent.futures.process
 import dataclasses
 import functools
 import io
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,13 +19,13 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.command import add_workers, exit_status, make_parser
 from data_pipeline.drawing.catalogue import Clip, Product, Shop, plan_shop
 from data_pipeline.drawing.dice import Dice
 from data_pipeline.drawing.products import CATEGORIES, draw_product, shop_image
 from data_pipeline.drawing.rooms import Room, draw_room
 from data_pipeline.drawing.scenes import Scene, backdrop, draw_overlay
 from data_pipeline.drawing.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
-from data_pipeline.faults import WrongUseError
 from data_pipeline.folders import WORK, claim, locked
 from data_pipeline.frames import sample_frames
 from data_pipeline.tfrecord import write_file
@@ -63,7 +61,7 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
             summary = summarize(shop)
             write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
             _print(summary)
-        shutil.rmtree(output / WORK, ignore_errors=True)
+            shutil.rmtree(output / WORK, ignore_errors=True)
     return shop
 
 
@@ -263,18 +261,13 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m data_pipeline.synthetic", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = make_parser("data_pipeline.synthetic", __doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if missing")
     parser.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"with siblings ({PRODUCTS})")
     parser.add_argument("--clips", type=int, metavar="N", help=f"of all splits ({CLIPS_A_PRODUCT} a product)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another shop (0)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
+    add_workers(parser)
     parsed = parser.parse_args(arguments)
-    if parsed.workers < 1:
-        parser.error(f"--workers: found {parsed.workers}, needs at least 1")
     if parsed.clips is None:
         parsed.clips = CLIPS_A_PRODUCT * parsed.products
     return parsed
@@ -282,22 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        synthesize(**vars(options))
-    except WrongUseError as err:
-        print(err, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
-    except concurrent.futures.process.BrokenProcessPool:
-        print("A worker process died (killed, or out of memory); run the same command again.", file=sys.stderr)
-    except OSError as err:
-        print(
-            f"{options.output}: {err}; mend it and run the same command again: what is drawn is kept.", file=sys.stderr
-        )
-    else:
-        return 0
-    return 1
+    return exit_status(lambda: synthesize(**vars(options)), output=options.output, kept="what is drawn is kept")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ import collections
 import concurrent.futures
 import itertools
 import multiprocessing
-import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import tqdm
 
-WATCH_SECONDS = 1.0
+from data_pipeline.processes import end_with_parent
+
 AHEAD = 4  # tasks in flight a worker: enough to keep it busy, few enough that their entries fit in memory
 
 _context: Any = None  # in a worker: what all of its tasks share
@@ -72,7 +70,7 @@ class Workers:
             return
         if self._pool is None:
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.context, os.getpid())
+                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.context,)
             )
         pending: collections.deque[tuple[tuple, concurrent.futures.Future]] = collections.deque()
         while True:
@@ -88,14 +86,7 @@ def _call(function: Callable[..., Any], task: tuple) -> Any:
     return function(_context, *task)
 
 
-def _start_worker(context: Any, parent: int) -> None:
+def _start_worker(context: Any) -> None:
     global _context
     _context = context
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot stop its workers: they would wait for tasks for ever."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    os._exit(1)
+    end_with_parent()

@@ -20,10 +20,9 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-import configs
 from configs import default
 
-SHIPPED = Path(configs.__path__[0])
+SHIPPED = Path(default.__file__).parent
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:
@@ -151,7 +150,9 @@ def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
 def split_override(word: str) -> tuple[str, str]:
     """'--config.a.b=c' as ('a.b', 'c'); ValueError for anything else."""
     name, equals, text = word.removeprefix("--config.").partition("=")
-    if not word.startswith("--config.") or not equals:
+    if not word.startswith("--config."):
+        raise ValueError(f"{word}: there is no such option; --help lists them.")
+    if not equals:
         raise ValueError(f"{word}: not understood; fields of the config are set as --config.field=value.")
     return name, text
 
@@ -244,10 +245,13 @@ def validate(config: Any) -> None:
             faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
     stem, blocks = f["model.stem_channels"], f["model.stem_blocks"]
     if stem and 2 ** len(stem) != f["model.patch_size"]:
-        faults.append(f"model.stem_channels {stem} needs log2 of model.patch_size {f['model.patch_size']} numbers")
-    if len(blocks) != len(stem) or any(channels < 1 for channels in stem):
         faults.append(
-            f"model.stem_channels {stem} needs positive numbers, and model.stem_blocks {blocks} as many numbers"
+            f"model.stem_channels {stem} makes patches of {2 ** len(stem)} px (each number halves the side), needs as "
+            f"many numbers as make model.patch_size {f['model.patch_size']}"
+        )
+    if len(blocks) != len(stem) or any(channels < 1 for channels in stem) or any(count < 0 for count in blocks):
+        faults.append(
+            f"model.stem_channels {stem} needs positive numbers, and model.stem_blocks {blocks} as many, 0 or more"
         )
     if f["optimizer.warmup_updates"] >= f["num_updates"]:
         faults.append(

@@ -12,8 +12,6 @@ b, n and m are open: any number of clips, frame slots and images. `load_programs
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import numpy as np
 from jax import export
 from safetensors.numpy import save
 
+from data_pipeline.folders import new_folder
 from rice_jax import inference, sharding
 from rice_jax.retrieval import Model
 from rice_jax.version import __version__
@@ -69,15 +68,9 @@ def export_programs(model: Model, output: Path) -> None:
     Raises:
       ValueError: `output` holds something, or what was written does not give the model's own figures.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: holds something already; give a folder that is new or empty.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as partial:
-        folder = Path(partial) / output.name
-        folder.mkdir()
+    with new_folder(output) as folder:
         _write(model, folder)
         _compare(model, load_programs(folder), output)
-        os.replace(folder, output)
 
 
 def _write(model: Model, folder: Path) -> None:

@@ -60,9 +60,9 @@ class Stop:
         Not with several processes, which would stop in different places: they go on to the end of the next step.
         """
         self._at_once = jax.process_count() == 1
-        if self._at_once and self.received:
-            raise StoppedError
         try:
+            if self._at_once and self.received:
+                raise StoppedError
             yield
         finally:
             self._at_once = False

@@ -138,8 +138,20 @@ def _keep_stdout() -> None:
 
 
 def _check_devices() -> None:
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        name = socket.gethostname()
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError as unknown:  # gloo, by which CPUs talk, looks itself up, and does not say so
+            raise ValueError(
+                f"this host's own name, {name}, cannot be looked up ({unknown.strerror}), and without it jax's CPU "
+                f"backend does not start ({str(error)[:200]}); add the name to /etc/hosts."
+            ) from error
+        raise
     counts = [0] * jax.process_count()
-    for device in jax.devices():
+    for device in devices:
         counts[device.process_index] += 1
     if len(set(counts)) > 1:
         raise ValueError(

@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt8
 from tqdm import tqdm
 
 from data_pipeline.batches import clip_batches, image_batches
-from data_pipeline.frames import FrameOptions
+from data_pipeline.frames import FrameOptions, centre_crop
+from data_pipeline.frames import load as load_picture
 from data_pipeline.records import Split
+from data_pipeline.tfrecord import write_file
 from rice_jax import hosts, inference, metrics, model, sharding
 from rice_jax.checkpoints import Checkpoints, read_config
 from rice_jax.config import FREE, from_json, override
@@ -31,6 +34,14 @@ def frame_options(data: Any, *, train: bool) -> FrameOptions:
     names = {field.name for field in dataclasses.fields(FrameOptions)}
     options = {name: value for name, value in data.items() if name in names}
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
+
+
+def _prepared(picture: str | Path | bytes, place: int, options: FrameOptions) -> UInt8[np.ndarray, "px px 3"]:
+    data, name = (picture, f"picture {place}") if isinstance(picture, bytes) else (Path(picture).read_bytes(), picture)
+    try:
+        return centre_crop(load_picture(data, options, train=False), options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -62,14 +73,27 @@ class Model:
     batch_size: int
     step: int = 0
 
+    def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
+        """Pictures as evaluation sees them: decoded, resized, the middle of px x px, px = config.data.image_size.
+
+        Args:
+          pictures: JPEG, PNG or WebP, each a path or the file's bytes.
+
+        Raises:
+          OSError, ValueError: no file, or no picture; names it by path or place.
+        """
+        options = frame_options(self.config.data, train=False)
+        prepared = [_prepared(picture, place, options) for place, picture in enumerate(pictures)]
+        return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
+
     def encode_clips(
-        self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"]
+        self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"] | None = None
     ) -> Float[np.ndarray, "n E"]:
         """Embeddings of clips: float32, unit length.
 
         Args:
           frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (another N compiles anew).
-          mask: 1 for a frame, 0 for an empty slot, at least one frame a clip.
+          mask: 1 for a frame, 0 for an empty slot, at least one frame a clip; None: every slot has a frame.
 
         Raises:
           ValueError: another picture size, or a clip without a frame.
@@ -85,7 +109,7 @@ class Model:
     def match(
         self,
         frames: Shaped[np.ndarray, "n N px px 3"],
-        mask: Shaped[np.ndarray, "n N"],
+        mask: Shaped[np.ndarray, "n N"] | None,
         images: Shaped[np.ndarray, "m px px 3"],
         *,
         raw: bool = False,
@@ -136,8 +160,9 @@ class Model:
             raise ValueError(f"pictures of {pictures.dtype}: need uint8, RGB levels 0 to 255.")
         return pictures
 
-    def _check_clips(self, frames: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        frames, mask = self._check(frames, axes=5), np.asarray(mask)
+    def _check_clips(self, frames: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        frames = self._check(frames, axes=5)
+        mask = np.ones(frames.shape[:2], np.int32) if mask is None else np.asarray(mask)
         if mask.shape != frames.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
             raise ValueError(
                 f"mask {mask.shape}: needs a row of 0 and 1, with at least one 1, for each of frames {frames.shape}."
@@ -267,10 +292,9 @@ def _all_exist(paths: Sequence[Path]) -> bool:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    temporary.rename(path)
+    data = io.BytesIO()
+    np.save(data, array)
+    write_file(path, data.getvalue())
 
 
 class _Pass:

@@ -6,6 +6,7 @@ it is the same command on each, and --workdir a folder that all share.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +230,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: argparse.Namespace) -> None:
     # A run that goes on need not compile anew; in the workdir, so that it goes when the run goes.
-    jax.config.update("jax_compilation_cache_dir", str(arguments.workdir / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(arguments.workdir / "compiled"))
     train_and_evaluate(arguments.config, arguments.workdir)
 
 

@@ -9,11 +9,8 @@ rice_jax.load, rice_jax.evaluate and --config.init_from. RUN is a training run o
 """
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipeline.folders import new_folder
 from rice_jax import config as configuration
 from rice_jax import exports, model, naming, retrieval
 from rice_jax.checkpoints import Checkpoints, write_config
@@ -41,25 +39,6 @@ from rice_jax.version import __version__
 Tensors = dict[str, np.ndarray]
 DECODER = "transformer.transformer"  # as the official code calls it
 LICENCE = "The licence is that of the weights' source and of the data they were trained on; none is granted here."
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it when the block ends well, and goes when it does not.
-
-    Raises:
-      ValueError: something is there already.
-    """
-    output = output.absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output}: holds something already; give a folder that is empty or not there yet.")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_equal(ours: Any, again: Any, what: str) -> None:
@@ -191,7 +170,9 @@ def write_huggingface(m: retrieval.Model, unused: Tensors, folder: Path) -> None
     del unused
     c, data = m.config.model, m.config.data
     if c.stem_channels or c.pool != "class_token":
-        raise ValueError("--format huggingface: CLIP has no model.stem_channels, and model.pool class_token only.")
+        raise ValueError(
+            "--format huggingface: CLIP has no convolutional stem and pools its class token; take --format stablehlo."
+        )
     encoder = naming.flattened({"encoder": jax.device_get(m.params["encoder"])})
     write_safetensors(naming.invert(encoder, naming.HUGGING_FACE), folder / "model.safetensors")
     stated = {

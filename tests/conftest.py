@@ -1,6 +1,11 @@
 """Eight CPU devices, so that every test may ask for a mesh; fixed before jax is imported."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,12 +19,22 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# What one test has compiled another need not: a cache for this process and those that its tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rice_jax-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a broadcast nobody meant is an error
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A busy machine is no finding, and a finding is the same everywhere; `make fuzz` is the one that takes fresh seeds.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 HERE = Path(__file__).parent
 
@@ -46,6 +61,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if marker:
                 chosen = [path for path in chosen if any(name.startswith(marker.args) for name in np.load(path).files)]
             metafunc.parametrize(fixture, chosen, ids=[path.stem for path in chosen])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten_programs() -> Iterator[None]:
+    """A file's compiled programs go with it: those of all files are gigabytes, and more mappings than Linux allows."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

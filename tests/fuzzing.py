@@ -285,8 +285,8 @@ class Result:
     finding: str = ""
 
 
-def run_hypothesis(name: str, strategy: Any, check: Callable[..., None], seconds: float) -> Result:
-    """Fresh seeds until the time is up or something is found."""
+def run_hypothesis(name: str, strategy: Any, check: Callable[..., None], seconds: float, *, first_seed: int) -> Result:
+    """Seeds from the first one on until the time is up or something is found."""
     result, begin = Result(f"hypothesis: {name}"), time.monotonic()
     quiet = settings(
         max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
@@ -297,7 +297,7 @@ def run_hypothesis(name: str, strategy: Any, check: Callable[..., None], seconds
         result.executions += 1
         check(*arguments)
 
-    number = int(time.time())
+    number = first_seed - 1
     while time.monotonic() < begin + seconds and not result.finding:
         number += 1
         try:
@@ -401,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         ours = {name: each for name, each in hypothesis_targets(Path(folder)).items() if wanted(f"hypothesis: {name}")}
         for name, (strategy, check) in ours.items():
-            take(run_hypothesis(name, strategy, check, 60 * options.minutes / len(ours)))
+            take(run_hypothesis(name, strategy, check, 60 * options.minutes / len(ours), first_seed=int(time.time())))
     if importlib.util.find_spec("atheris"):
         names = [name for name in atheris_seeds() if wanted(f"atheris: {name}")]
         for name in names:

@@ -1,6 +1,5 @@
 """Batches: the same whatever carries them, every row where it belongs, nothing on a device, nothing left running."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -25,6 +24,7 @@ from data_pipeline.frames import FrameOptions
 from data_pipeline.plan import Plan, rows_without
 from data_pipeline.records import Dataset, open_dataset
 from data_pipeline.tfrecord import frame_record, index_path, unframe_record
+from tests.proc import children, until_gone
 
 NUM_CLIPS, NUM_IMAGES = 23, 7
 OPTIONS = FrameOptions(image_size=12, resize=16)
@@ -581,15 +581,6 @@ def test_an_error_elsewhere_is_the_only_traceback(tmp_path):
     assert errors.rstrip().endswith("KeyError: 'planned'")
 
 
-def children(parent: int) -> set[int]:
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.add(int(entry.name))
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_workers_die_with_their_parent_even_after_kill_9(tmp_path):
     with start(tmp_path, 2, "wait") as process:
@@ -598,7 +589,4 @@ def test_workers_die_with_their_parent_even_after_kill_9(tmp_path):
         assert len(workers) >= 2
         process.send_signal(signal.SIGKILL)
         process.wait()
-        deadline = time.monotonic() + 20
-        while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+        until_gone(workers)

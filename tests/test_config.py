@@ -54,7 +54,7 @@ def test_overrides_take_the_type_of_their_field() -> None:
         ("--config.data=1", "--config.data=1: needs a value of type ConfigDict"),
         ("--config.seed=x", "--config.seed=x: needs a value of type int, such as 42."),
         ("--config.data.flip=maybe", "needs a value of type bool"),
-        ("--seed=1", "--seed=1: not understood"),
+        ("--seed=1", "--seed=1: there is no such option"),
         ("--config.seed", "--config.seed: not understood"),
     ],
 )

@@ -403,10 +403,13 @@ def test_a_name_that_would_break_an_id_is_refused(
 ) -> None:
     path, message = BAD_NAMES[name]
     path = source / (path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else path)
-    if path.suffix:
-        shutil.copy(shop_image(source, "A"), path)
-    else:
-        path.mkdir(parents=True)
+    try:
+        if path.suffix:
+            shutil.copy(shop_image(source, "A"), path)
+        else:
+            path.mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system takes shorter names, or names of UTF-8 only")
     assert run(source, tmp_path / "records") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "records").exists()
@@ -416,7 +419,9 @@ def test_the_same_name_in_two_writings_is_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for form in ("NFC", "NFD"):
-        (source / "clips" / unicodedata.normalize(form, "é") / "take 1").mkdir(parents=True)
+        (source / "clips" / unicodedata.normalize(form, "é") / "take 1").mkdir(parents=True, exist_ok=True)
+    if len([path for path in (source / "clips").iterdir() if unicodedata.normalize("NFC", path.name) == "é"]) < 2:
+        pytest.skip("this file system has one writing of a name")
     assert run(source, tmp_path / "records") == 1
     assert "found the name 'é' twice, written differently in Unicode; rename one." in capsys.readouterr().err
 
@@ -494,7 +499,7 @@ def test_a_folder_that_has_changed_is_another_conversion(
     (source / "clips.csv").write_text("product,clip,split\nA,take 1,test\n")
     shutil.copy(first_frame(source), source / "clips" / "A" / "take 1" / "IMG_7.jpg")
     assert run(source, tmp_path / "records") == 2
-    assert "found another conversion, which differs in lists" in capsys.readouterr().err
+    assert "found other work, which differs in lists" in capsys.readouterr().err
 
 
 def test_a_last_clip_without_pictures_does_not_cost_its_product_the_test_clip(source: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -84,6 +86,7 @@ def test_the_environment_says_the_place_and_a_lone_process_never_asks_the_networ
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(hosts, "_is_tpu_vm", lambda: False)
     assert place_of(monkeypatch, environment) == place
 
 
@@ -212,6 +215,33 @@ def test_a_taken_port_and_strangers_on_it() -> None:
         assert time.monotonic() - begun < 30
 
 
+def test_a_reset_during_the_roll_call_is_an_error_of_ours() -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        place = Place(f"localhost:{server.getsockname()[1]}", 2, 1)
+
+        def reset() -> None:
+            connection, _ = server.accept()
+            connection.recv(1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+        threading.Thread(target=reset, daemon=True).start()
+        with pytest.raises(ValueError, match="ended during the roll call"):
+            Line(place, Hello(1, 2, "host1", 41, {}, None), wait_seconds=60.0)
+
+
+def test_a_host_that_does_not_know_its_own_name_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Unable to initialize backend 'cpu'")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(RuntimeError, match="Unable to initialize"):
+        hosts._check_devices()
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(ValueError, match=r"own name, no-such-host.invalid, cannot be looked up .* add the name to"):
+        hosts._check_devices()
+
+
 def test_who_waits_for_one_that_is_done_is_ended_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when rice_jax.load is called in one process alone: the answer would never come."""
     ends: list[str] = []
@@ -262,6 +292,10 @@ class Processes:
 
     def __init__(self, folder: Path, module: str, arguments: list[list[str]], *, wait: float = 45, of: Any = None):
         """`of`: environment of single processes."""
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError:
+            pytest.skip("this host cannot look up its own name, without which jax's CPU backend has no collectives")
         count, port = len(arguments), free_port()
         self._folder, self._start = folder, time.monotonic()
         flags = ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--wait", str(wait)]
@@ -390,7 +424,6 @@ def test_two_processes_evaluate_as_one_does(pair: Path, converted: Path, tmp_pat
 def test_killed_with_the_other_and_gone_on(pair: Path, converted: Path, tmp_path: Path) -> None:
     """kill -9 of one ends the other at once, with the reason; the same command then gives the undisturbed run."""
     run = tmp_path / "run"
-    shutil.copytree(pair / "compiled", run / "compiled")
     with Processes(tmp_path, "rice_jax.train", [words(converted, run)] * 2) as processes:
         processes.until((run / "checkpoints" / "5" / "digest.json").exists)
         processes.signal(1, signal.SIGKILL)
@@ -406,7 +439,7 @@ def test_killed_with_the_other_and_gone_on(pair: Path, converted: Path, tmp_path
 def test_what_was_not_started_alike_never_starts(converted: Path, tmp_path: Path) -> None:
     """Other code, other data and another config on one host; each is named, and all processes end."""
     for package in ("rice_jax", "data_pipeline", "configs"):
-        shutil.copytree(ROOT / package, tmp_path / "code" / package)
+        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "code" / "rice_jax" / "losses.py").open("a") as file:
         file.write("\n")
     data = tmp_path / "data"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.convert import ConversionError, Options, convert, main
+from data_pipeline.convert import Options, convert, main
+from data_pipeline.faults import FailedError
 from data_pipeline.layouts import downloads
 from data_pipeline.layouts.downloads import name_of
 from data_pipeline.layouts.lpr4m import Lpr4m
@@ -131,7 +132,7 @@ def test_a_long_clip_that_misses_another_frame_is_as_if_it_did_not(lpr750k: Data
 
 def test_a_clip_all_of_whose_downloads_failed_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", failed=SHORT.frame_ids)
-    with pytest.raises(ConversionError, match=rf"part_00.txt line 2 \(clip {SHORT.id}\): found none of its 4 frames"):
+    with pytest.raises(FailedError, match=rf"part_00.txt line 2 \(clip {SHORT.id}\): found none of its 4 frames"):
         run(source, tmp_path / "records")
 
 
@@ -139,15 +140,13 @@ def test_a_frame_that_no_shard_knows_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     for path in source.glob("training_frame/00001*"):
         _remove(path)
-    with pytest.raises(
-        ConversionError, match=r"found no picture for .* frames in training_frame .*run img2dataset again"
-    ):
+    with pytest.raises(FailedError, match=r"found no picture for .* frames in training_frame .*run img2dataset again"):
         run(source, tmp_path / "records")
 
 
 def test_an_image_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", failed=[IMAGE_IDS[1]])
-    with pytest.raises(ConversionError, match=rf"image {IMAGE_IDS[1]}.*its download failed.*download it again"):
+    with pytest.raises(FailedError, match=rf"image {IMAGE_IDS[1]}.*its download failed.*download it again"):
         run(source, tmp_path / "records")
 
 
@@ -161,14 +160,14 @@ def test_an_image_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
 def test_a_damaged_shard_of_the_download_is_named(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
     spoil(source)
-    with pytest.raises(ConversionError, match=re.escape(message)):
+    with pytest.raises(FailedError, match=re.escape(message)):
         run(source, tmp_path / "records")
 
 
 def test_a_damaged_sidecar_is_named(tmp_path: Path, no_pyarrow: None) -> None:
     source = make_lpr4m(tmp_path / "source")
     (source / "test_frame/00000/0000001.json").write_text('{"url": 3')
-    with pytest.raises(ConversionError, match=r"test_frame/00000: 0000001.json cannot be read"):
+    with pytest.raises(FailedError, match=r"test_frame/00000: 0000001.json cannot be read"):
         run(source, tmp_path / "records")
 
 
@@ -222,7 +221,7 @@ def test_a_damaged_picture_in_a_tar_is_named_by_tar_and_member(tmp_path: Path) -
     data = bytearray((source / "test_frame/00000.tar").read_bytes())
     data[512:516] = b"text"  # the first member's first bytes: the last picture of the shard
     (source / "test_frame/00000.tar").write_bytes(data)
-    with pytest.raises(ConversionError, match=r"test_frame/00000.tar/0000007.jpg \(clip .*\): found bytes b'text"):
+    with pytest.raises(FailedError, match=r"test_frame/00000.tar/0000007.jpg \(clip .*\): found bytes b'text"):
         run(source, tmp_path / "records")
 
 
@@ -290,7 +289,7 @@ def test_names_are_read_from_urls_paths_and_ids() -> None:
 def test_query_without_truth_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     edit_json(source / "annotations/test_videoid_to_gtimage_3.json", lambda truth: truth.pop(TEST[0].id))
-    with pytest.raises(ConversionError, match=rf"test_frame_url_17.txt \(clip {TEST[0].id}\): found no true image"):
+    with pytest.raises(FailedError, match=rf"test_frame_url_17.txt \(clip {TEST[0].id}\): found no true image"):
         run(source, tmp_path / "records")
 
 

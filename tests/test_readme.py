@@ -80,10 +80,10 @@ def test_the_commands_and_the_python_of_the_readme_run(home: Path, monkeypatch: 
     given = {
         "frames": np.zeros((2, 3, 24, 24, 3), np.uint8),
         "mask": np.ones((2, 3), np.int32),
-        "images": np.zeros((5, 24, 24, 3), np.uint8),
+        "files": sorted((home / "my_shop" / "shop").iterdir()),
     }
     exec(code, given)
-    assert given["clips"].shape == (2, 48) and given["shop_images"].shape == (5, 48) and given["scores"].shape == (2, 5)
+    assert given["clips"].shape == (2, 48) and given["shop_images"].shape == (4, 48) and given["scores"].shape == (2, 4)
 
 
 def test_every_target_and_every_link_of_the_readme_exists() -> None:

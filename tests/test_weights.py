@@ -617,7 +617,7 @@ def test_a_stem_cannot_be_exported(tmp_path: Path) -> None:
     m = rice_jax.Model(config, net, params, official.mesh_of(1, 1), batch_size=8)
     with pytest.raises(ValueError, match=r"no place in the official code: encoder/stem"):
         weights.official_tensors(m, {})
-    with pytest.raises(ValueError, match=r"CLIP has no model.stem_channels"):
+    with pytest.raises(ValueError, match=r"CLIP has no convolutional stem"):
         weights.write_huggingface(m, {}, tmp_path)
 
 

@@ -12,7 +12,6 @@ from data_pipeline.faults import Fault
 from data_pipeline.listing import NONE
 
 SHOWN_IDS = 5
-TwinImages = tuple[tuple[Chart, int], tuple[Chart, int]]
 
 
 def compare(patient: Patient) -> Iterator[Fault]:

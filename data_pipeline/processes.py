@@ -1,0 +1,26 @@
+"""What worker processes of any kind need: how many there may be, and an end when their parent ends."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """From now on this process, started by multiprocessing, ends when its parent does, however that ends.
+
+    kill -9 of a parent closes nothing: its workers would wait for tasks, and hold shared memory, for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
