@@ -32,7 +32,8 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# A file's tests stay together, for what its fixtures make once. More than four processes take more memory than they are worth.
+# Each process begins with a part of the files and takes tests from others when it is done. More than four take more memory
+# than they are worth.
 unit: setup
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 

@@ -42,7 +42,7 @@ EXTRAS = {
         *FAST,
         *PARQUET,
         "pytest>=8",
-        "pytest-xdist>=3.6",  # the suite's files on several cores
+        "pytest-xdist>=3.6",  # the tests on several cores
         "hypothesis>=6.100",
         "beartype>=0.20",
         "nbclient>=0.10",  # runs the notebook

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.columns import Converted, encode_json, make_manifest
-from data_pipeline.command import add_workers, exit_status, make_parser, number, positive
 from data_pipeline.faults import BadInputError, FailedError
 from data_pipeline.folders import WORK, claim, locked
 from data_pipeline.listing import NONE, Layout, Listing
@@ -22,6 +21,7 @@ from data_pipeline.records import COLUMNS, MANIFEST, shard_name
 from data_pipeline.report import make_report, print_report
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.shell import add_workers, exit_status, make_parser, number, positive
 from data_pipeline.sources import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source
 from data_pipeline.survey import list_splits
 from data_pipeline.tfrecord import sync_folder, write_file

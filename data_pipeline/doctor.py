@@ -24,10 +24,10 @@ from data_pipeline.checkup.findings import Findings, distributions
 from data_pipeline.checkup.looks import append_known, load_known
 from data_pipeline.checkup.page import make_page
 from data_pipeline.checkup.raw import RawSource
-from data_pipeline.command import add_workers, exit_status, make_parser
 from data_pipeline.faults import WrongUseError
 from data_pipeline.folders import WORK, locked
 from data_pipeline.records import MANIFEST
+from data_pipeline.shell import add_workers, exit_status, make_parser
 from data_pipeline.sources import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.tfrecord import write_file
 from data_pipeline.workers import Workers
@@ -139,7 +139,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print report.json in place of the summary")
     add_workers(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.output = options.output or BUILD / options.path.resolve().name
+    return options
 
 
 def complete(options: argparse.Namespace) -> None:
@@ -152,7 +154,6 @@ def complete(options: argparse.Namespace) -> None:
             f"{options.path}: found neither manifest.json nor annotations/ nor clips/ and shop/, needs one of them; "
             "correct the path, or say --layout."
         )
-    options.output = options.output or BUILD / options.path.resolve().name
     if options.output.resolve().is_relative_to(options.path.resolve()):
         raise WrongUseError(
             f"{options.output}: found the output inside of what is examined, needs it elsewhere; give --output."
@@ -166,18 +167,20 @@ def _is_converted(path: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
+    report: dict[str, Any] = {}
 
     def job() -> bool:
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
             complete(options)
-            report = examine(options)
+            report.update(examine(options))
             if not options.json:
                 print_report(report, options.output)
-        if options.json:
-            print(_printable(_json(report)), end="")
         return bool(report["safe"])
 
-    return exit_status(job, output=options.output or BUILD, kept="what was looked at is known")
+    status = exit_status(job, output=options.output, kept="what was looked at is known")
+    if options.json and report:
+        print(_printable(_json(report)), end="")
+    return status
 
 
 if __name__ == "__main__":

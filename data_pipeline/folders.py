@@ -3,10 +3,10 @@
 Or one that appears whole, when its job is done.
 """
 
-import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,8 @@ WORK = ".work"
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Keeps a second writer out of the folder; the system lets go when this process ends, however it ends."""
+    import fcntl  # here, not above: Windows has none, and new_folder does without
+
     folder = os.open(output, os.O_RDONLY)
     try:
         try:
@@ -82,13 +84,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
       ValueError: something is there already.
     """
-    output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output}: holds something already; give a folder that is empty or not there yet.")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as around:
+        folder = Path(around) / output.name  # a folder of its own: the one around it is closed to others
+        folder.mkdir()
+        yield folder
+        folder.rename(output)

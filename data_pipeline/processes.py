@@ -5,6 +5,8 @@ import multiprocessing.connection
 import os
 import threading
 
+LOOK_SECONDS = 1.0
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -12,7 +14,7 @@ def cores() -> int:
 
 
 def end_with_parent() -> None:
-    """From now on this process, started by multiprocessing, ends when its parent does, however that ends.
+    """From now on this process, started by multiprocessing, ends with its parent, however that ends.
 
     kill -9 of a parent closes nothing: its workers would wait for tasks, and hold shared memory, for ever.
     """
@@ -20,7 +22,9 @@ def end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        # The sentinel tells at once, but only when nobody else holds its other end, as whom the parent has forked does.
+        while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], LOOK_SECONDS):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="parent").start()

@@ -1,7 +1,7 @@
 """A livestream shop drawn by the project itself: python -m data_pipeline.synthetic --output DIR
 
 Products in 34 categories with siblings that differ in their pattern alone, shop images, clips and lists, laid out as
-LPR750K is (SPEC 8.1-8.6). The same seed and sizes give the same files, whatever the number of workers. Killed, the same
+LPR750K is. The same seed and sizes give the same files, whatever the number of workers. Killed, the same
 command goes on where it stopped. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipeline.command import add_workers, exit_status, make_parser
 from data_pipeline.drawing.catalogue import Clip, Product, Shop, plan_shop
 from data_pipeline.drawing.dice import Dice
 from data_pipeline.drawing.products import CATEGORIES, draw_product, shop_image
@@ -28,6 +27,7 @@ from data_pipeline.drawing.scenes import Scene, backdrop, draw_overlay
 from data_pipeline.drawing.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
 from data_pipeline.folders import WORK, claim, locked
 from data_pipeline.frames import sample_frames
+from data_pipeline.shell import add_workers, exit_status, make_parser
 from data_pipeline.tfrecord import write_file
 from data_pipeline.workers import Workers
 

@@ -187,6 +187,7 @@ FREE = (
     "data.threads", "data.workers", "data.cache_bytes", "data.eval_split", "data.eval_num_frames",
     "data.test_tail_cut", "eval_batch_size", "eval_flip",
 )  # fmt: skip
+EVALUATED = (*FREE, "data.apply_exif")  # what an evaluation may set
 
 FITTED_BATCH = 64  # pairs, at most, of a batch that fits to the set
 CHOICES = {
@@ -246,8 +247,8 @@ def validate(config: Any) -> None:
     stem, blocks = f["model.stem_channels"], f["model.stem_blocks"]
     if stem and 2 ** len(stem) != f["model.patch_size"]:
         faults.append(
-            f"model.stem_channels {stem} makes patches of {2 ** len(stem)} px (each number halves the side), needs as "
-            f"many numbers as make model.patch_size {f['model.patch_size']}"
+            f"model.stem_channels {stem} has {len(stem)} numbers, which make patches of {2 ** len(stem)} px, a halving "
+            f"each; model.patch_size {f['model.patch_size']} needs {f['model.patch_size'].bit_length() - 1}"
         )
     if len(blocks) != len(stem) or any(channels < 1 for channels in stem) or any(count < 0 for count in blocks):
         faults.append(

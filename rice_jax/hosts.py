@@ -144,9 +144,11 @@ def _check_devices() -> None:
         name = socket.gethostname()
         try:
             socket.getaddrinfo(name, None)
-        except OSError as unknown:  # gloo, by which CPUs talk, looks itself up, and does not say so
-            raise ValueError(
-                f"this host's own name, {name}, cannot be looked up ({unknown.strerror}), and without it jax's CPU "
+        except (OSError, UnicodeError) as unknown:
+            if "'cpu'" not in str(error):
+                raise error from None
+            raise ValueError(  # gloo, by which CPUs talk, looks itself up, and does not say so
+                f"this host's own name, {name}, cannot be looked up ({unknown}), and without it jax's CPU "
                 f"backend does not start ({str(error)[:200]}); add the name to /etc/hosts."
             ) from error
         raise

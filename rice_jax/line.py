@@ -26,6 +26,7 @@ HELLO_BYTES = 1 << 20  # at most: whatever else speaks to the port is not read f
 HELLO_SECONDS = 5.0  # of silence, from whoever has connected
 LOOK_SECONDS = 0.1  # how often the roll call counts those that came
 NOBODY = -1  # of whom an end is when no process failed
+HUNG_UP = "it ended, or its roll call was over before this one came (started late, or one too many?)"
 SILENCE_SECONDS = 30  # of a host without power or network, until its connection counts as lost
 
 
@@ -271,10 +272,10 @@ class Line:
             verdict = json.loads(self._file.readline() or "{}")
         except TimeoutError:
             verdict = {"error": f"process 0 at {place.address} still waits for others after {wait_seconds:.0f} s."}
-        except OSError:  # a reset: the roll call was over before this one was let in
+        except OSError:  # a reset
             verdict = {}
         if "service_port" not in verdict:
-            raise ValueError(verdict.get("error", f"process 0 at {place.address} ended during the roll call."))
+            raise ValueError(verdict.get("error", f"process 0 at {place.address} hung up: {HUNG_UP}."))
         self._connection.settimeout(None)
         self.service = f"{place.address.rpartition(':')[0]}:{verdict['service_port']}"
         self._answers: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()

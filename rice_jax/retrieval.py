@@ -21,7 +21,7 @@ from data_pipeline.records import Split
 from data_pipeline.tfrecord import write_file
 from rice_jax import hosts, inference, metrics, model, sharding
 from rice_jax.checkpoints import Checkpoints, read_config
-from rice_jax.config import FREE, from_json, override
+from rice_jax.config import EVALUATED, from_json, override
 from rice_jax.step import abstract_state
 
 KS = (1, 3, 5, 10)
@@ -82,6 +82,8 @@ class Model:
         Raises:
           OSError, ValueError: no file, or no picture; names it by path or place.
         """
+        if isinstance(pictures, str | Path | bytes):
+            raise TypeError("prepare takes several pictures; give [picture].")
         options = frame_options(self.config.data, train=False)
         prepared = [_prepared(picture, place, options) for place, picture in enumerate(pictures)]
         return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
@@ -225,7 +227,7 @@ def load(
       run: the training's workdir.
       step: a checkpoint's number of updates; the newest that is whole unless given.
       mesh: where the parameters go; all devices unless given.
-      overrides: fields of the config that training may change too, such as {"eval_flip": "true"}.
+      overrides: fields of the config that do not touch the weights, such as {"eval_flip": "true"}.
 
     Raises:
       FileNotFoundError: no run, no checkpoint, or none of that step.
@@ -242,7 +244,7 @@ def load(
         raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     config = from_json(text)
     for name, value in (overrides or {}).items():
-        if not any(name == free or name.startswith(free + ".") for free in FREE):
+        if not any(name == free or name.startswith(free + ".") for free in EVALUATED):
             raise ValueError(f"--config.{name}: the model was trained with it, so it cannot be changed now.")
         override(config, name, value)
     mesh = sharding.make_mesh(data=-1, fsdp=1) if mesh is None else mesh

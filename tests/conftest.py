@@ -32,9 +32,10 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a broadcast nobody meant is an error
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# A busy machine is no finding, and a finding is the same everywhere; `make fuzz` is the one that takes fresh seeds.
+# A busy machine is no finding, and a finding is the same everywhere: HYPOTHESIS_PROFILE=fresh takes other examples.
 settings.register_profile("suite", deadline=None, derandomize=True)
-settings.load_profile("suite")
+settings.register_profile("fresh", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 HERE = Path(__file__).parent
 
@@ -65,7 +66,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten_programs() -> Iterator[None]:
-    """A file's compiled programs go with it: those of all files are gigabytes, and more mappings than Linux allows."""
+    """A process drops its compiled programs with each file: those of all are gigabytes, and nearly more mappings than
+    Linux allows."""
     yield
     jax.clear_caches()
     gc.collect()

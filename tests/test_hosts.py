@@ -226,19 +226,27 @@ def test_a_reset_during_the_roll_call_is_an_error_of_ours() -> None:
             connection.close()
 
         threading.Thread(target=reset, daemon=True).start()
-        with pytest.raises(ValueError, match="ended during the roll call"):
+        with pytest.raises(ValueError, match="hung up: it ended, or its roll call"):
             Line(place, Hello(1, 2, "host1", 41, {}, None), wait_seconds=60.0)
 
 
 def test_a_host_that_does_not_know_its_own_name_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("Unable to initialize backend 'cpu'")
+    def fail_for(backend: str) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError(f"Unable to initialize backend '{backend}'")
 
-    monkeypatch.setattr(jax, "devices", fail)
-    with pytest.raises(RuntimeError, match="Unable to initialize"):
+        monkeypatch.setattr(jax, "devices", fail)
+
+    fail_for("cpu")
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    with pytest.raises(RuntimeError, match="Unable to initialize backend 'cpu'"):
         hosts._check_devices()
-    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    with pytest.raises(ValueError, match=r"own name, no-such-host.invalid, cannot be looked up .* add the name to"):
+    for name in ("no-such-host.invalid", 70 * "a"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        with pytest.raises(ValueError, match=rf"own name, {name}, cannot be looked up .* add the name to"):
+            hosts._check_devices()
+    fail_for("cuda")
+    with pytest.raises(RuntimeError, match="Unable to initialize backend 'cuda'"):
         hosts._check_devices()
 
 

@@ -107,14 +107,14 @@ def test_an_epochs_order_is_computed_once_for_all_threads(monkeypatch):
     assert len({int(row) for batch in batches for row in batch}) == 320
 
 
-def test_four_million_examples_cost_little_more_than_a_sort_of_as_many():
+def test_four_million_examples_cost_as_much_as_few_sorts_of_as_many():
     """Half a second on a quiet core; in the same process, so that a slow machine is slow at both."""
     keys = np.random.default_rng(0).integers(2**63, size=4_013_617, dtype=np.uint64)
     start = time.process_time()
     np.argsort(keys, kind="stable")
     sort = time.process_time() - start
     Plan(4_013_617, 32_768, 12345).batch(0)
-    assert time.process_time() - start < 6 * sort
+    assert time.process_time() - start - sort < 3 * sort
 
 
 def test_a_batch_handed_out_may_be_changed_without_changing_the_plan():

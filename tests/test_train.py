@@ -219,6 +219,8 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
     """The same batches (ledger) and bit for bit the same losses, gradient norms and figures."""
     environment = one_device_environment()
     subprocess.run(command(converted, tmp_path / "whole"), env=environment, check=True, timeout=300)
+    assert not (tmp_path / "whole" / "compiled").exists()  # as JAX_COMPILATION_CACHE_DIR says where; without it:
+    del environment["JAX_COMPILATION_CACHE_DIR"]
     stands_still = command_that_at(12, "time.sleep(600)", converted, tmp_path / "killed")
     killed = subprocess.Popen(stands_still, env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -229,6 +231,7 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
     killed.wait()
     assert len(lines_of(tmp_path / "killed")) < 40
     subprocess.run(command(converted, tmp_path / "killed"), env=environment, check=True, timeout=300)
+    assert any((tmp_path / "killed" / "compiled").iterdir())
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
 
 
@@ -381,6 +384,8 @@ def test_pictures_are_prepared_as_evaluation_has_them_and_a_bad_one_is_named(
         loaded.prepare([tmp_path / "no.jpg"])
     with pytest.raises(ValueError, match="picture 1: has 0 bytes"):
         loaded.prepare([data, b""])
+    with pytest.raises(TypeError, match="several pictures"):
+        loaded.prepare(str(tmp_path / "one.jpg"))
 
 
 def test_padding_slots_do_not_move_the_clip_embedding(loaded: rice_jax.Model) -> None:
