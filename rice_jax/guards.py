@@ -24,6 +24,7 @@ from rice_jax.config import warn
 MEMORY_SHARE = 0.9  # of the limit, above which memory is told of
 LOOK_SECONDS = 10.0
 SHOWN = 5
+ECHO_SECONDS = 1.0  # timeout(1) and other launchers signal the process and, at once, its group: one wish, not two
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
@@ -34,9 +35,9 @@ class StoppedError(Exception):
 
 
 class Stop:
-    """SIGTERM and SIGINT as a wish, which the loop grants at the end of a step; the second signal ends the process.
+    """SIGTERM and SIGINT as a wish, which the loop grants at the end of a step; another ends the process.
 
-    received: the first signal, or 0.
+    received: the first signal, or 0. What comes within ECHO_SECONDS of it is its echo.
     """
 
     def __init__(self) -> None:
@@ -103,13 +104,15 @@ class Stop:
             reading.close()
 
     def _listen(self, reading: socket.socket) -> None:
-        told = False
+        first = 0.0  # when it came
         while number := reading.recv(1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            if told:
-                os._exit(128 + number[0])
-            told, self.received = True, self.received or number[0]
+            if first:
+                if time.monotonic() - first > ECHO_SECONDS:
+                    os._exit(128 + number[0])
+                continue
+            first, self.received = time.monotonic(), self.received or number[0]
             name = signal.Signals(number[0]).name
             warn(f"{name}: stops after this step, with a checkpoint; the signal once more ends the process at once.")
             if jax.process_count() > 1:

@@ -64,7 +64,8 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
         def twice():
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGTERM)
-            while not stop.received:  # else the two may become one
+            time.sleep(guards.ECHO_SECONDS + 0.5)
+            while not stop.received:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
         with stop.listening():
@@ -75,6 +76,21 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
         print("came to its end")
     """)
     assert status == 143 and "the signal once more ends" in said and "came to its end" not in said
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_wish() -> None:
+    """As timeout(1) sends it: to the process and to its group."""
+    status, said = program("""
+        import os, signal, time
+        from rice_jax import guards
+        stop = guards.Stop()
+        with stop.listening():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+        print("came to its end", stop.received)
+    """)
+    assert status == 0 and "came to its end 2" in said and said.count("the signal once more ends") == 1
 
 
 def until(capfd: pytest.CaptureFixture[str], text: str) -> str:
