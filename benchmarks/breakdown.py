@@ -21,11 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import turns
-from data_pipeline.batches import train_batches
-from data_pipeline.plan import Plan
-from data_pipeline.records import Split, open_dataset
+from data_pipeline.format.reader import Split, open_dataset
+from data_pipeline.input.batches import train_batches
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
-from rice_jax import losses, model, pairs, retrieval, sharding, step
+from rice_jax.losses import global_batch as losses
+from rice_jax.losses import pairs
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import step
 
 
 def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rice_jax.checkpoints.store.store import Checkpoints
 
 from benchmarks import turns
 from rice_jax import config as configuration
-from rice_jax import digests, model, sharding, step
-from rice_jax.checkpoints import Checkpoints
+from rice_jax.checkpoints import digests
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.training import step
 
 STEP_SECONDS = 0.26  # preflight's floor of a v5e step of 128 examples a chip, full RICE at ViT-B/32 with 10 frames
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import turns
-from data_pipeline.batches import train_batches
-from data_pipeline.frames import FrameOptions
-from data_pipeline.plan import Plan
-from data_pipeline.records import Split, open_dataset
-from data_pipeline.tfrecord import FOOTER, HEADER, index_path, unframe_record
+from data_pipeline.format.reader import Split, open_dataset
+from data_pipeline.format.tfrecord import FOOTER, HEADER, index_path, unframe_record
+from data_pipeline.input.batches import train_batches
+from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
 
 

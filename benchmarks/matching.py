@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from data_pipeline.batches import clip_batches
-from data_pipeline.records import open_dataset
-from rice_jax import inference, model, retrieval, step
+from data_pipeline.format.reader import open_dataset
+from data_pipeline.input.batches import clip_batches
+from rice_jax.models import vit as model
+from rice_jax.retrieval import inference
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import step
 
 
 def seconds(call: Callable[..., Any], *inputs: Any) -> float:

@@ -19,7 +19,11 @@ import numpy as np
 from benchmarks import training_step, turns
 from configs import default
 from rice_jax import config as configuration
-from rice_jax import model, preflight, sharding, step, topologies
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.preflight import assess as preflight
+from rice_jax.preflight import topologies
+from rice_jax.training import step
 
 SIZES: dict[str, dict[str, Any]] = {  # of the default config; activations outweigh parameters
     "tiny": {"data.num_frames": 2, "data.image_size": 32, "model.patch_size": 16, "model.width": 64, "model.layers": 2,

@@ -16,7 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rice_jax import config as configuration
-from rice_jax import losses, model, pairs, preflight, sharding
+from rice_jax.losses import global_batch as losses
+from rice_jax.losses import pairs
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.preflight import assess as preflight
 
 IMAGES_AT_ONCE = 2  # as the official code takes them
 

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import turns
-from data_pipeline import frames
-from data_pipeline.batches import train_batches
-from data_pipeline.plan import Plan
-from data_pipeline.records import Split, open_dataset
+from data_pipeline.format.reader import Split, open_dataset
+from data_pipeline.input import decode as frames
+from data_pipeline.input.batches import train_batches
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
-from rice_jax.model import MEAN, STD
+from rice_jax.models.vit import MEAN, STD
 
 OPTIONS = frames.FrameOptions(tail_cut=False)  # else the two would not show as many frames
 

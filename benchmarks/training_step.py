@@ -23,7 +23,10 @@ import optax
 from benchmarks import turns
 from configs import default
 from rice_jax import config as configuration
-from rice_jax import model, naming, sharding, step
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.training import step
+from rice_jax.weights import naming
 
 if TYPE_CHECKING:
     from benchmarks.official_step import OfficialStep

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from data_pipeline.processes import cores
+from data_pipeline.system.processes import cores
 
 
 class Seconds(NamedTuple):

@@ -13,19 +13,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.columns import Converted, encode_json, make_manifest
+from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
+from data_pipeline.conversion.report import make_report, print_report
+from data_pipeline.conversion.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError
-from data_pipeline.folders import WORK, claim, locked
-from data_pipeline.listing import NONE, Layout, Listing
-from data_pipeline.records import COLUMNS, MANIFEST, shard_name
-from data_pipeline.report import make_report, print_report
-from data_pipeline.schema import SCHEMA_VERSION
-from data_pipeline.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
-from data_pipeline.shell import add_workers, exit_status, make_parser, number, positive
-from data_pipeline.sources import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source
-from data_pipeline.survey import list_splits
-from data_pipeline.tfrecord import sync_folder, write_file
-from data_pipeline.workers import Workers
+from data_pipeline.format.reader import COLUMNS, MANIFEST, shard_name
+from data_pipeline.format.schema import SCHEMA_VERSION
+from data_pipeline.format.tfrecord import sync_folder, write_file
+from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source
+from data_pipeline.layouts.listing import NONE, Layout, Listing
+from data_pipeline.system.command_line import add_workers, exit_status, make_parser, number, positive
+from data_pipeline.system.output_folder import WORK, claim, locked
+from data_pipeline.system.workers import Workers
 
 IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
 FAULTS, REPORT = "faults.txt", "report.json"

@@ -17,20 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.checkup.between import compare
-from data_pipeline.checkup.charts import Patient
-from data_pipeline.checkup.converted import ConvertedSet
-from data_pipeline.checkup.findings import Findings, distributions
-from data_pipeline.checkup.looks import append_known, load_known
-from data_pipeline.checkup.page import make_page
-from data_pipeline.checkup.raw import RawSource
 from data_pipeline.faults import WrongUseError
-from data_pipeline.folders import WORK, locked
-from data_pipeline.records import MANIFEST
-from data_pipeline.shell import add_workers, exit_status, make_parser
-from data_pipeline.sources import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
-from data_pipeline.tfrecord import write_file
-from data_pipeline.workers import Workers
+from data_pipeline.format.reader import MANIFEST
+from data_pipeline.format.tfrecord import write_file
+from data_pipeline.inspection.converted import ConvertedSet
+from data_pipeline.inspection.cross_checks import compare
+from data_pipeline.inspection.findings import Findings, distributions
+from data_pipeline.inspection.fingerprints import append_known, load_known
+from data_pipeline.inspection.page import make_page
+from data_pipeline.inspection.source import RawSource
+from data_pipeline.inspection.summary import Patient
+from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
+from data_pipeline.system.command_line import add_workers, exit_status, make_parser
+from data_pipeline.system.output_folder import WORK, locked
+from data_pipeline.system.workers import Workers
 
 CONVERTED = "converted"
 BUILD = Path("build/doctor")

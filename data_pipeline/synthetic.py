@@ -19,17 +19,17 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipeline.drawing.catalogue import Clip, Product, Shop, plan_shop
-from data_pipeline.drawing.dice import Dice
-from data_pipeline.drawing.products import CATEGORIES, draw_product, shop_image
-from data_pipeline.drawing.rooms import Room, draw_room
-from data_pipeline.drawing.scenes import Scene, backdrop, draw_overlay
-from data_pipeline.drawing.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
-from data_pipeline.folders import WORK, claim, locked
-from data_pipeline.frames import sample_frames
-from data_pipeline.shell import add_workers, exit_status, make_parser
-from data_pipeline.tfrecord import write_file
-from data_pipeline.workers import Workers
+from data_pipeline.format.tfrecord import write_file
+from data_pipeline.input.decode import sample_frames
+from data_pipeline.synthetic_shop.catalogue import Clip, Product, Shop, plan_shop
+from data_pipeline.synthetic_shop.dice import Dice
+from data_pipeline.synthetic_shop.products import CATEGORIES, draw_product, shop_image
+from data_pipeline.synthetic_shop.rooms import Room, draw_room
+from data_pipeline.synthetic_shop.scenes import Scene, backdrop, draw_overlay
+from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
+from data_pipeline.system.command_line import add_workers, exit_status, make_parser
+from data_pipeline.system.output_folder import WORK, claim, locked
+from data_pipeline.system.workers import Workers
 
 PRODUCTS, CLIPS_A_PRODUCT = 102, 8
 SHELF = 9  # products that fit on the shelf behind the host

@@ -12,10 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipeline.histogram import histogram_recall
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
 from rice_jax import config as configuration
-from rice_jax import model, retrieval, sharding, step
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval.histogram import histogram_recall
+from rice_jax.training import step
 
 SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to learn from
 

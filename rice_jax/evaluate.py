@@ -14,10 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.records import Dataset, open_dataset
-from data_pipeline.tfrecord import write_file
+from data_pipeline.format.reader import Dataset, open_dataset
+from data_pipeline.format.tfrecord import write_file
 from rice_jax import config as configuration
-from rice_jax import hosts, retrieval
+from rice_jax.parallel import hosts
+from rice_jax.retrieval import model as retrieval
 from rice_jax.version import __version__
 
 

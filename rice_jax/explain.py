@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.batches import train_batches
-from data_pipeline.plan import Plan
-from data_pipeline.records import Dataset, Split, open_dataset
+from data_pipeline.format.reader import Dataset, Split, open_dataset
+from data_pipeline.input.batches import train_batches
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
-from rice_jax import order, retrieval
-from rice_jax.checkpoints import Checkpoints, read_config
+from rice_jax.checkpoints.store import Checkpoints, read_config
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import ledger as order
 
 SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
 NAMED = 5  # of the clips that an epoch leaves out

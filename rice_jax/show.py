@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.frames import decode
-from data_pipeline.records import Split, open_dataset
+from data_pipeline.format.reader import Split, open_dataset
+from data_pipeline.input.decode import decode
 from rice_jax import config as configuration
 
 SIDE, GAP, TEXT = 104, 10, 18  # px: a picture, between pictures, a line of text

@@ -13,15 +13,20 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from data_pipeline.batches import train_batches
-from data_pipeline.plan import Plan
-from data_pipeline.records import Dataset, Split, open_dataset
+from data_pipeline.format.reader import Dataset, Split, open_dataset
+from data_pipeline.input.batches import train_batches
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
-from rice_jax import guards, hosts, model, order, retrieval, sharding
-from rice_jax.checkpoints import Checkpoints, read_config, write_config
-from rice_jax.logs import Log, Progress
-from rice_jax.sources import initialise
-from rice_jax.step import State, abstract_state, init_state, make_train_step
+from rice_jax.checkpoints.store import Checkpoints, read_config, write_config
+from rice_jax.models import vit as model
+from rice_jax.parallel import hosts
+from rice_jax.parallel import mesh as sharding
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import guards
+from rice_jax.training import ledger as order
+from rice_jax.training.logs import Log, Progress
+from rice_jax.training.step import State, abstract_state, init_state, make_train_step
+from rice_jax.weights.readers import initialise
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:

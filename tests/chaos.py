@@ -27,10 +27,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import rice_jax
 from data_pipeline.convert import Options, convert
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
 from data_pipeline.synthetic import synthesize
 from rice_jax import config as configuration
-from rice_jax import order
+from rice_jax.training import ledger as order
 
 UPDATES, SAVE_EVERY, EVALUATE_EVERY = 12, 3, 4  # intervals that do not divide each other
 PHASES = ("update", "save", "evaluation", "embeddings")

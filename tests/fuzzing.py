@@ -27,15 +27,17 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import frames, records, schema
-from data_pipeline.checkup import looks
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.frames import FrameOptions
+from data_pipeline.format import reader as records
+from data_pipeline.format import schema
+from data_pipeline.format.schema import Clip, Picture, ShopImage
+from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record, write_file
+from data_pipeline.input import decode as frames
+from data_pipeline.input.decode import FrameOptions
+from data_pipeline.inspection import fingerprints as looks
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.folder import read_table
-from data_pipeline.listing import Row
-from data_pipeline.schema import Clip, Picture, ShopImage
-from data_pipeline.tfrecord import frame_record, index_path, unframe_record, write_file
+from data_pipeline.layouts.listing import Row
+from data_pipeline.layouts.own_folder import read_table
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES, TRAIN, training_row
 
 EXAMPLES = 500  # of hypothesis at a time

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from rice_jax import losses, model, naming, sharding
+from rice_jax.losses import global_batch as losses
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.weights import naming
 
 DECODER = "transformer.transformer.transformer.layers"
 REC = "transformer.heads.rec.0.weight"

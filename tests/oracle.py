@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rice_jax import model
+from rice_jax.models import vit as model
 
 
 def norm(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipeline import convert as command
 from data_pipeline.convert import main
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import records, tfrecord
+from data_pipeline.format import reader as records
+from data_pipeline.format import tfrecord
 from tests import corruption
 
 

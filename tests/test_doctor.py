@@ -20,8 +20,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from data_pipeline import convert, doctor
-from data_pipeline.checkup import looks, twins
 from data_pipeline.faults import BadInputError
+from data_pipeline.inspection import duplicates as twins
+from data_pipeline.inspection import fingerprints as looks
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,

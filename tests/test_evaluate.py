@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipeline.records import open_dataset
-from rice_jax import evaluate, retrieval, step, train
+from data_pipeline.format.reader import open_dataset
+from rice_jax import evaluate, train
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import step
 from tests.test_train import smoke_config
 
 

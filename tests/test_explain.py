@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from rice_jax.checkpoints.store.store import write_config
 
 from configs import smoke
-from data_pipeline.plan import Plan
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
+from data_pipeline.input.plan import Plan
 from rice_jax import config as configuration
-from rice_jax import explain, logs, order, step
-from rice_jax.checkpoints import write_config
+from rice_jax import explain
+from rice_jax.training import ledger as order
+from rice_jax.training import logs, step
 
 
 def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Plan:

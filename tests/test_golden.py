@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from configs import default, lpr750k
-from rice_jax import model, naming, optimizer, sharding, step
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.training import optimizer, step
+from rice_jax.weights import naming
 from tests import official
 
 LOSS = 1e-5  # SPEC 13.2, absolute

@@ -10,10 +10,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from rice_jax import topologies
+from rice_jax.preflight import topologies
 from tests import clip_files, lpr_layouts, official, torch_files
+from tests.layouts.test_own_folder import make_folder
 from tests.test_doctor import make_own_frames
-from tests.test_folder import make_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
 from rice_jax import show
 
 GREEN, RED = (26, 152, 80), (215, 48, 39)

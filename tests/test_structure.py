@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from configs import default, demo, folder, grocery, lpr750k, pod, rice, smoke
-from rice_jax import model, sharding, step
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.training import step
 from tests import official
 
 ROOT = Path(__file__).parent.parent

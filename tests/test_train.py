@@ -21,12 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rice_jax
 from configs import smoke
-from data_pipeline.frames import centre_crop, load
-from data_pipeline.records import open_dataset
+from data_pipeline.format.reader import open_dataset
+from data_pipeline.input.decode import centre_crop, load
 from rice_jax import config as configuration
-from rice_jax import guards, retrieval, step, train
+from rice_jax import train
+from rice_jax.retrieval import model as retrieval
+from rice_jax.training import guards, step
 from tests import official
-from tests.test_checkpoints import flip_data
+from tests.checkpoints.test_store import flip_data
 
 
 def smoke_config(data: Path, **changes: Any) -> Any:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
-from data_pipeline.frames import sample_frames
-from data_pipeline.layouts.downloads import name_of
-from data_pipeline.listing import Line, ListedClip, Row, TextLayout
-from data_pipeline.pictures import SUFFIXES
-from data_pipeline.schema import Box, Clip, Picture
-from data_pipeline.tfrecord import file_crc
+from data_pipeline.format.schema import Box, Clip, Picture
+from data_pipeline.format.tfrecord import file_crc
+from data_pipeline.input.decode import sample_frames
+from data_pipeline.layouts.img2dataset import name_of
+from data_pipeline.layouts.listing import Line, ListedClip, Row, TextLayout
+from data_pipeline.layouts.pictures import SUFFIXES
 
 TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
-from data_pipeline.layouts.downloads import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
-from data_pipeline.listing import FoundFrame, Layout, Line, ListedClip, Listing, Row, Run
-from data_pipeline.schema import Clip, Picture, ShopImage
+from data_pipeline.layouts.img2dataset import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
+from data_pipeline.layouts.listing import FoundFrame, Layout, Line, ListedClip, Listing, Row, Run
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
 OUTPUTS = ("image", "frame")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_pipeline.faults import BadInputError, Fault
+from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
-from data_pipeline.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
-from data_pipeline.pictures import SUFFIXES, PictureFolder
-from data_pipeline.schema import Clip, Picture, ShopImage
+from data_pipeline.layouts.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
+from data_pipeline.layouts.pictures import SUFFIXES, PictureFolder
 
 QUERIES, GALLERY = "query_tenframes.json", "gallery_main.txt"
 

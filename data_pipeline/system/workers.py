@@ -1,0 +1,92 @@
+"""Worker processes for the converter: results in the order of the tasks, a progress bar, no orphans."""
+
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import tqdm
+
+from data_pipeline.system.processes import end_with_parent
+
+AHEAD = 4  # tasks in flight a worker: enough to keep it busy, few enough that their entries fit in memory
+
+_context: Any = None  # in a worker: what all of its tasks share
+
+
+class Workers:
+    """`count` processes that share `context` (a layout), started when there are two tasks for them.
+
+    With a count of one the work is done here, which is what a debugger wants.
+    """
+
+    def __init__(self, count: int, context: Any) -> None:
+        self.count = count
+        self.context = context
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        tasks: Iterable[tuple],
+        label: str,
+        *,
+        total: int,
+        unit: str = "part",
+        weigh: Callable[[tuple], int] = lambda task: 1,
+    ) -> Iterator[Any]:
+        """function(context, *task) of every task, in order.
+
+        total: units of the progress bar; weigh: how many of them a task is.
+        """
+        quiet = 0.5 if sys.stdout.isatty() else 10.0  # a log file is no place for two lines a second
+        with tqdm.tqdm(
+            total=total, desc=label, unit=f" {unit}", file=sys.stdout, mininterval=quiet, disable=not total
+        ) as bar:
+            for task, result in self._results(function, tasks):
+                bar.update(weigh(task))
+                yield result
+
+    def _results(self, function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+        waiting = iter(tasks)
+        first = list(itertools.islice(waiting, 2))
+        waiting = itertools.chain(first, waiting)
+        if self.count == 1 or len(first) < 2:
+            for task in waiting:
+                yield task, function(self.context, *task)
+            return
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.context,)
+            )
+        pending: collections.deque[tuple[tuple, concurrent.futures.Future]] = collections.deque()
+        while True:
+            for task in itertools.islice(waiting, AHEAD * self.count - len(pending)):
+                pending.append((task, self._pool.submit(_call, function, task)))
+            if not pending:
+                return
+            task, future = pending.popleft()
+            yield task, future.result()
+
+
+def _call(function: Callable[..., Any], task: tuple) -> Any:
+    return function(_context, *task)
+
+
+def _start_worker(context: Any) -> None:
+    global _context
+    _context = context
+    end_with_parent()

@@ -1,0 +1,146 @@
+"""A model as programs that run without this package: StableHLO by jax.export, its parameters beside it.
+
+    DIR/encode_images.stablehlo   (parameters, images uint8 [b,px,px,3])                           -> float32 [b,E]
+    DIR/encode_clips.stablehlo    (parameters, frames uint8 [b,n,px,px,3], mask int32 [b,n])       -> float32 [b,E]
+    DIR/match.stablehlo           (parameters, frames, mask, images uint8 [m,px,px,3])             -> float32 [b,m]
+    DIR/parameters.safetensors    {name: float32 array}: the programs' first argument as it is
+    DIR/programs.json             versions, platforms, shapes
+
+b, n and m are open: any number of clips, frame slots and images. `load_programs` shows how another program runs them.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import save
+
+from data_pipeline.system.output_folder import new_folder
+from rice_jax.parallel import mesh as sharding
+from rice_jax.retrieval import inference
+from rice_jax.retrieval.model import Model
+from rice_jax.version import __version__
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., Any]]":
+    """The programs of an export, {name: function of pictures}: needs jax, flatbuffers and safetensors, nothing of ours.
+
+    It stands alone: copy it into the program that serves. A function compiles once a shape, for the device jax runs on:
+
+        programs = load_programs(folder)
+        scores = programs["match"](frames, mask, images)
+
+    Raises:
+      ValueError: the files are of a newer jax than this one.
+    """
+    import functools
+    import json
+    from pathlib import Path
+
+    import jax
+    from jax import export
+    from safetensors.numpy import load_file
+
+    about = json.loads((Path(folder) / "programs.json").read_text())
+    if tuple(about["jax"]) > jax.__version_info__:
+        written, here = (".".join(map(str, version)) for version in (about["jax"], jax.__version_info__))
+        raise ValueError(f"{folder}: written by jax {written}, which jax {here} may not read; install jax>={written}.")
+    parameters = jax.device_put(load_file(Path(folder) / "parameters.safetensors"))
+    programs: dict[str, Callable[..., Any]] = {}  # annotations of locals are never looked up
+    for name in about["programs"]:
+        exported = export.deserialize(bytearray((Path(folder) / f"{name}.stablehlo").read_bytes()))
+        programs[name] = functools.partial(jax.jit(exported.call), parameters)
+    return programs
+
+
+def export_programs(model: Model, output: Path) -> None:
+    """Writes the programs of a model into `output`, once they are read back and agree with the model's own methods.
+
+    A model that PMD did not train has no `match`. The folder appears whole or not at all.
+
+    Raises:
+      ValueError: `output` holds something, or what was written does not give the model's own figures.
+    """
+    with new_folder(output) as folder:
+        _write(model, folder)
+        _compare(model, load_programs(folder), output)
+
+
+def _write(model: Model, folder: Path) -> None:
+    flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    parameters = save({name: np.array(leaf, order="C") for name, leaf in flat.items()})
+    (folder / "parameters.safetensors").write_bytes(parameters)
+    about = {
+        "rice_jax": __version__,
+        "jax": jax.__version_info__,
+        "platforms": PLATFORMS,
+        "model": model.fingerprint,
+        "image_size": model.config.data.image_size,
+        "mirror_images_added": model.config.eval_flip,
+    }
+    programs = {}
+    for name, exported in _export(model, flat):
+        (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+        programs[name] = {
+            "inputs": [f"{x.dtype} {x.shape}" for x in exported.in_avals[len(flat) :]],
+            "output": f"{exported.out_avals[0].dtype} {exported.out_avals[0].shape}",
+            "calling_convention": exported.calling_convention_version,
+        }
+    (folder / "programs.json").write_text(json.dumps(about | {"programs": programs}, indent=2) + "\n")
+
+
+def _export(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export.Exported]]:
+    """Name and program of each function: parameters as an argument, sizes of batches open."""
+    structure = jax.tree.structure(model.params)
+    parameters = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
+    b, n, m = export.symbolic_shape("b, n, m")
+    side = model.config.data.image_size
+    frames = jax.ShapeDtypeStruct((b, n, side, side, 3), np.uint8)
+    mask = jax.ShapeDtypeStruct((b, n), np.int32)
+    flip = model.config.eval_flip
+    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "encode_images": (
+            functools.partial(inference.encode_images, model.net, flip),
+            (jax.ShapeDtypeStruct((b, side, side, 3), np.uint8),),
+        ),
+        "encode_clips": (functools.partial(inference.encode_clips, model.net, flip), (frames, mask)),
+    }
+    if model.can_match:
+        images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
+        programs["match"] = (functools.partial(inference.match, model.net, False), (frames, mask, images))
+
+    for name, (function, inputs) in programs.items():
+
+        def program(
+            parameters: dict[str, Any], *pictures: Any, function: Callable[..., Any] = function
+        ) -> Any:  # plain dicts only: their keys come sorted, so leaves are put back by name
+            return function(jax.tree.unflatten(structure, [parameters[key] for key in flat]), *pictures)
+
+        yield name, export.export(jax.jit(program), platforms=PLATFORMS)(parameters, *inputs)
+
+
+def _compare(model: Model, programs: Mapping[str, Callable[..., Any]], where: Path) -> None:
+    """ValueError unless the programs give what the model's own methods do."""
+    model = dataclasses.replace(model, batch_size=model.mesh.size)
+    side = model.config.data.image_size
+    # Products of accelerators are rounded to bfloat16, and otherwise in another batch.
+    exact = model.config.model.dtype == "float32" and jax.default_backend() == "cpu"
+    rng, mask = np.random.default_rng(0), np.array([[1, 0, 0], [1, 1, 1]], np.int32)
+    frames, images = (rng.integers(0, 256, (*n, side, side, 3), np.uint8) for n in (mask.shape, (5,)))
+    inputs = {"encode_images": (images,), "encode_clips": (frames, mask), "match": (frames, mask, images)}
+    for name, program in programs.items():
+        expected, found = getattr(model, name)(*inputs[name]), np.asarray(program(*inputs[name]))
+        gap = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
+        if not gap <= (1e-5 if exact else 2e-2):
+            raise ValueError(
+                f"{where}: {name} read back differs from the model by {gap:.1e}; nothing was exported. Report it with "
+                f"rice_jax {__version__} and jax {jax.__version__}."
+            )

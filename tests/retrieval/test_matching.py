@@ -1,0 +1,278 @@
+"""Matching at test time against a plain loop of whole decoder passes, one pair at a time (SPEC 10.4)."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rice_jax.checkpoints.store.store import Checkpoints, write_config
+
+from configs import smoke
+from data_pipeline.format.reader import Split, open_dataset
+from data_pipeline.input.batches import clip_batches, image_batches
+from rice_jax import config as configuration
+from rice_jax import evaluate
+from rice_jax.models import vit as model
+from rice_jax.parallel import mesh as sharding
+from rice_jax.retrieval import inference
+from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval import ranking as metrics
+from rice_jax.training import step
+from tests import official
+
+
+def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any) -> retrieval.Model:
+    """The smoke model with large random weights, norms and biases included: as it is born all pairs look alike."""
+    config = smoke.get_config()
+    config.unlock()
+    config.update_from_flattened_dict(changes)
+    net, rng = model.build(config), np.random.default_rng(0)
+
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        about_one = sharding.path_name(path).endswith("/scale")
+        return jax.device_put((about_one + 0.3 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
+
+    params = jax.tree_util.tree_map_with_path(draw, step.abstract_state(net, config, mesh).params)
+    return retrieval.Model(config, net, params, mesh, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def plain_score(net: model.Rice, raw: bool, params: Any, frames: jax.Array, mask: jax.Array, image: jax.Array) -> Any:
+    """One pair: all T queries through self and cross layer, then SPEC 5.5, 5.6 and 10.4 as they are written."""
+    encode = lambda pictures: net.encoder.apply({"params": params["encoder"]}, pictures)[0]
+    image_tokens, clip_tokens = encode(model.normalise(image[None])), encode(model.normalise(frames, mask))
+    clip_tokens = clip_tokens.reshape(1, -1, clip_tokens.shape[-1])
+    key_mask = jnp.repeat(mask > 0, image_tokens.shape[1])[None]
+    decoder = functools.partial(net.decoder.apply, {"params": params["decoder"]})
+    if not raw:
+        return decoder(image_tokens, clip_tokens, key_mask)[0][0] / 10
+    x, keys_values = decoder(image_tokens, method="image_tokens"), decoder(clip_tokens, method="keys_values")
+    weights = jax.nn.softmax(decoder(x, keys_values, key_mask, method="scores"), axis=-1)
+    h = decoder(decoder(x, weights, keys_values, method="cross_tokens"), method="pooled")[0, 0]
+    return jnp.sum(h * params["decoder"]["match"])
+
+
+@dataclasses.dataclass
+class Shop:
+    """The test split's pictures, and who meets whom."""
+
+    split: Split
+    frames: np.ndarray
+    mask: np.ndarray
+    images: np.ndarray
+    galleries: list[np.ndarray]
+    gallery_of: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def shop(converted: Path) -> Shop:
+    split = open_dataset(converted).split("test")
+    options = retrieval.frame_options(smoke.get_config().data, train=False)
+    names = sorted(split.galleries)
+    with (
+        clip_batches(split, range(split.num_clips), options, split.num_clips, threads=0) as clips,
+        image_batches(split, range(split.num_images), options, split.num_images, threads=0) as images,
+    ):
+        batch, pictures = next(clips), next(images)["image"]
+    return Shop(
+        split,
+        batch["frames"],
+        batch["mask"],
+        pictures,
+        [np.asarray(split.galleries[name]) for name in names],
+        np.array([names.index(split.gallery_name(row)) for row in range(split.num_clips)]),
+    )
+
+
+def scores_of(m: retrieval.Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
+    return retrieval.match(
+        m, shop.split, np.arange(shop.split.num_clips), np.arange(shop.split.num_images), galleries=shop.galleries,
+        gallery_of=shop.gallery_of, raw=raw, store=retrieval.EmbeddingStore(store), show_progress=False,
+    )[2]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_scores_equal_a_plain_loop_over_whole_decoder_passes(shop: Shop, raw: bool) -> None:
+    m = random_model(official.mesh_of(1, 1), batch_size=2)  # three clips: the last batch is half full
+    scores = scores_of(m, shop, raw=raw)
+    spread = []
+    for clip, gallery in enumerate(shop.gallery_of):
+        expected = [
+            float(plain_score(m.net, raw, m.params, shop.frames[clip], shop.mask[clip], shop.images[row]))
+            for row in shop.galleries[gallery]
+        ]
+        size = len(expected)
+        np.testing.assert_allclose(scores[clip, :size], expected, atol=1e-5, rtol=1e-5)
+        assert np.isneginf(scores[clip, size:]).all()
+        spread.append(np.ptp(expected))
+    assert min(spread) > 1e-2  # nothing is equal because everything is
+    assert len(shop.galleries) == 2 and 0 < shop.mask.sum() < shop.mask.size  # several livestreams, padding frames
+
+
+def test_a_score_of_many_shelf_steps_is_the_same(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = random_model(official.mesh_of(1, 1), batch_size=4)
+    whole = scores_of(m, shop)
+    monkeypatch.setattr(retrieval, "AT_ONCE", 2)  # galleries of two and three
+    steps = scores_of(m, shop)
+    assert (whole.shape[1], steps.shape[1]) == (32, 4)
+    np.testing.assert_allclose(steps, whole[:, :4], atol=1e-6)
+
+
+def test_scores_are_the_same_on_a_mesh_that_splits_batch_and_parameters(shop: Shop) -> None:
+    one, many = (scores_of(random_model(mesh), shop) for mesh in (official.mesh_of(1, 1), official.mesh_of(2, 4)))
+    np.testing.assert_allclose(many, one, atol=1e-6)
+
+
+def test_match_in_python_scores_every_clip_against_every_image(shop: Shop) -> None:
+    m = random_model(official.mesh_of(2, 1), batch_size=2)
+    scores = m.match(shop.frames, shop.mask, shop.images)
+    assert scores.shape == (3, len(shop.images)) and scores.dtype == np.float32
+    by_shelf = scores_of(m, shop)
+    for clip, gallery in enumerate(shop.gallery_of):
+        rows = shop.galleries[gallery]
+        np.testing.assert_allclose(by_shelf[clip, : len(rows)], scores[clip, rows], atol=1e-6)
+    raw = m.match(shop.frames[:1], shop.mask[:1], shop.images[:1], raw=True)
+    expected = plain_score(m.net, True, m.params, shop.frames[0], shop.mask[0], shop.images[0])
+    np.testing.assert_allclose(raw, [[expected]], atol=1e-5, rtol=1e-5)
+    assert m.match(shop.frames[:0], shop.mask[:0], shop.images).shape == (0, len(shop.images))
+    assert m.match(shop.frames, shop.mask, shop.images[:0]).shape == (3, 0)
+
+
+def test_what_padding_frames_show_does_not_matter(shop: Shop) -> None:
+    m = random_model(official.mesh_of(1, 1))
+    noise = np.random.default_rng(0).integers(0, 256, shop.frames.shape, np.uint8)
+    noisy = np.where(shop.mask[..., None, None, None] > 0, shop.frames, noise)
+    assert (noisy != shop.frames).any()
+    for encode in (m.match, lambda frames, mask, _: m.encode_clips(frames, mask)):
+        np.testing.assert_array_equal(*(encode(f, shop.mask, shop.images) for f in (shop.frames, noisy)))
+
+
+def test_official_logits_are_ten_times_the_cosine_of_positives_and_mined_clips(golden_file: Path) -> None:
+    golden = official.load(golden_file)
+    if "out/pmd_logits" not in golden.arrays:
+        pytest.skip("this golden file holds no matching logits")
+    clips = golden.arrays["out/pmd_negative_clips"]
+    clips = np.concatenate([np.arange(len(clips))[:, None], clips], axis=1)
+    match = jax.jit(inference.match, static_argnums=(0, 1))
+    inputs = (golden.params, golden.batch["frames"], golden.batch["mask"], golden.batch["image"])
+    cosine, raw = (np.asarray(match(golden.net, raw, *inputs)) for raw in (False, True))
+    images = np.arange(len(clips))[:, None]
+    logits = golden.arrays["out/pmd_logits"]
+    np.testing.assert_allclose(10 * cosine[clips, images], logits, atol=1e-4 * np.abs(logits).max(), rtol=0)
+    if "out/pmd_pooled" in golden.arrays:
+        expected = golden.arrays["out/pmd_pooled"] @ golden.arrays["param/transformer.heads.vim.weight"][0]
+        np.testing.assert_allclose(raw[clips, images], expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of no updates at all: what matters here is what comes after training."""
+    workdir, mesh = tmp_path_factory.mktemp("run"), official.mesh_of(8, 1)
+    m = random_model(mesh, **{"data.path": str(converted)})
+    write_config(workdir, configuration.to_json(m.config))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_state(m.net, m.config, mesh))
+    with Checkpoints(workdir, kept=1) as checkpoints:
+        checkpoints.save(0, state._replace(params=m.params), {})
+    return workdir
+
+
+def call(run: Path, data: Path, *more: str) -> None:
+    evaluate.evaluate(evaluate.parse(["--workdir", str(run), "--data", str(data), *more]))
+
+
+@pytest.mark.parametrize("score", ["matching", "raw-matching"])
+def test_matching_and_the_sum_stand_beside_the_embedding(
+    run: Path, shop: Shop, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
+) -> None:
+    call(run, converted, "--output", str(tmp_path / "embedding"))
+    capsys.readouterr()
+    call(run, converted, "--output", str(tmp_path / "both"), "--score", score)
+    table = capsys.readouterr().out
+    alone, both = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("embedding", "both"))
+    assert (alone.pop("score"), both["score"]) == ("embedding", score)
+    assert {name: both[name] for name in alone} == alone
+
+    # The figures, from Model's own methods and a sort.
+    m = retrieval.load(run)
+    matches = m.match(shop.frames, shop.mask, shop.images, raw=score == "raw-matching")
+    cosines = m.encode_clips(shop.frames, shop.mask) @ m.encode_images(shop.images).T
+    truth = shop.split.truth_by_clip
+    lines = [json.loads(line) for line in (tmp_path / "both" / "rankings.jsonl").read_text().splitlines()]
+    for prefix, title, scores in (
+        ("", "embedding", cosines),
+        ("matching_", "matching", matches),
+        ("sum_", "their sum", matches + cosines),
+    ):
+        hits = 0
+        for clip, line in enumerate(lines):
+            rows = shop.galleries[shop.gallery_of[clip]]
+            rows = rows[np.argsort(-scores[clip, rows], kind="stable")]
+            assert [name for name, _ in line[f"{prefix}top"]] == [shop.split.image_ids[row] for row in rows]
+            np.testing.assert_allclose([x for _, x in line[f"{prefix}top"]], scores[clip, rows], atol=2e-5)
+            is_true = [shop.split.image_ids[row] in truth[line["clip"]] for row in rows]
+            assert line[f"{prefix}rank"] == 1 + is_true.index(True)
+            hits += is_true[0]
+        assert both[f"{prefix}recall@1"] == pytest.approx(100 * hits / 3)
+        low, high = metrics.wilson_interval(100 * hits / 3, 3)
+        assert (both[f"{prefix}recall@1_low"], both[f"{prefix}recall@1_high"]) == pytest.approx((low, high))
+        (row,) = (row for row in table.splitlines() if row.strip().startswith(title))
+        assert f"{100 * hits / 3:.2f}" in row and f"{low:.1f} to {high:.1f}" in row
+
+
+def test_an_interrupted_matching_goes_on_with_what_is_missing(
+    run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(run, converted, "--output", str(tmp_path / "whole"), "--score", "matching")
+    monkeypatch.setattr(retrieval.EmbeddingStore, "BLOCK", 1)
+    once = retrieval._Shelves.match
+    left = [2]
+
+    def interrupted(self: Any, *inputs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return once(self, *inputs)
+
+    arguments = (run, converted, "--output", str(tmp_path / "blocks"), "--score", "matching")
+    monkeypatch.setattr(retrieval._Shelves, "match", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(*arguments)
+    assert not (tmp_path / "blocks" / "metrics.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks" / "embeddings").glob("*/*.npy")}
+    assert sum(path.name.startswith("matches") for path in kept) == 2
+    left[0] = 1  # of three clips: one is missing
+    call(*arguments)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    whole, pieces = ((tmp_path / name / "metrics.json").read_text() for name in ("whole", "blocks"))
+    assert whole == pieces
+    call(*arguments[:-2])  # what matching left is all that the embedding needs
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_matching_compiles_once_whatever_the_batch_and_the_longest_shelf(shop: Shop) -> None:
+    m = random_model(official.mesh_of(1, 1), batch_size=1)
+    before = retrieval._on_mesh._cache_size()
+    scores_of(m, shop)
+    assert retrieval._on_mesh._cache_size() == before + 2  # images, and clips
+
+
+def test_a_model_of_icl_alone_is_refused_before_anything_is_encoded(shop: Shop, tmp_path: Path) -> None:
+    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
+    with pytest.raises(ValueError, match="this model has no decoder"):
+        retrieval.evaluate(m, shop.split, score="matching", store=retrieval.EmbeddingStore(tmp_path))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="this model has no decoder"):
+        m.match(shop.frames, shop.mask, shop.images)
+    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder learned to rebuild, not to match
+    with pytest.raises(ValueError, match=r"this model has not learned it \(loss.pmd is 0 in its config\)"):
+        retrieval.evaluate(m, shop.split, score="matching")
+    with pytest.raises(ValueError, match="needs one of embedding, matching, raw-matching"):
+        retrieval.evaluate(m, shop.split, score="cosine")
