@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "rice_jax" / "version.py").read_text().split('"')[-2]
@@ -53,8 +53,6 @@ EXTRAS = {
     ],
 }
 
-PARTS = ("checkup", "drawing", "layouts")
-
 setup(
     name="rice_jax",
     version=VERSION,
@@ -63,7 +61,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["rice_jax", "configs", "data_pipeline", *(f"data_pipeline.{each}" for each in PARTS)],
+    packages=find_packages(include=["rice_jax*", "configs*", "data_pipeline*"]),
     package_data={"rice_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -24,12 +24,14 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
-from rice_jax.losses import global_batch as losses
+from rice_jax import config as config_module
+from rice_jax import errors
+from rice_jax.config import fitted, validate
 from rice_jax.losses import pairs
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import model as retrieval
+from rice_jax.losses.global_batch import make_loss
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import make_mesh, parameter_specs, to_global
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 
 
@@ -37,10 +39,10 @@ def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Ca
     """Loss and gradient with some losses left out, and with them the parameters that only they use."""
     config = copy.deepcopy(config)
     config.loss.update(weights)
-    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     unused = {"decoder": net.decoder, "reconstruction": net.reconstruction}
     params = {name: part for name, part in params.items() if unused.get(name, net) is not None}
-    loss = losses.make_loss(net, config.loss, mesh, sharding.parameter_specs(params, mesh))
+    loss = make_loss(net, config.loss, mesh, parameter_specs(params, mesh))
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return lambda: compiled(params, batch, step.random_key(0))
 
@@ -54,7 +56,7 @@ def mining(config: Any) -> Callable[[], Any]:
 
 
 def updating(config: Any, batch: Any) -> Callable[[], Any]:
-    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract)
     held = [step.init_state(net, config, abstract)]  # donated by each step
@@ -69,21 +71,21 @@ def updating(config: Any, batch: Any) -> Callable[[], Any]:
 def reading(config: Any, split: Split) -> tuple[Any, Callable[[], Any]]:
     """Batches one by one, no cache: what the first epoch costs."""
     plan = Plan(split.num_clips, config.batch_size, config.seed)
-    options, rows = retrieval.frame_options(config.data, train=True), np.arange(config.batch_size)
+    options, rows = frame_options(config.data, train=True), np.arange(config.batch_size)
     batches = train_batches(split, plan, rows, options, threads=0)
     return batches, lambda: next(batches)
 
 
 def main(arguments: argparse.Namespace) -> None:
     config = arguments.config
-    configuration.validate(config)
+    validate(config)
     dataset = open_dataset(config.data.path)
     split = dataset.split(config.data.train_split)
-    config = configuration.fitted(config, clips=split.num_clips, splits=dataset.splits, devices=1)
+    config = fitted(config, clips=split.num_clips, splits=dataset.splits, devices=1)
     batches, read = reading(config, split)
     with batches:
-        batch = sharding.to_global(read(), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
-        params = jax.jit(lambda: step.init_params(model.build(config), config, step.random_key(0)))()
+        batch = to_global(read(), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
+        params = jax.jit(lambda: step.init_params(build(config), config, step.random_key(0)))()
         pieces = {
             "input": read,
             "icl": differentiated(config, params, batch, pmd=0.0, pfr=0.0),
@@ -130,8 +132,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/breakdown.json"))
-    return configuration.parse(parser, argv)
+    return config_module.parse(parser, argv)
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    errors.run(main, parse())

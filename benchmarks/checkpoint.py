@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rice_jax.checkpoints.store.store import Checkpoints
 
 from benchmarks import turns
-from rice_jax import config as configuration
+from rice_jax import config
 from rice_jax.checkpoints import digests
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.errors import run
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import make_mesh
 from rice_jax.training import step
 
 STEP_SECONDS = 0.26  # preflight's floor of a v5e step of 128 examples a chip, full RICE at ViT-B/32 with 10 frames
@@ -34,8 +35,8 @@ def noise(abstract: Any) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    net = model.build(arguments.config)
-    mesh = sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net = build(arguments.config)
+    mesh = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, arguments.config, mesh)
     state = noise(abstract)
     # Changes every number, so that no save writes what is on disk already, and takes the state over as the step does.
@@ -91,8 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure, with twice the state's bytes free")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/checkpoint.json"))
-    return configuration.parse(parser, argv)
+    return config.parse(parser, argv)
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    run(main, parse())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import turns
 from data_pipeline import convert
-from rice_jax import config as configuration
+from rice_jax import errors
 
 
 def copying(source: Path, output: Path) -> Callable[[], None]:
@@ -76,4 +76,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    errors.run(main, parse())

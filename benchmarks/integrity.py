@@ -16,9 +16,9 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.format.tfrecord import FOOTER, HEADER, index_path, unframe_record
 from data_pipeline.input.batches import train_batches
-from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
+from rice_jax.errors import run
 
 
 def framed_records(split: Split) -> list[bytes]:
@@ -81,4 +81,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    run(main, parse())

@@ -22,9 +22,12 @@ import numpy as np
 from configs import default
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
-from rice_jax.models import vit as model
+from rice_jax.models import arrays
+from rice_jax.models.arrays import normalise
+from rice_jax.models.rice import build
 from rice_jax.retrieval import inference
-from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval.galleries import AT_ONCE
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 
 
@@ -68,9 +71,9 @@ def main() -> None:
     pairs = sum(len(galleries[gallery]) for gallery in gallery_of)
     images = len(np.unique(np.concatenate([galleries[gallery] for gallery in np.unique(gallery_of)])))
 
-    net = model.build(config)
+    net = build(config)
     params = jax.jit(lambda: step.init_params(net, config, step.random_key(0)))()
-    at_once = retrieval.AT_ONCE
+    at_once = AT_ONCE
     longest = -(-max(map(len, galleries)) // at_once) * at_once
     shelves = np.full((len(galleries), longest), split.num_images, np.int32)
     for row, gallery in zip(shelves, galleries, strict=True):
@@ -79,21 +82,21 @@ def main() -> None:
 
     @jax.jit
     def encode(params: Any, pictures: jax.Array) -> Any:
-        return model.call(net.encoder, params["encoder"], model.normalise(pictures))
+        return arrays.call(net.encoder, params["encoder"], normalise(pictures))
 
     @jax.jit
     def self_layer(params: Any, tokens: jax.Array) -> Any:
-        return model.call(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
+        return arrays.call(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
 
     @jax.jit
     def match(params: Any, tokens: jax.Array, mask: jax.Array, shelf: jax.Array, count: jax.Array) -> Any:
-        keys_values = model.call(net.decoder, params["decoder"], tokens, method="keys_values")
+        keys_values = arrays.call(net.decoder, params["decoder"], tokens, method="keys_values")
         key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
         return inference.shelf_scores(net, False, at_once, params, class_tokens, shelf, count, keys_values, key_mask)
 
     rows = np.linspace(0, split.num_clips - 1, arguments.clips).astype(int)
     rows = rows[: len(rows) // size * size]
-    options = retrieval.frame_options(config.data, train=False)
+    options = frame_options(config.data, train=False)
     timed: dict[str, list[float]] = {"encode_clip": [], "self_layer_image": [], "match_clip": []}
     with clip_batches(split, rows, options, size) as batches:
         for number, batch in enumerate(batches):

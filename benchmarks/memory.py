@@ -18,11 +18,12 @@ import numpy as np
 
 from benchmarks import training_step, turns
 from configs import default
-from rice_jax import config as configuration
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.preflight import assess as preflight
+from rice_jax.errors import run
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.preflight import topologies
+from rice_jax.preflight.advice import with_changes
+from rice_jax.preflight.assess import abstract_batch, assess
 from rice_jax.training import step
 
 SIZES: dict[str, dict[str, Any]] = {  # of the default config; activations outweigh parameters
@@ -44,10 +45,10 @@ def resident(field: str) -> int:
 
 def measured(config: Any) -> int:
     """By how many bytes resident memory grows at most, from the compiled step over a few updates."""
-    net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract).lower(
-        abstract, preflight.abstract_batch(config, mesh)
+        abstract, abstract_batch(config, mesh)
     ).compile()  # fmt: skip
     start = jax.tree.map(np.array, step.init_state(net, config, abstract))  # on the host: making it compiles, too
     drawn = [training_step.draw(config) for _ in range(2)]
@@ -56,10 +57,10 @@ def measured(config: Any) -> int:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding, may_alias=False), start, abstract)
-    batch = sharding.to_global(drawn[0], mesh)
+    batch = to_global(drawn[0], mesh)
     for number in range(STEPS):
         state, metrics = compiled(state, batch)
-        batch = sharding.to_global(drawn[(number + 1) % 2], mesh)
+        batch = to_global(drawn[(number + 1) % 2], mesh)
         if not np.isfinite(float(metrics["loss"])):
             raise ValueError(f"update {number}: the loss is {metrics['loss']}; what it took means nothing.")
     return resident("VmHWM") - before
@@ -67,8 +68,8 @@ def measured(config: Any) -> int:
 
 def compare(size: str, batch_size: int, micro_batches: bool) -> dict[str, Any]:
     changes = SIZES[size] | (CHUNKS if micro_batches else {}) | {"batch_size": batch_size}
-    config = preflight.with_changes(default.get_config(), changes)
-    predicted = preflight.assess(config, topologies.parse("cpu:1")).device_bytes or 0
+    config = with_changes(default.get_config(), changes)
+    predicted = assess(config, topologies.parse("cpu:1")).device_bytes or 0
     grown = measured(config)
     return {
         "size": size,
@@ -104,4 +105,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    run(main, parse())

@@ -15,27 +15,37 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rice_jax import config as configuration
-from rice_jax.losses import global_batch as losses
-from rice_jax.losses import pairs
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.preflight import assess as preflight
+from rice_jax.errors import run
+from rice_jax.losses import global_batch, pairs
+from rice_jax.losses.equations import Everyone, icl_loss, in_chunks, pfr_loss, pmd_loss, relations
+from rice_jax.losses.global_batch import encode_rows
+from rice_jax.models.arrays import call
+from rice_jax.models.rice import Rice
+from rice_jax.parallel.mesh import (
+    first_row,
+    gather_rows,
+    max_over_devices,
+    mean_over_devices,
+    sum_over_devices,
+    varying,
+    whole,
+)
+from rice_jax.preflight.__main__ import main, parse
 
 IMAGES_AT_ONCE = 2  # as the official code takes them
 
 
 def local_losses(
-    net: model.Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
+    net: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """ICL, PMD and PFR on one device of the mesh, inside shard_map."""
-    params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(key)
+    params, key = jax.tree.map(whole, params, specs), varying(key)
     rows = batch["mask"].shape[0]
-    own = sharding.first_row(rows) + jnp.arange(rows)
-    encoded = losses.encode_rows(net, options, params, key, batch, own)
-    everyone = losses.Everyone(*map(sharding.gather_rows, (encoded.images, encoded.clips, batch["product"])))
+    own = first_row(rows) + jnp.arange(rows)
+    encoded = encode_rows(net, options, params, key, batch, own)
+    everyone = Everyone(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
     out = {
-        "icl": losses.icl_loss(
+        "icl": icl_loss(
             encoded.clips,
             encoded.images,
             everyone,
@@ -45,12 +55,12 @@ def local_losses(
             chunk=options.icl_chunk,
         )
     }
-    clip_tokens = sharding.gather_rows(encoded.clip_tokens)  # [G, S, D]: all of it, on every device
-    key_mask = sharding.gather_rows(encoded.key_mask)
+    clip_tokens = gather_rows(encoded.clip_tokens)  # [G, S, D]: all of it, on every device
+    key_mask = gather_rows(encoded.key_mask)
     same = "masked" if options.exclude_same_product else "negative"
-    itself, also = losses.relations(own, everyone.product, same)
+    itself, also = relations(own, everyone.product, same)
     hard, found = pairs.hardest(encoded.images, everyone.clips, itself | also)
-    decoder = functools.partial(model.call, net.decoder, params["decoder"])
+    decoder = functools.partial(call, net.decoder, params["decoder"])
 
     def decode(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """Logits of one image against its clips [1 + k], and PFR of its own."""
@@ -64,26 +74,26 @@ def local_losses(
             first = pairs.dropped(weights[:, :, :1], keys[:, None], options.cross_dropout)
             weights = jnp.concatenate([first, weights[:, :, 1:]], axis=2)
         logits = decoder(x, weights, keys_values, method="logit")[:, 0]
-        coefficients = model.call(net.reconstruction, params["reconstruction"], scores[:1], key_mask[clips[:1]])
-        pfr = losses.pfr_loss(coefficients[0], image_tokens, clip_tokens[clips[0]], key_mask[clips[0]])
+        coefficients = call(net.reconstruction, params["reconstruction"], scores[:1], key_mask[clips[:1]])
+        pfr = pfr_loss(coefficients[0], image_tokens, clip_tokens[clips[0]], key_mask[clips[0]])
         return logits, pfr
 
     clips = jnp.concatenate([own[:, None], hard], axis=1)
-    logits, pfr = losses.in_chunks(jax.vmap(decode), (encoded.image_tokens, own, clips), IMAGES_AT_ONCE)
-    out["pmd"] = losses.pmd_loss(logits[:, 0], logits[:, 1:], found)
+    logits, pfr = in_chunks(jax.vmap(decode), (encoded.image_tokens, own, clips), IMAGES_AT_ONCE)
+    out["pmd"] = pmd_loss(logits[:, 0], logits[:, 1:], found)
     out["pfr"] = jnp.mean(pfr)
-    return sharding.mean_over_devices(out), {
-        "negatives_missing": sharding.sum_over_devices(jnp.sum(~found)),
-        "busiest_device_units": sharding.max_over_devices(sharding.varying(jnp.int32(0))),
+    return mean_over_devices(out), {
+        "negatives_missing": sum_over_devices(jnp.sum(~found)),
+        "busiest_device_units": max_over_devices(varying(jnp.int32(0))),
     }
 
 
-def make_loss(net: model.Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
+def make_loss(net: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
     """As losses.make_loss; ValueError for options that the official code does not have."""
     if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
         raise ValueError("the official formulation is of ICL, PMD and PFR, mined from image to clip; set loss so.")
-    return losses.make_loss(net, options, mesh, specs, local=local_losses)
+    return global_batch.make_loss(net, options, mesh, specs, local=local_losses)
 
 
 if __name__ == "__main__":
-    configuration.run(functools.partial(preflight.main, make_loss=make_loss), preflight.parse())
+    run(functools.partial(main, make_loss=make_loss), parse())

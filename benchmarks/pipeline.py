@@ -19,13 +19,16 @@ from PIL import Image
 
 from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
-from data_pipeline.input import decode as frames
+from data_pipeline.input import decode
 from data_pipeline.input.batches import train_batches
+from data_pipeline.input.decode import load
+from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
-from rice_jax.models.vit import MEAN, STD
+from data_pipeline.input.sampling import sample_frames
+from rice_jax import errors
+from rice_jax.models.arrays import MEAN, STD
 
-OPTIONS = frames.FrameOptions(tail_cut=False)  # else the two would not show as many frames
+OPTIONS = FrameOptions(tail_cut=False)  # else the two would not show as many frames
 
 
 def write_pictures(split: Split, rows: np.ndarray, folder: Path) -> dict[int, tuple[list[Path], Path]]:
@@ -33,7 +36,7 @@ def write_pictures(split: Split, rows: np.ndarray, folder: Path) -> dict[int, tu
     files = {}
     for row in rows.tolist():
         record = split.clip(row)
-        chosen = frames.sample_frames(len(record.frames), OPTIONS.num_frames)
+        chosen = sample_frames(len(record.frames), OPTIONS.num_frames)
         paths = [folder / f"{row}-{position}.jpg" for position in chosen]
         for path, position in zip(paths, chosen, strict=True):
             path.write_bytes(record.frames[position])
@@ -92,7 +95,7 @@ def level_difference(files: dict[int, tuple[list[Path], Path]]) -> int:
     for path in [paths[0] for paths, _ in files.values()][:20]:
         with Image.open(path) as opened:
             theirs = np.asarray(opened.convert("RGB").resize((OPTIONS.resize,) * 2, Image.Resampling.BILINEAR), int)
-        largest = max(largest, int(np.abs(frames.load(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
+        largest = max(largest, int(np.abs(load(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
     return largest
 
 
@@ -112,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
         seconds = turns.in_turn(candidates, arguments.repeats)
     pictures = sum(len(paths) + 1 for paths, _ in files.values())
     report: dict[str, Any] = {
-        "decoder": "Pillow" if frames.simplejpeg is None else "simplejpeg",
+        "decoder": "Pillow" if decode.simplejpeg is None else "simplejpeg",
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "examples": len(rows),
@@ -141,4 +144,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    errors.run(main, parse())

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rice_jax.retrieval.model.ranking import rank_queries
+
+from rice_jax.retrieval.ranking import rank_queries
 
 QUERIES, GALLERIES, IMAGES, WIDTH = 20_079, 110, 66_358, 512
 

@@ -22,9 +22,10 @@ import optax
 
 from benchmarks import turns
 from configs import default
-from rice_jax import config as configuration
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.errors import run
+from rice_jax.models import arrays as arrays_module
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.training import step
 from rice_jax.weights import naming
 
@@ -73,11 +74,11 @@ class Ours:
     """Our jitted step with the state that it moves."""
 
     def __init__(self, config: Any, batch: Mapping[str, np.ndarray]) -> None:
-        net, mesh = model.build(config), sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+        net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
         abstract = step.abstract_state(net, config, mesh)
         self.state = step.init_state(net, config, abstract)
         self.step = step.make_train_step(net, config, mesh, abstract)
-        self.batch = sharding.to_global(batch, mesh)
+        self.batch = to_global(batch, mesh)
 
     def update(self) -> dict[str, float]:
         self.state, metrics = self.step(self.state, self.batch)
@@ -103,7 +104,7 @@ def theirs(
     from benchmarks.official_step import OfficialStep
 
     torch.set_num_threads(turns.cores())
-    normalise = jax.jit(model.normalise)
+    normalise = jax.jit(arrays_module.normalise)
     arrays = {
         "video": np.asarray(normalise(batch["frames"], batch["mask"])).transpose(0, 1, 4, 2, 3),
         "image": np.asarray(normalise(batch["image"])).transpose(0, 3, 1, 2),
@@ -176,4 +177,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(main, parse())
+    run(main, parse())

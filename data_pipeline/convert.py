@@ -18,7 +18,7 @@ from data_pipeline.conversion.report import make_report, print_report
 from data_pipeline.conversion.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError
-from data_pipeline.format.reader import COLUMNS, MANIFEST, shard_name
+from data_pipeline.format.manifest import COLUMNS, MANIFEST, shard_name
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import sync_folder, write_file
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source

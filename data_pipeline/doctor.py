@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.faults import WrongUseError
-from data_pipeline.format.reader import MANIFEST
+from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.inspection.converted import ConvertedSet
 from data_pipeline.inspection.cross_checks import compare

@@ -20,10 +20,10 @@ from typing import Any
 from PIL import Image
 
 from data_pipeline.format.tfrecord import write_file
-from data_pipeline.input.decode import sample_frames
+from data_pipeline.input.sampling import sample_frames
 from data_pipeline.synthetic_shop.catalogue import Clip, Product, Shop, plan_shop
+from data_pipeline.synthetic_shop.categories import CATEGORIES, draw_product, shop_image
 from data_pipeline.synthetic_shop.dice import Dice
-from data_pipeline.synthetic_shop.products import CATEGORIES, draw_product, shop_image
 from data_pipeline.synthetic_shop.rooms import Room, draw_room
 from data_pipeline.synthetic_shop.scenes import Scene, backdrop, draw_overlay
 from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots

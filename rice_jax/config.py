@@ -7,63 +7,19 @@ report a mistyped field as its bare name, and a file that is not there at the fi
 import argparse
 import copy
 import difflib
-import errno
 import importlib.util
 import inspect
 import json
-import logging
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 
 from configs import default
 
 SHIPPED = Path(default.__file__).parent
-
-
-def fail(message: str, *, status: int = 1) -> NoReturn:
-    """One line on stderr and an exit status: 1 failed, 2 wrong use."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-MEND = {errno.ENOENT: "give a path that exists", errno.ENOSPC: "make space there"}
-
-
-def run(main: Callable[[Any], None], values: Any) -> None:
-    """Runs a command; what a user can mend is one message on stderr, anything else keeps its traceback."""
-    # For one failed save Orbax logs a traceback a thread; the error is raised all the same, and said here once.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        main(values)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        fail(reason(error), status=status(error))
-
-
-def reason(error: BaseException) -> str:
-    """What a user is told of an error."""
-    if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; run the same command again to go on"
-    if not isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}"
-    where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if error.errno is None:
-        return where
-    return f"{where}; {MEND.get(error.errno, 'check that path')}, then run the same command again."
-
-
-def status(error: BaseException) -> int:
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def shipped_path(name: str) -> str:
@@ -187,9 +143,14 @@ FREE = (
     "data.threads", "data.workers", "data.cache_bytes", "data.eval_split", "data.eval_num_frames",
     "data.test_tail_cut", "eval_batch_size", "eval_flip",
 )  # fmt: skip
+
+
 EVALUATED = (*FREE, "data.apply_exif")  # what an evaluation may set
 
+
 FITTED_BATCH = 64  # pairs, at most, of a batch that fits to the set
+
+
 CHOICES = {
     "data.resize_mode": ("stretch", "keep_ratio"),
     "data.frame_sampling": ("uniform", "random"),
@@ -204,11 +165,15 @@ CHOICES = {
     "optimizer.eps_placing": ("uncorrected", "corrected"),
     "optimizer.decay_rule": ("official", "no_1d"),
 }
+
+
 COUNTS = (  # at least 1
     "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept",
     "data.num_frames", "data.eval_num_frames", "data.image_size", "model.patch_size", "model.width", "model.layers",
     "model.heads", "model.hidden", "model.embedding", "model.decoder_heads", "loss.unit_slots", "loss.unit_chunk",
 )  # fmt: skip
+
+
 NOT_NEGATIVE = (
     "seed", "batch_size", "eval_every", "checkpoints_kept_every", "max_nonfinite_updates", "stall_seconds",
     "data.threads", "data.workers", "data.cache_bytes",
@@ -218,6 +183,8 @@ NOT_NEGATIVE = (
     "optimizer.logit_scale_lr_multiplier", "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay",
     "optimizer.clip_norm",
 )  # fmt: skip
+
+
 SHARES = (  # 0 to 1, without 1
     "loss.cross_dropout", "loss.patch_drop", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay",
 )  # fmt: skip

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 from data_pipeline.format.reader import open_dataset
-from rice_jax import config as configuration
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import model as retrieval
+from rice_jax import errors
+from rice_jax.config import from_json
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import make_mesh
+from rice_jax.retrieval.evaluation import evaluate
 from rice_jax.retrieval.histogram import histogram_recall
+from rice_jax.retrieval.model import Model
 from rice_jax.training import step
 
 SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to learn from
@@ -49,11 +51,11 @@ def demo(output: Path, overrides: list[str]) -> None:
 def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, float]]:
     """Recall@1 in percent of chance, of the colour histogram, and of the model before and after its training."""
     split, trained = open_dataset(records).split("test"), json.loads((evaluation / "metrics.json").read_text())
-    config = configuration.from_json((run / "config.json").read_text())
-    net, mesh = model.build(config), sharding.make_mesh(data=-1, fsdp=1)
+    config = from_json((run / "config.json").read_text())
+    net, mesh = build(config), make_mesh(data=-1, fsdp=1)
     start = step.init_state(net, config, step.abstract_state(net, config, mesh))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
-    untrained = retrieval.evaluate(retrieval.Model(config, net, start.params, mesh, batch_size=size), split)
+    untrained = evaluate(Model(config, net, start.params, mesh, batch_size=size), split)
     recall = {
         "chance": trained["chance_recall@1"],
         "colour_histogram": histogram_recall(split),
@@ -89,4 +91,4 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 if __name__ == "__main__":
     parsed, changes = parse()
-    configuration.run(lambda arguments: demo(arguments.output, changes), parsed)
+    errors.run(lambda arguments: demo(arguments.output, changes), parsed)

@@ -16,14 +16,17 @@ from typing import Any
 
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
-from rice_jax import config as configuration
+from rice_jax.config import split_override, to_json
 from rice_jax.parallel import hosts
-from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval import evaluation
+from rice_jax.retrieval.embeddings import EmbeddingStore
+from rice_jax.retrieval.evaluation import SCORES, rankings, table
+from rice_jax.retrieval.model import load
 from rice_jax.version import __version__
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    model = retrieval.load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
+    model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)
     split = dataset.split(arguments.split)
     subset = read_ids(arguments.subset) if arguments.subset else None
@@ -40,20 +43,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "subset": arguments.subset.name if arguments.subset else None,
         "version": __version__,
     }
-    identity = [about, configuration.to_json(model.config), subset]
+    identity = [about, to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    store = retrieval.EmbeddingStore(output / "embeddings" / key)
+    store = EmbeddingStore(output / "embeddings" / key)
     hosts.agree({"the model in --workdir": key})  # else parts of one result would be of two models
-    result = retrieval.evaluate(
+    result = evaluation.evaluate(
         model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
     )
     if not hosts.is_first():
         return
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in retrieval.rankings(result, split))
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rankings(result, split))
     write_file(output / "rankings.jsonl", "".join(lines).encode())
     text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
     write_file(output / "metrics.json", text.encode())
-    print(json.dumps(result.figures) if arguments.json else f"{retrieval.table(result.figures)}\nwritten to {output}")
+    print(json.dumps(result.figures) if arguments.json else f"{table(result.figures)}\nwritten to {output}")
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subset", type=Path, help="file of clip ids, one a line: only these queries count")
     parser.add_argument(
         "--score",
-        choices=retrieval.SCORES,
+        choices=SCORES,
         default="embedding",
         help="what ranks: the embedding alone, or beside it the decoder's cosine (or, raw, its h . w) and their sum",
     )
@@ -107,7 +110,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     hosts.add_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
     try:
-        arguments.overrides = dict(configuration.split_override(word) for word in rest)
+        arguments.overrides = dict(split_override(word) for word in rest)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     return arguments

@@ -16,9 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
-from rice_jax.checkpoints.store import Checkpoints, read_config
-from rice_jax.retrieval import model as retrieval
+from rice_jax.checkpoints.run_folder import read_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import from_json
+from rice_jax.errors import run
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import ledger as order
 
 SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
@@ -28,7 +30,7 @@ NAMED = 5  # of the clips that an epoch leaves out
 def draw_update(split: Split, plan: Plan, config: Any, update: int, *, examples: int) -> Image.Image:
     """The first `examples` pairs of an update, a line each: the shop image, then the clip's frame slots."""
     rows = np.arange(min(examples, plan.batch_size))
-    options = retrieval.frame_options(config.data, train=True)
+    options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
         batch = next(batches)
     slots = batch["frames"].shape[1]
@@ -55,7 +57,7 @@ def explain(arguments: argparse.Namespace) -> None:
     text = read_config(workdir)
     if text is None:
         raise FileNotFoundError(f"{workdir}: holds no config.json; give the --workdir of a training run.")
-    config = configuration.from_json(text)
+    config = from_json(text)
     dataset = _open(arguments.data, config, workdir)
     split, plan, ledger = (
         dataset.split(config.data.train_split),
@@ -154,4 +156,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(explain, parse())
+    run(explain, parse())

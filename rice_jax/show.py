@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.decode import decode
-from rice_jax import config as configuration
+from rice_jax.errors import run
 
 SIDE, GAP, TEXT = 104, 10, 18  # px: a picture, between pictures, a line of text
 FRAMES = 3  # of a clip that are drawn
@@ -142,4 +142,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    configuration.run(show, parse())
+    run(show, parse())

@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
-from rice_jax.checkpoints.store import Checkpoints, read_config, write_config
-from rice_jax.models import vit as model
+from rice_jax import config as config_module
+from rice_jax.checkpoints.run_folder import read_config, write_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import FREE, differences, fitted, from_json, to_json, validate
+from rice_jax.models.rice import Rice, build
 from rice_jax.parallel import hosts
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import model as retrieval
-from rice_jax.training import guards
-from rice_jax.training import ledger as order
+from rice_jax.parallel.mesh import check_batches, make_mesh, path_name, process_rows, table, to_global
+from rice_jax.retrieval.evaluation import evaluate, one_line
+from rice_jax.retrieval.model import Model, frame_options
+from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
 from rice_jax.training.step import State, abstract_state, init_state, make_train_step
 from rice_jax.weights.readers import initialise
@@ -45,8 +47,8 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     batches = train_batches(
         train,
         plan,
-        sharding.process_rows(config.batch_size, mesh),
-        retrieval.frame_options(config.data, train=True),
+        process_rows(config.batch_size, mesh),
+        frame_options(config.data, train=True),
         start_step=start,
         threads=config.data.threads,
         workers=config.data.workers,
@@ -56,7 +58,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     finite = guards.NotFinite(
         workdir / "not_finite.jsonl",
         patience=config.max_nonfinite_updates,
-        parameters=[sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params)],
+        parameters=[path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params)],
         clips_of=lambda update: [train.clip_ids[row] for row in plan.batch(update - 1)],
     )
     # Nothing in the loop waits for the device but the marked lines.
@@ -70,7 +72,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
                 checkpoints.figures = log.recalls(held_out.name)
             for step in range(start, config.num_updates):
                 watch.waits_for("input", step)
-                batch = sharding.to_global(next(batches), mesh)
+                batch = to_global(next(batches), mesh)
                 watch.waits_for("device" if progress.started else "", step)  # compiling takes as long as it takes
                 with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
                     state, metrics = train_step(state, batch)
@@ -115,7 +117,7 @@ class Run(NamedTuple):
     """What the loop works with, all but the state, which each update takes and gives anew."""
 
     config: Any  # with what the data set decides filled in
-    net: model.Rice
+    net: Rice
     mesh: Mesh
     train: Split
     held_out: Split | None
@@ -133,19 +135,19 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
       ValueError: a config that does not hold together or does not fit the data, a workdir of another run, or a damaged
         checkpoint.
     """
-    configuration.validate(config)
+    validate(config)
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)
-    keep = order.kept_rows(config, train)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    config = configuration.fitted(
+    keep = ledger.kept_rows(config, train)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    config = fitted(
         config, clips=train.num_clips if keep is None else len(keep), splits=dataset.splits, devices=mesh.size
     )
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
-    plan = order.make_plan(config, dataset)
-    sharding.check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
+    plan = ledger.make_plan(config, dataset)
+    check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
-    net = model.build(config)
+    net = build(config)
     abstract = abstract_state(net, config, mesh)
     hosts.check_shared(workdir)
     checkpoints = Checkpoints(
@@ -156,7 +158,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
     )
     start = hosts.ask_first(checkpoints.latest)
     config.init_from = config.init_from or hosts.ask_first(lambda: saved_start(workdir, start))
-    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": configuration.to_json(config)}
+    meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": to_json(config)}
     refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
     if hosts.is_first():
         write_config(workdir, meta["config"])
@@ -174,7 +176,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
         f"{jax.process_count()} process(es)"
     )
     if mesh.size > 1:
-        log.say(sharding.table(abstract, abstract.params))
+        log.say(table(abstract, abstract.params))
     log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
         f"from update {start} to {config.num_updates}"
@@ -193,10 +195,10 @@ def evaluation_is_due(done: int, config: Any) -> bool:
 
 def evaluate_held_out(config: Any, net: Any, state: Any, mesh: Any, held_out: Any, log: Log, done: int) -> None:
     weights = state.average or state.params
-    encoder = retrieval.Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
-    figures = retrieval.evaluate(encoder, held_out).figures
+    encoder = Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
+    figures = evaluate(encoder, held_out).figures
     log.write(done, {f"{held_out.name}/{name}": value for name, value in figures.items()})
-    log.say(f"step {done}  {held_out.name}: {retrieval.one_line(figures)}")
+    log.say(f"step {done}  {held_out.name}: {one_line(figures)}")
 
 
 def saved_start(workdir: Path, start: int | None) -> str:
@@ -206,7 +208,7 @@ def saved_start(workdir: Path, start: int | None) -> str:
         raise ValueError(
             f"{workdir} holds imported weights and no run; give another --workdir, and --config.init_from={workdir}."
         )
-    return configuration.from_json(held).init_from if start and held is not None else ""
+    return from_json(held).init_from if start and held is not None else ""
 
 
 def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
@@ -214,7 +216,7 @@ def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, n
     held = read_config(workdir)
     if saved is None or held is None:
         return  # nothing trained here yet, so nothing to lose
-    changed = configuration.differences(configuration.from_json(held), config, free=configuration.FREE)
+    changed = differences(from_json(held), config, free=FREE)
     if changed:
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
@@ -228,7 +230,7 @@ def refuse_other_run(workdir: Path, config: Any, saved: dict[str, Any] | None, n
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all hosts must have alike: the config, and what the data set holds, wherever it lies."""
-    configuration.validate(arguments.config)
+    validate(arguments.config)
     data = Dataset(Path(arguments.config.data.path))
     return {"command": "train", "data": data.content_hash, **hosts.of_config(arguments.config)}
 
@@ -248,7 +250,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
     )
     hosts.add_flags(parser)
-    return configuration.parse(parser, argv)
+    return config_module.parse(parser, argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import rice_jax
 from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.synthetic import synthesize
-from rice_jax import config as configuration
+from rice_jax.config import from_json
 from rice_jax.training import ledger as order
 
 UPDATES, SAVE_EVERY, EVALUATE_EVERY = 12, 3, 4  # intervals that do not divide each other
@@ -273,7 +273,7 @@ def changed_round(folder: Path, data: Path, name: str, updates: int = 30) -> dic
         change["queries_apart"] = (
             abs(finals[0]["val/recall@1"] - finals[1]["val/recall@1"]) / 100 * finals[0]["val/queries"]
         )
-    config = configuration.from_json((workdir / "config.json").read_text())
+    config = from_json((workdir / "config.json").read_text())
     plan, ledger = order.make_plan(config, open_dataset(data)), order.read_ledger(workdir)
     epochs = [order.check_epoch(plan, ledger, e, last_update=updates) for e in range(plan.epoch(updates - 1) + 1)]
     result["ledger_equal"] = not any(epoch.wrong or epoch.twice for epoch in epochs)

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.convert import Options, convert
-from data_pipeline.format.reader import MANIFEST, TABLE_FILES, Dataset, open_dataset
+from data_pipeline.format.manifest import MANIFEST, TABLE_FILES
+from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import INDEX_SUFFIX, write_file
 from tests import lpr_layouts
 

@@ -30,10 +30,16 @@ from PIL import Image
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format import reader as records
 from data_pipeline.format import schema
+from data_pipeline.format.manifest import MANIFEST, content_hash, shard_name
+from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record, write_file
-from data_pipeline.input import decode as frames
-from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input import augment
+from data_pipeline.input import decode as decode_module
+from data_pipeline.input.augment import WHOLE_CLIP
+from data_pipeline.input.decode import MAX_PIXELS
+from data_pipeline.input.options import FrameOptions
+from data_pipeline.input.sampling import choose_frames
 from data_pipeline.inspection import fingerprints as looks
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.listing import Row
@@ -80,7 +86,7 @@ class OneShard:
     def __init__(self, folder: Path) -> None:
         image = ShopImage("a", "a.jpg")
         framed = [frame_record(schema.encode_image(image, b"picture", ordinal=k, product_index=0)) for k in range(2)]
-        self.path = folder / records.shard_name("test", "images", 0, 1)
+        self.path = folder / shard_name("test", "images", 0, 1)
         self.path.write_bytes(b"".join(framed))
         self.folder = folder
         counts = {"records": 2, "shards": [2]}
@@ -89,7 +95,7 @@ class OneShard:
 
     def check(self, data: bytes) -> None:
         index_path(self.path).write_bytes(data)
-        split = records.Split(self.folder, self.manifest, "test")
+        split = Split(self.folder, self.manifest, "test")
         split.__dict__["image_columns"] = {"ordinal": np.arange(2, dtype=np.int32)}
         for row in range(2):
             with contextlib.suppress(ValueError):
@@ -97,9 +103,9 @@ class OneShard:
 
 
 def check_manifest(data: bytes, folder: Path) -> None:
-    (folder / records.MANIFEST).write_bytes(data)
+    (folder / MANIFEST).write_bytes(data)
     with contextlib.suppress(ValueError):
-        records.open_dataset(folder, verify=False)
+        open_dataset(folder, verify=False)
 
 
 def check_lists(data: bytes, folder: Path) -> None:
@@ -132,9 +138,9 @@ def check_picture(data: bytes) -> None:
     for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"):
         with contextlib.suppress(BadInputError):
             seen = looks.look_at(data, name).look
-            assert 0 < int(seen["width"]) * int(seen["height"]) <= frames.MAX_PIXELS
+            assert 0 < int(seen["width"]) * int(seen["height"]) <= MAX_PIXELS
     with contextlib.suppress(ValueError):
-        assert frames.decode(data).shape[2] == 3
+        assert decode_module.decode(data).shape[2] == 3
 
 
 def check_store(data: bytes, folder: Path) -> None:
@@ -151,8 +157,8 @@ def check_options(values: dict[str, Any], count: int, word: int, train: bool) ->
         options = FrameOptions(**values)
     except ValueError:
         return
-    words = frames.words(word, 1, 2, frames.WHOLE_CLIP, 2 + options.num_frames)
-    chosen = frames.choose_frames(count, options, words, train=train)
+    words = augment.words(word, 1, 2, WHOLE_CLIP, 2 + options.num_frames)
+    chosen = choose_frames(count, options, words, train=train)
     assert 1 <= len(chosen) <= min(count, options.num_frames)
     assert (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < count
 
@@ -331,7 +337,7 @@ def atheris_seeds() -> dict[str, list[bytes]]:
     image = schema.encode_image(ShopImage("a", "a.jpg"), b"picture", ordinal=0, product_index=0)
     size = len(frame_record(image))
     manifest = {"schema_version": 1, "files": {"a": [1, 2]}, "splits": {}, "identity": {}}
-    manifest["content_hash"] = records.content_hash(manifest)
+    manifest["content_hash"] = content_hash(manifest)
     return {
         "record": [record, image],
         "framing": [frame_record(b"data"), frame_record(b"")],

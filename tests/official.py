@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from rice_jax.losses import global_batch as losses
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.losses.equations import Everyone, icl_logits, rebuilt
+from rice_jax.losses.global_batch import decode_positives, encode_rows, hard_pairs, make_loss
+from rice_jax.models.arrays import call, cosines
+from rice_jax.models.decoder import MatchingDecoder
+from rice_jax.models.rice import Rice, build
+from rice_jax.parallel import mesh as mesh_module
+from rice_jax.parallel.mesh import BATCH, P, first_row, gather_rows, make_mesh, parameter_specs, path_name, varying
 from rice_jax.weights import naming
 
 DECODER = "transformer.transformer.transformer.layers"
@@ -32,11 +36,11 @@ def loss_options(**changes: Any) -> Any:
 
 
 def one_device() -> jax.sharding.Mesh:
-    return sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    return make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
 
 
 def mesh_of(data: int, fsdp: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
+    return make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
 
 
 @dataclasses.dataclass
@@ -45,7 +49,7 @@ class Golden:
     arrays: dict[str, np.ndarray]
     table: naming.Table
     config: Any  # the defaults, which are the official recipe, with the file's sizes
-    net: model.Rice
+    net: Rice
     params: Any
     batch: dict[str, jax.Array]
 
@@ -59,7 +63,7 @@ class Golden:
 
     def loss(self, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Any:
         mesh = mesh or one_device()
-        return losses.make_loss(self.net, loss_options(**options), mesh, sharding.parameter_specs(self.params, mesh))
+        return make_loss(self.net, loss_options(**options), mesh, parameter_specs(self.params, mesh))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -93,7 +97,7 @@ def load(path: Path) -> Golden:
         "index": np.arange(len(images), dtype=np.int32),
     }
     config = config_of(params, images.shape[1], tensors)
-    return Golden(path.name, arrays, table, config, model.build(config), params, jax.tree.map(jnp.asarray, batch))
+    return Golden(path.name, arrays, table, config, build(config), params, jax.tree.map(jnp.asarray, batch))
 
 
 def table_of(tensors: dict[str, np.ndarray]) -> naming.Table:
@@ -123,7 +127,7 @@ def gaps(ours: Any, theirs: Any) -> dict[str, float]:
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     out = {}
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        name = sharding.path_name(path)
+        name = path_name(path)
         layers = [(f"{name}[{k}]", a[k], b[k]) for k in range(len(a))] if "resblocks" in name else [(name, a, b)]
         out.update({name: gap(a, b) for name, a, b in layers})
     return out
@@ -169,7 +173,7 @@ def _outputs(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[s
 
 def _encoded(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Tokens and pooled vectors of every picture as the file holds it, padding slots included."""
-    encode = functools.partial(model.call, golden.net.encoder, params["encoder"])
+    encode = functools.partial(call, golden.net.encoder, params["encoder"])
     image_tokens, image_pooled = encode(batch["image"])
     count, slots = batch["mask"].shape
     tokens, pooled = encode(batch["frames"].reshape(count * slots, *batch["frames"].shape[2:]))
@@ -184,36 +188,34 @@ def _encoded(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[s
 def _trained(golden: Golden) -> Any:
     """What training computes on the way to its losses: embeddings, both kinds of logits, mined clips."""
     net, options, mesh = golden.net, golden.config.loss, one_device()
-    specs = sharding.parameter_specs(golden.params, mesh)
+    specs = parameter_specs(golden.params, mesh)
 
     def local(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(jax.random.key(0))
-        own = sharding.first_row(len(batch["mask"])) + jnp.arange(len(batch["mask"]))
-        encoded = losses.encode_rows(net, options, params, key, batch, own)
-        everyone = losses.Everyone(*map(sharding.gather_rows, (encoded.images, encoded.clips, batch["product"])))
+        params, key = jax.tree.map(mesh_module.whole, params, specs), varying(jax.random.key(0))
+        own = first_row(len(batch["mask"])) + jnp.arange(len(batch["mask"]))
+        encoded = encode_rows(net, options, params, key, batch, own)
+        everyone = Everyone(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
         out = {
             "image_embedding": encoded.images,
             "video_embedding": encoded.clips,
-            "icl_logits_clip_to_image": losses.icl_logits(encoded.clips, everyone.images, params["logit_scale"]),
-            "pmd_similarity_image_by_clip": model.cosines(encoded.images, everyone.clips),
+            "icl_logits_clip_to_image": icl_logits(encoded.clips, everyone.images, params["logit_scale"]),
+            "pmd_similarity_image_by_clip": cosines(encoded.images, everyone.clips),
         }
         if net.decoder is None:
             return out
-        positives = losses.decode_positives(net, options, params, key, (encoded, own))
-        (hard,) = losses.hard_pairs(net, options, params, key, encoded, positives, everyone, own)
+        positives = decode_positives(net, options, params, key, (encoded, own))
+        (hard,) = hard_pairs(net, options, params, key, encoded, positives, everyone, own)
         logits = jnp.concatenate([positives.logit[:, None], hard.logit], axis=1)
         return out | {"pmd_negative_clips": hard.partner, "pmd_logits": logits}
 
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(specs, sharding.P(sharding.BATCH)), out_specs=sharding.P(sharding.BATCH)
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, P(BATCH)), out_specs=P(BATCH))
 
 
 def _decoded(
     golden: Golden, params: Any, batch: dict[str, jax.Array], encoded: dict[str, jax.Array], hard: jax.Array
 ) -> dict[str, jax.Array]:
     """What only the whole decoder shows: all T queries of the image, for the positive clip and for each hard one."""
-    decoder = functools.partial(model.call, golden.net.decoder, params["decoder"])
+    decoder = functools.partial(call, golden.net.decoder, params["decoder"])
     images, clips = encoded["image_tokens"], encoded["video_tokens"]
     key_mask = jnp.repeat(batch["mask"] > 0, images.shape[1], axis=1)
     x = decoder(images, method="image_tokens")
@@ -224,7 +226,7 @@ def _decoded(
         scores = decoder(x, keys_values, key_mask[clip], method="scores")
         return scores, decoder(x, jax.nn.softmax(scores, axis=-1), keys_values, method="cross_tokens")
 
-    def self_attention(module: model.MatchingDecoder) -> jax.Array:
+    def self_attention(module: MatchingDecoder) -> jax.Array:
         attn = module.self_layer.attn
         q, k, _ = jnp.split(attn.project(module.self_layer.ln_1(images), 0, 3), 3, axis=-1)
         return jax.nn.softmax(attn.scores(q, k), axis=-1).mean(axis=1)
@@ -241,9 +243,9 @@ def _decoded(
         "pmd_pooled": jnp.stack([decoder(y[:, :1], method="pooled")[:, 0] for y in candidates], axis=1),
     }
     if golden.net.reconstruction is not None:
-        read = functools.partial(model.call, golden.net.reconstruction, params["reconstruction"])
+        read = functools.partial(call, golden.net.reconstruction, params["reconstruction"])
         out["pfr_attention_in"] = read(scores, key_mask, method="read")
         out["pfr_conv_out"] = read(out["pfr_attention_in"], method="mix")
         out["pfr_coefficients"] = read(scores, key_mask)
-        out["pfr_reconstruction"] = losses.rebuilt(out["pfr_coefficients"], clips, key_mask)
+        out["pfr_reconstruction"] = rebuilt(out["pfr_coefficients"], clips, key_mask)
     return out

@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rice_jax.models import vit as model
+from rice_jax.models.arrays import normalise
+from rice_jax.models.rice import Rice
 
 
 def norm(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def encode(net: model.Rice, params: Any, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
+def encode(net: Rice, params: Any, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
     """Image tokens [G,T,D], clip tokens [G,N,T,D], image and clip embeddings [G,E]."""
     encoder = lambda x: net.encoder.apply({"params": params["encoder"]}, x)
     count, slots = batch["mask"].shape
     mask = jnp.asarray(batch["mask"])
-    image_tokens, image_pooled = encoder(model.normalise(jnp.asarray(batch["image"])))
-    frames = model.normalise(jnp.asarray(batch["frames"]), mask)
+    image_tokens, image_pooled = encoder(normalise(jnp.asarray(batch["image"])))
+    frames = normalise(jnp.asarray(batch["frames"]), mask)
     tokens, pooled = encoder(frames.reshape(count * slots, *frames.shape[2:]))
     pooled = pooled.reshape(count, slots, -1)
     means = [pooled[i, : batch["mask"][i].sum()].mean(axis=0) for i in range(count)]
@@ -67,10 +68,10 @@ def icl(images: jax.Array, clips: jax.Array, params: Any, product: np.ndarray, o
     return total / (2 * count)
 
 
-def frame_icl(net: model.Rice, options: Any, params: Any, batch: dict[str, Any]) -> jax.Array:
+def frame_icl(net: Rice, options: Any, params: Any, batch: dict[str, Any]) -> jax.Array:
     """ICL between the means of each clip's even and of its odd frames; a clip of one frame meets itself."""
     mask = np.asarray(batch["mask"])
-    frames = model.normalise(jnp.asarray(batch["frames"]), jnp.asarray(mask))
+    frames = normalise(jnp.asarray(batch["frames"]), jnp.asarray(mask))
     pooled = jax.vmap(lambda x: net.encoder.apply({"params": params["encoder"]}, x)[1])(frames)
     even, odd = [], []
     for i, count in enumerate(mask.sum(axis=1).tolist()):
@@ -89,7 +90,7 @@ def hardest(anchors: np.ndarray, partners: np.ndarray, product: np.ndarray, excl
 
 
 def match_logit(
-    net: model.Rice, params: Any, image: jax.Array, clip: jax.Array, key_mask: jax.Array, key: Any, rate: float
+    net: Rice, params: Any, image: jax.Array, clip: jax.Array, key_mask: jax.Array, key: Any, rate: float
 ) -> Any:
     """Logit and scores of one pair: all T tokens of the image, the whole decoder, dropout drawn from the pair's key."""
     decoder = lambda *a, method: net.decoder.apply({"params": params["decoder"]}, *(v[None] for v in a), method=method)[
@@ -104,7 +105,7 @@ def match_logit(
     return decoder(x, weights, keys_values, method="logit")[0], scores
 
 
-def mine(net: model.Rice, options: Any, params: Any, batch: dict[str, Any]) -> dict[str, list[list[int]]]:
+def mine(net: Rice, options: Any, params: Any, batch: dict[str, Any]) -> dict[str, list[list[int]]]:
     """The hard partners of every anchor, by direction."""
     images, clips = map(np.asarray, jax.jit(lambda p: encode(net, p, batch)[2:])(params))
     product = np.asarray(batch["product"])
@@ -114,7 +115,7 @@ def mine(net: model.Rice, options: Any, params: Any, batch: dict[str, Any]) -> d
 
 
 def losses(
-    net: model.Rice, options: Any, params: Any, batch: dict[str, Any], key: Any, mined: dict[str, list[list[int]]]
+    net: Rice, options: Any, params: Any, batch: dict[str, Any], key: Any, mined: dict[str, list[list[int]]]
 ) -> dict[str, jax.Array]:
     """ICL, PMD and PFR of the batch for the hard partners that `mine` found; can be jitted."""
     image_tokens, clip_tokens, images, clips = encode(net, params, batch)
@@ -160,9 +161,7 @@ def shares(x: jax.Array, allowed: jax.Array) -> jax.Array:
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
-def pfr(
-    net: model.Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any
-) -> Any:
+def pfr(net: Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any) -> Any:
     """SPEC 6, with the options of rows 1, 2 and 29 of its table of oddities."""
     rec, heads = params["reconstruction"], net.decoder.heads
     real = jnp.broadcast_to(key_mask[:, None, None, :], scores.shape)

@@ -5,11 +5,12 @@ import argparse
 import pytest
 
 from configs import default, lpr750k, smoke
-from rice_jax import config as configuration
+from rice_jax import config as config_module
+from rice_jax.config import differences, flat, from_json, override, to_json, validate
 
 
 def parse(*words: str) -> argparse.Namespace:
-    return configuration.parse(argparse.ArgumentParser(), list(words))
+    return config_module.parse(argparse.ArgumentParser(), list(words))
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke.py", "configs/smoke.py"])
@@ -81,11 +82,11 @@ def test_every_fault_of_a_config_is_named_at_once() -> None:
     with pytest.raises(
         ValueError, match=r"squash.*needs one of stretch, keep_ratio; eval_batch_size is 0, needs at least 1"
     ):
-        configuration.validate(config)
+        validate(config)
     config = default.get_config()
     config.model.heads = 7
     with pytest.raises(ValueError, match=r"model.width 768 does not divide by model.heads 7; data.path is not set"):
-        configuration.validate(config)
+        validate(config)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +101,14 @@ def test_every_fault_of_a_config_is_named_at_once() -> None:
 def test_a_value_that_cannot_be_meant_is_refused(field: str, value: object) -> None:
     config = default.get_config()
     config.data.path = "somewhere"
-    configuration.validate(config)
+    validate(config)
     *parents, leaf = field.split(".")
     section = config
     for parent in parents:
         section = section[parent]
     section[leaf] = value
     with pytest.raises(ValueError, match=field):
-        configuration.validate(config)
+        validate(config)
 
 
 @pytest.mark.parametrize("name", ["grocery:icl_pdm", "lpr750k:pfr", "grocery:"])
@@ -124,11 +125,11 @@ def test_a_config_without_argument_refuses_one(capsys: pytest.CaptureFixture[str
 
 def test_a_config_survives_its_text() -> None:
     config = smoke.get_config()
-    again = configuration.from_json(configuration.to_json(config))
-    assert again == config and not configuration.differences(again, config)
+    again = from_json(to_json(config))
+    assert again == config and not differences(again, config)
     config.data.path = "elsewhere"
-    assert configuration.differences(again, config) == ["data.path: '' -> 'elsewhere'"]
-    assert not configuration.differences(again, config, free=("data",))
+    assert differences(again, config) == ["data.path: '' -> 'elsewhere'"]
+    assert not differences(again, config, free=("data",))
 
 
 def test_every_field_of_the_defaults_says_what_it_is() -> None:
@@ -139,10 +140,10 @@ def test_every_field_of_the_defaults_says_what_it_is() -> None:
         for line in Path(default.__file__).read_text().splitlines()
         if line.strip().startswith("c.") and "ConfigDict()" not in line
     ]
-    assert len(lines) == len(configuration.flat(default.get_config()))
+    assert len(lines) == len(flat(default.get_config()))
     assert all("  # " in line for line in lines)
 
 
 def test_gradient_accumulation_is_refused_with_what_to_use() -> None:
     with pytest.raises(ValueError, match=r"another loss; .* set loss.micro_batch"):
-        configuration.override(default.get_config(), "optimizer.accumulation_steps", "4")
+        override(default.get_config(), "optimizer.accumulation_steps", "4")

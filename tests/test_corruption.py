@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.format import reader as records
 from data_pipeline.format import tfrecord
+from data_pipeline.format.reader import Dataset
 from tests import corruption
 
 
@@ -30,6 +31,6 @@ def test_the_study_would_notice_a_reader_without_checksums(folder: Path, monkeyp
 
 
 def test_the_study_would_notice_a_set_opened_unseen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records.Dataset, "verify", lambda dataset: None)
+    monkeypatch.setattr(Dataset, "verify", lambda dataset: None)
     outcomes = corruption.study(folder, 200, seed=1)["outcomes"]
     assert set(outcomes) - set(corruption.RIGHT)

@@ -12,7 +12,9 @@ import pytest
 
 from data_pipeline.format.reader import open_dataset
 from rice_jax import evaluate, train
-from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval import embeddings, evaluation
+from rice_jax.retrieval.embeddings import EmbeddingStore
+from rice_jax.retrieval.model import load
 from rice_jax.training import step
 from tests.test_train import smoke_config
 
@@ -75,7 +77,7 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(
     run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "whole"))
-    monkeypatch.setattr(retrieval.EmbeddingStore, "BLOCK", 1)
+    monkeypatch.setattr(EmbeddingStore, "BLOCK", 1)
     call(run, converted, "--output", str(tmp_path / "blocks"))
     blocks = sorted((tmp_path / "blocks" / "embeddings").glob("*/*.npy"))
     assert len(blocks) == 3 + 4
@@ -104,19 +106,19 @@ def test_another_model_of_the_same_config_does_not_find_these_embeddings(
 def test_queries_without_frames_count_as_misses(run: Path, converted: Path) -> None:
     split = open_dataset(converted).split("test")
     split.truth_by_clip["never-downloaded"] = ("image",)
-    result = retrieval.evaluate(retrieval.load(run), split)
+    result = evaluation.evaluate(load(run), split)
     assert result.figures["queries"] == 4 and result.figures["recall@3"] == pytest.approx(75)
-    alone = retrieval.evaluate(retrieval.load(run), split, subset=["never-downloaded"])
+    alone = evaluation.evaluate(load(run), split, subset=["never-downloaded"])
     assert alone.figures["queries"] == 1 and alone.figures["recall@10"] == 0
 
 
 def test_every_query_counts_once_whatever_the_batch(run: Path, converted: Path) -> None:
     split = open_dataset(converted).split("test")
     rows = np.arange(split.num_clips)
-    model = retrieval.load(run)
-    embed = lambda size: retrieval.embed(
+    model = load(run)
+    embed = lambda size: embeddings.embed(
         dataclasses.replace(model, batch_size=size), split, rows, np.arange(split.num_images),
-        store=retrieval.EmbeddingStore(None), show_progress=False,
+        store=EmbeddingStore(None), show_progress=False,
     )  # fmt: skip
     for one, other in zip(embed(8), embed(16), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from rice_jax.checkpoints.store.store import write_config
 
 from configs import smoke
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.plan import Plan
-from rice_jax import config as configuration
 from rice_jax import explain
+from rice_jax.checkpoints.run_folder import write_config
+from rice_jax.config import to_json
 from rice_jax.training import ledger as order
 from rice_jax.training import logs, step
 
@@ -25,7 +25,7 @@ def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Pl
     config = smoke.get_config()
     config.data.path, config.batch_size = str(data), 5
     config.data.update(fields)
-    write_config(folder, configuration.to_json(config))
+    write_config(folder, to_json(config))
     plan = order.make_plan(config, open_dataset(data))
     with logs.Log(folder, step=0) as log:
         for update in range(1, updates + 1):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from configs import default, lpr750k
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.models.rice import build
+from rice_jax.models.vit import LayerNorm
+from rice_jax.parallel.mesh import path_name, state_shardings, to_global
 from rice_jax.training import optimizer, step
 from rice_jax.weights import naming
 from tests import official
@@ -105,7 +106,7 @@ def test_layer_norm_probes(golden_file: Path) -> None:
     golden = official.load(golden_file)
     x, net, params = jnp.asarray(golden.arrays["probe/layernorm_in"]), golden.net, golden.params
     block = jax.tree.map(lambda leaf: leaf[0], params["encoder"]["resblocks"])
-    ours = {"encoder_ln_1": model.LayerNorm(net.encoder.eps).apply({"params": block["ln_1"]}, x)}
+    ours = {"encoder_ln_1": LayerNorm(net.encoder.eps).apply({"params": block["ln_1"]}, x)}
     if net.decoder is not None:
         of_decoder = {
             "decoder_self_ln_1": lambda decoder: decoder.self_layer.ln_1(x),
@@ -185,7 +186,7 @@ def test_model_of_icl_alone(golden_file: Path) -> None:
     config = golden.config.copy_and_resolve_references()
     config.loss.pmd = config.loss.pfr = 0.0
     params = {name: golden.params[name] for name in ("encoder", "logit_scale")}
-    alone = dataclasses.replace(golden, config=config, net=model.build(config), params=params)
+    alone = dataclasses.replace(golden, config=config, net=build(config), params=params)
     loss = alone.loss(pmd=0.0, pfr=0.0)
 
     @jax.jit
@@ -238,14 +239,14 @@ def run_updates(path: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     mesh = official.one_device()
     start = jax.device_get(golden.params)
     state = step.State(jnp.int32(0), start, optimizer.make_optimizer(config).init(start), {})
-    shardings = sharding.state_shardings(state, mesh)
+    shardings = state_shardings(state, mesh)
     state = jax.device_put(state, shardings)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     train_step = step.make_train_step(golden.net, config, mesh, abstract)
     metrics, params = [], []
     for _ in range(len(arrays["losses"] if "losses" in arrays else range(7))):
         params.append(jax.device_get(state.params))  # the step donates its state
-        state, found = train_step(state, sharding.to_global(golden.batch, mesh))
+        state, found = train_step(state, to_global(golden.batch, mesh))
         metrics.append(jax.device_get(found))
     return metrics, params
 
@@ -272,7 +273,7 @@ def test_weights_after_the_updates(updates_file: Path) -> None:
     for (path, found), expected in zip(
         jax.tree_util.tree_leaves_with_path(params[-1]), jax.tree.leaves(theirs), strict=True
     ):
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0, err_msg=sharding.path_name(path))
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0, err_msg=path_name(path))
     for name, array in final.items():
         if ".embeddings." in name:
             np.testing.assert_array_equal(array, golden.arrays[f"param/{name}"], err_msg=name)
@@ -290,7 +291,7 @@ def test_clips_mined_at_each_update(updates_file: Path) -> None:
 def test_learning_rates_of_the_updates(updates_file: Path) -> None:
     """Lowest and highest of all groups: 1e-12 by the formula in float64, to its rounding as the step has it."""
     golden, arrays, config = updates(updates_file)
-    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(golden.params)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(golden.params)]
     multipliers = [optimizer.lr_multiplier(name, config) for name in names]
     factors = np.array([min(multipliers), max(multipliers)])
     theirs = arrays["learning_rates"]

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from configs import default, demo, folder, grocery, lpr750k, pod, rice, smoke
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.models.rice import build
+from rice_jax.parallel.mesh import RULES, parameter_spec, path_name
 from rice_jax.training import step
 from tests import official
 
@@ -88,10 +88,10 @@ def test_only_batches_imports_grain() -> None:
 def test_every_sharding_rule_is_used_by_some_preset_and_every_parameter_has_one() -> None:
     mesh, used = official.mesh_of(1, 1), set()
     for config in PRESETS:
-        net = model.build(config)
+        net = build(config)
         shapes = jax.eval_shape(lambda net=net, config=config: step.init_params(net, config, jax.random.key(0)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-            name = sharding.path_name(path)
-            sharding.parameter_spec(name, leaf.shape, mesh)  # raises without a rule
-            used.add(next(pattern for pattern, _ in sharding.RULES if re.search(pattern, name)))
-    assert used == {pattern for pattern, _ in sharding.RULES}
+            name = path_name(path)
+            parameter_spec(name, leaf.shape, mesh)  # raises without a rule
+            used.add(next(pattern for pattern, _ in RULES if re.search(pattern, name)))
+    assert used == {pattern for pattern, _ in RULES}

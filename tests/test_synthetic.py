@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
-from rice_jax.retrieval.model.histogram import histogram
 
 from data_pipeline import synthetic
 from data_pipeline.convert import Options, convert
@@ -20,10 +19,11 @@ from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.decode import decode
 from data_pipeline.synthetic_shop import patterns
 from data_pipeline.synthetic_shop.catalogue import Clip, plan_shop
+from data_pipeline.synthetic_shop.categories import CATEGORIES
 from data_pipeline.synthetic_shop.dice import Dice
-from data_pipeline.synthetic_shop.products import CATEGORIES
 from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Sprite
 from data_pipeline.system.output_folder import locked
+from rice_jax.retrieval.histogram import histogram
 
 SIZES = ["--products=16", "--clips=40", "--seed=7"]
 SHOP = plan_shop(products=16, clips=40, seed=7)

@@ -23,9 +23,11 @@ import rice_jax
 from configs import smoke
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.decode import centre_crop, load
-from rice_jax import config as configuration
 from rice_jax import train
-from rice_jax.retrieval import model as retrieval
+from rice_jax.config import from_json
+from rice_jax.retrieval.embeddings import EmbeddingStore, embed
+from rice_jax.retrieval.evaluation import evaluate
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import guards, step
 from tests import official
 from tests.checkpoints.test_store import flip_data
@@ -59,7 +61,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_tensorboard(run: Path) -> N
     assert len({line["ledger"] for line in lines if "loss" in line}) == 6
     assert "val/recall@1" in lines[-1]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6"]
-    assert configuration.from_json((run / "config.json").read_text()).batch_size == 8
+    assert from_json((run / "config.json").read_text()).batch_size == 8
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines[:6]])
 
@@ -363,8 +365,8 @@ def test_python_and_command_give_the_same_embeddings(loaded: rice_jax.Model, con
     clip = split.clip(1)
     ours = loaded.encode_clips(loaded.prepare(clip.frames)[None])
     image = loaded.encode_images(loaded.prepare([split.image(0).encoded]))
-    store = retrieval.EmbeddingStore(None)
-    clips, images = retrieval.embed(loaded, split, np.array([1]), np.array([0]), store=store, show_progress=False)
+    store = EmbeddingStore(None)
+    clips, images = embed(loaded, split, np.array([1]), np.array([0]), store=store, show_progress=False)
     np.testing.assert_allclose(ours, clips, atol=1e-6)
     np.testing.assert_allclose(image, images, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
@@ -374,7 +376,7 @@ def test_pictures_are_prepared_as_evaluation_has_them_and_a_bad_one_is_named(
     loaded: rice_jax.Model, converted: Path, tmp_path: Path
 ) -> None:
     data = open_dataset(converted).split("test").image(0).encoded
-    options = retrieval.frame_options(loaded.config.data, train=False)
+    options = frame_options(loaded.config.data, train=False)
     (tmp_path / "one.jpg").write_bytes(data)
     (tmp_path / "no.jpg").write_text("text")
     prepared = loaded.prepare([str(tmp_path / "one.jpg"), tmp_path / "one.jpg", data])
@@ -465,6 +467,6 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_alike_on_fewer(
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_allclose(fewer.encode_images(images), loaded.encode_images(images), atol=1e-6)
     split = open_dataset(converted).split("test")
-    ours, theirs = (retrieval.evaluate(m, split).figures for m in (fewer, loaded))
+    ours, theirs = (evaluate(m, split).figures for m in (fewer, loaded))
     for name in ("recall@1", "recall@3", "recall@5", "recall@10"):
         assert abs(ours[name] - theirs[name]) <= 1 / ours["queries"]

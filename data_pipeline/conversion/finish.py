@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.conversion.shards import ShardNote
 from data_pipeline.faults import Fault
-from data_pipeline.format.reader import CLIP_COLUMNS, COLUMNS, TABLE_FILES, content_hash, manifest_hash, shard_name
+from data_pipeline.format.manifest import CLIP_COLUMNS, COLUMNS, TABLE_FILES, content_hash, manifest_hash, shard_name
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import file_crc, index_path, write_file
 from data_pipeline.layouts.listing import NONE, TABLES, Listing, reasons

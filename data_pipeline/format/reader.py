@@ -9,7 +9,6 @@ one entry a row), manifest.json, written last. docs/data_formats.md has it in fu
 """
 
 import collections
-import hashlib
 import json
 import mmap
 import os
@@ -22,24 +21,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.format.schema import SCHEMA_VERSION, ClipRecord, ImageRecord, decode_clip, decode_image
+from data_pipeline.format.manifest import (
+    CLIP_COLUMNS,
+    COLUMNS,
+    EVALUATION_SPLITS,
+    IMAGE_COLUMNS,
+    read_manifest,
+    shard_name,
+)
+from data_pipeline.format.schema import ClipRecord, ImageRecord, decode_clip, decode_image
 from data_pipeline.format.tfrecord import file_crc, index_path, unframe_record
 
-MANIFEST = "manifest.json"
-COLUMNS = "columns"  # the folder
-EVALUATION_SPLITS = ("val", "test")
-CLIP_COLUMNS = (
-    "image", "product", "livestream", "category", "scale", "duration", "number", "frames", "original_frames", "ordinal",
-)  # fmt: skip
-IMAGE_COLUMNS = ("product", "ordinal")
-TABLE_FILES = {  # column: what its numbers mean, a text a line
-    "product": "products",
-    "livestream": "livestreams",
-    "category": "categories",
-    "scale": "scales",
-    "duration": "durations",
-    "number": "numbers",
-}
 MAX_OPEN_SHARDS = 256  # of thousands: a process may hold 1,024 files
 
 
@@ -56,32 +48,12 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
     return dataset
 
 
-def content_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over what the data set holds: names, sizes and checksums of shards, indices and columns.
-
-    Source, options and converter version are not in it: the same data are the same data.
-    """
-    content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a manifest says, but for this hash."""
-    rest = {key: value for key, value in manifest.items() if key != "manifest_hash"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def shard_name(split: str, kind: str, number: int, count: int) -> str:
-    """kind: clips or images."""
-    return f"{split}-{kind}-{number:05d}-of-{count:05d}.tfrecord"
-
-
 class Dataset:
     """A converted data set; open_dataset makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
+        self.manifest = read_manifest(path)
         self.content_hash: str = self.manifest["content_hash"]
         self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
 
@@ -140,34 +112,6 @@ class Dataset:
                 yield name, f"found {found} bytes, needs {size}; restore it, or convert again."
             elif not name.endswith(".tfrecord") and file_crc(path) != crc:
                 yield name, "found a checksum (CRC32C) that disagrees; restore it, or convert again."
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
-        version = manifest["schema_version"]
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise FileNotFoundError(
-            f"{path / MANIFEST}: found no manifest, needs a finished conversion; "
-            "run python -m data_pipeline.convert (again: it goes on where it stopped)."
-        ) from err
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise ValueError(f"{path / MANIFEST}: found no manifest of a conversion ({err}); convert again.") from err
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path / MANIFEST}: found schema version {version}, needs {SCHEMA_VERSION}; "
-            "convert the source again, or use the version of rice_jax that wrote it."
-        )
-    try:
-        sound = manifest["content_hash"] == content_hash(manifest)
-        sound &= manifest.get("manifest_hash", manifest_hash(manifest)) == manifest_hash(manifest)
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"{path / MANIFEST}: found a hash that disagrees with what the file says; restore it, or convert again."
-        )
-    return manifest
 
 
 class Texts(Sequence[str]):

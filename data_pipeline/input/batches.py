@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import PADDING, Arrays, Examples, PictureCache
-from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.system.processes import end_with_parent
 

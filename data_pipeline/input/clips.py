@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input import decode as frames
-from data_pipeline.input.decode import FrameOptions, Pixels
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, words
+from data_pipeline.input.decode import Pixels, centre_crop, load
+from data_pipeline.input.options import FrameOptions
+from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
@@ -74,22 +76,22 @@ class Examples:
         for place, (row, example) in enumerate(zip(rows.tolist(), examples.tolist(), strict=True)):
             if row != PADDING:
                 pixels = self._loaded("image", row, [0])[0]
-                blank["image"][place] = self._finished(pixels, example, epoch, frames.SHOP_IMAGE)
+                blank["image"][place] = self._finished(pixels, example, epoch, SHOP_IMAGE)
 
     def _fill(self, slots: Pixels, row: int, epoch: int) -> int:
         """Puts a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
-        clip_words = frames.words(self.seed, epoch, row, frames.WHOLE_CLIP, 2 + self.options.num_frames)
+        clip_words = words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
         count = int(self.split.columns["frames"][row])
-        chosen = frames.choose_frames(count, self.options, clip_words, train=self.train).tolist()
+        chosen = choose_frames(count, self.options, clip_words, train=self.train).tolist()
         for slot, pixels in enumerate(self._loaded("clip", row, chosen)):
-            picture = frames.FIRST_FRAME + (0 if self.options.consistent_augment else slot)
+            picture = FIRST_FRAME + (0 if self.options.consistent_augment else slot)
             slots[slot] = self._finished(pixels, row, epoch, picture)
         return len(chosen)
 
     def _finished(self, pixels: Pixels, example: int, epoch: int, picture: int) -> Pixels:
         if not self.train:
-            return frames.centre_crop(pixels, self.options)
-        return frames.augment(pixels, self.options, frames.words(self.seed, epoch, example, picture))
+            return centre_crop(pixels, self.options)
+        return augment(pixels, self.options, words(self.seed, epoch, example, picture))
 
     def _loaded(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
         """Pictures of one record, decoded and resized; the record is read only for what the cache does not hold."""
@@ -100,7 +102,7 @@ class Examples:
             if pixels is None:
                 encoded = encoded or self._read(kind, row)
                 try:
-                    pixels = frames.load(encoded[position], self.options, train=self.train)
+                    pixels = load(encoded[position], self.options, train=self.train)
                 except ValueError as err:
                     what = f"frame {position + 1} of {len(encoded)}" if kind == "clip" else "the picture"
                     raise self._fault(kind, row, f"{what} {err}") from err

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.format.reader import COLUMNS, MANIFEST, TABLE_FILES, Dataset, Split, Texts, open_dataset
+from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
+from data_pipeline.format.reader import Dataset, Split, Texts, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.inspection.fingerprints import LOOK, NOTHING, VERSION, key_of, look_at

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box, Clip, Picture
 from data_pipeline.format.tfrecord import file_crc
-from data_pipeline.input.decode import sample_frames
+from data_pipeline.input.sampling import sample_frames
 from data_pipeline.layouts.img2dataset import name_of
 from data_pipeline.layouts.listing import Line, ListedClip, Row, TextLayout
 from data_pipeline.layouts.pictures import SUFFIXES

@@ -8,9 +8,10 @@ import functools
 from collections.abc import Sequence
 
 from data_pipeline.faults import WrongUseError
+from data_pipeline.synthetic_shop.categories import CATEGORIES
 from data_pipeline.synthetic_shop.dice import Dice
 from data_pipeline.synthetic_shop.patterns import PATTERNS
-from data_pipeline.synthetic_shop.products import CATEGORIES, PALETTES
+from data_pipeline.synthetic_shop.products import PALETTES
 from data_pipeline.synthetic_shop.shapes import Colour
 
 GROUP = 3  # siblings: one shape, one palette, as many patterns

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data_pipeline.input.decode import below, uniform
+from data_pipeline.input.augment import below, uniform
 
 T = TypeVar("T")
 

@@ -11,7 +11,6 @@ the bad one is renamed to 6.damaged before anything is saved anew.
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import sys
 import threading
@@ -28,18 +27,32 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rice_jax.checkpoints.digests import as_text, described, digests
-from rice_jax.config import warn
+from rice_jax.checkpoints.seal import seal, sha256_of, unseal, write_whole
+from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 from rice_jax.training.step import State
 from rice_jax.version import __version__
 
 ITEMS = ("weights", "optimizer", "meta")
+
+
 MARK = "digest.json"
+
+
 SCHEMA = 2  # 1: without digests
+
+
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is writing
+
+
 ASIDE, DELETED = ".damaged", ".deleted"
+
+
 RETRY_SECONDS = 60.0
+
+
 FINAL_PAUSES = (0.0, 1.0, 5.0)  # seconds before each attempt at the last save
+
 
 # What Orbax, TensorStore and JSON raise on bytes that are not what they wrote.
 UNREADABLE = (
@@ -52,7 +65,10 @@ UNREADABLE = (
     OSError,
     RuntimeError,
 )
+
+
 UNWRITABLE = (ValueError, OSError, RuntimeError)
+
 
 Read = TypeVar("Read")
 
@@ -132,13 +148,13 @@ class Checkpoints:
                 raise DamagedError(f"{folder} has no {MARK}: its save was not finished")
             return {}
         with self._readable(folder / MARK):
-            mark = _unseal(json.loads((folder / MARK).read_text()))
+            mark = unseal(json.loads((folder / MARK).read_text()))
         if mark["schema"] > SCHEMA:
             raise ValueError(
                 f"{folder} has schema {mark['schema']} of version {meta.get('version')}, and this is version "
                 f"{__version__} with schema {SCHEMA}; use that version or a newer one."
             )
-        if mark["meta"] != _sha256(meta):
+        if mark["meta"] != sha256_of(meta):
             raise DamagedError(f"{folder}/meta is damaged (other bytes than were saved)")
         if mark["step"] != step:
             raise DamagedError(f"{folder} holds step {mark['step']}")
@@ -288,7 +304,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # What is on the device is what Orbax writes: the next step would wait to take it over until all is written.
             parts = _copies(parts)
-        mark = {"schema": SCHEMA, "step": step, "meta": _sha256(meta), "leaves": described(parts)}
+        mark = {"schema": SCHEMA, "step": step, "meta": sha256_of(meta), "leaves": described(parts)}
         begin: Callable[[], object] = functools.partial(self._begin, step, parts, meta)
         self._failure = None
         if jax.default_backend() != "cpu" or jax.process_count() > 1:
@@ -317,7 +333,7 @@ class Checkpoints:
                 name: f"{text} {about}" for text, (name, about) in zip(texts, mark["leaves"].items(), strict=True)
             }
             if hosts.is_first():
-                _write(self.path / str(step) / MARK, json.dumps(_seal(mark), indent=1))
+                write_whole(self.path / str(step) / MARK, json.dumps(seal(mark), indent=1))
         except UNWRITABLE as error:
             self._fail(step, error)
             return
@@ -442,38 +458,3 @@ def _split(state: State) -> dict[str, Any]:
 @jax.jit
 def _copies(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _seal(value: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of itself, which no later schema may change: by it a newer file is told from a damaged one."""
-    return {**value, "sha256": _sha256(value)}
-
-
-def _unseal(sealed: Any) -> dict[str, Any]:
-    value = dict(sealed)
-    if value.pop("sha256") != _sha256(value):
-        raise ValueError("other bytes than were saved")
-    return value
-
-
-def _write(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
-
-
-def write_config(workdir: Path, text: str) -> None:
-    """The config beside the checkpoints: what a run is, from its first minute."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.rename(workdir / "config.json")
-
-
-def read_config(workdir: Path) -> str | None:
-    path = workdir / "config.json"
-    return path.read_text() if path.exists() else None

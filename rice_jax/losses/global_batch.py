@@ -15,157 +15,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rice_jax.losses import pairs
-from rice_jax.models.vit import Rice, call, clip_embedding, cosines, normalise, unit
-from rice_jax.parallel import mesh as sharding
-
-# --- the equations ----------------------------------------------------------------------------------------------------
-
-
-def icl_logits(
-    anchors: Float[Array, "B E"], partners: Float[Array, "G E"], scale: Float[Array, ""]
-) -> Float[Array, "B G"]:
-    """scale^2 cos (SPEC 3.1): the scale stands on both sides, plain, neither a logarithm nor squared."""
-    return jnp.square(scale) * cosines(anchors, partners)
-
-
-class Everyone(NamedTuple):
-    """What a device's rows are compared with: the embeddings of the global batch, and its products."""
-
-    images: Float[Array, "G E"]
-    clips: Float[Array, "G E"]
-    product: Int[Array, " G"]
-
-
-def icl_loss(
-    clips: Float[Array, "B E"],
-    images: Float[Array, "B E"],
-    everyone: Everyone,
-    own: Int[Array, " B"],
-    scale: Float[Array, ""],
-    *,
-    same_product_is: str = "negative",
-    chunk: int = 0,
-) -> Float[Array, ""]:
-    """Instance-level contrastive loss of unit embeddings (SPEC 3): mean of both directions and of this device's rows.
-
-    Args:
-      own: position of each row in the global batch; its partner there is the positive.
-      scale: of icl_logits.
-      same_product_is: what other pairs of the row's product are: "negative" as in the official code, "masked" (left
-        out), or "positive" (the mean of -log p over all of them, SupCon's outer form).
-      chunk: rows whose logits exist at once, the others' being made again in the backward pass; 0: all.
-    """
-
-    def cross_entropy(anchors: Array, partners: Array) -> Array:
-        def rows(part: tuple[Array, Array]) -> Array:
-            anchors, own = part
-            positive, left_out = relations(own, everyone.product, same_product_is)
-            log_p = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, icl_logits(anchors, partners, scale)), axis=-1)
-            return -jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1)
-
-        return jnp.mean(in_chunks(rows, (anchors, own), chunk))
-
-    return (cross_entropy(clips, everyone.images) + cross_entropy(images, everyone.clips)) / 2
-
-
-def sigmoid_icl_loss(
-    clips: Float[Array, "B E"],
-    everyone: Everyone,
-    own: Int[Array, " B"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    *,
-    same_product_is: str = "negative",
-    chunk: int = 0,
-) -> Float[Array, ""]:
-    """ICL as SigLIP has it: each pair of the global batch is right or wrong by itself, -log sigmoid(+-(s^2 cos + b)).
-
-    The sum over a clip's pairs, the mean over this device's clips (Zhai et al. 2023, algorithm 1). Every pair is met
-    once, where its clip lives, hence one direction. Other arguments as in icl_loss.
-    """
-
-    def rows(part: tuple[Array, Array]) -> Array:
-        clips, own = part
-        positive, left_out = relations(own, everyone.product, same_product_is)
-        logits = icl_logits(clips, everyone.images, scale) + bias
-        return -jnp.sum(jnp.where(left_out, 0, jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))), axis=-1)
-
-    return jnp.mean(in_chunks(rows, (clips, own), chunk))
-
-
-def relations(
-    own: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
-) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
-    """Which partners are a row's positives, and which are neither positive nor negative."""
-    itself = own[:, None] == jnp.arange(product.shape[0])[None]
-    also = (product[own][:, None] == product[None]) & ~itself
-    nobody = jnp.zeros_like(itself)
-    return {
-        "negative": (itself, nobody),
-        "masked": (itself, also),
-        "positive": (itself | also, nobody),
-    }[same_product_is]
-
-
-def pmd_loss(
-    positive: Float[Array, " B"], negatives: Float[Array, "B k"], found: Bool[Array, "B k"]
-) -> Float[Array, ""]:
-    """Pairwise matching loss: mean over rows of -log softmax of the positive among its candidates (SPEC 5.7).
-
-    A hard partner that was not found takes no part; with none the row's loss is 0.
-    """
-    logits = jnp.concatenate([positive[:, None], jnp.where(found, negatives, -jnp.inf)], axis=1)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
-
-
-def rebuilt(
-    coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
-) -> Float[Array, "*B R D"]:
-    """Image tokens as sums of clip tokens, which carry no gradient; padding is a source of zeros (SPEC 6.5)."""
-    sources = jnp.where(key_mask[..., None], jax.lax.stop_gradient(clip_tokens), 0)
-    return coefficients @ sources.astype(coefficients.dtype)
-
-
-def pfr_loss(
-    coefficients: Float[Array, "*B R S"],
-    image_tokens: Float[Array, "*B T D"],
-    clip_tokens: Float[Array, "*B S D"],
-    key_mask: Bool[Array, "*B S"],
-) -> Float[Array, ""]:
-    """Patch feature reconstruction: mean squared error of the rebuilt image tokens (SPEC 6.6).
-
-    Tokens carry no gradient: the loss teaches where to look, not what to see. R rows are those of the last R tokens:
-    all T, or the patches (SPEC 11, row 29).
-    """
-    target = jax.lax.stop_gradient(image_tokens)[..., -coefficients.shape[-2] :, :]
-    found = rebuilt(coefficients, clip_tokens, key_mask)
-    return jnp.mean(jnp.square(found - target.astype(found.dtype)))
-
-
-# --- what feeds them --------------------------------------------------------------------------------------------------
-
-
-def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
-    """f over chunks of the leading axis, each recomputed in the backward pass; 0: all at once, nothing recomputed.
-
-    As few chunks as `chunk` rows at most allow, all of one size: copies of the last row fill up the last chunk, and
-    what f makes of them is dropped.
-
-    With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
-    """
-    n = jax.tree.leaves(rows)[0].shape[0]
-    if not chunk or n <= chunk:
-        return f(rows)
-    count = -(-n // chunk)
-    size = -(-n // count)
-
-    def split(a: Array) -> Array:
-        if spare := count * size - n:
-            a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (spare, *a.shape[1:]))])
-        return a.reshape(count, size, *a.shape[1:])
-
-    out = jax.lax.map(jax.checkpoint(f), jax.tree.map(split, rows))
-    return jax.tree.map(lambda a: a.reshape(count * size, *a.shape[2:])[:n], out)
+from rice_jax.losses.equations import Everyone, icl_loss, in_chunks, pfr_loss, pmd_loss, relations, sigmoid_icl_loss
+from rice_jax.models.arrays import call, clip_embedding, normalise, unit
+from rice_jax.models.rice import Rice
+from rice_jax.parallel.mesh import (
+    BATCH,
+    P,
+    first_row,
+    gather_rows,
+    max_over_devices,
+    mean_over_devices,
+    sum_over_devices,
+    varying,
+    whole,
+)
 
 
 class Encoded(NamedTuple):
@@ -288,9 +151,9 @@ def hard_pairs(
 
         return in_chunks(of, (anchors, own), options.icl_chunk)
 
-    class_tokens = sharding.gather_rows(positives.class_token)  # [G, D]: all of the decoder that travels
+    class_tokens = gather_rows(positives.class_token)  # [G, D]: all of the decoder that travels
     cross = {name: part for name, part in params["decoder"].items() if name != "self_layer"}
-    context = (encoded.key_mask, sharding.first_row(rows), jax.random.key_data(key))
+    context = (encoded.key_mask, first_row(rows), jax.random.key_data(key))
 
     def decode(cross: Any, x: Array, keys_values: Array, context: Any, image: Array, clip: Array) -> Array:
         key_mask, first, key_data = context
@@ -313,7 +176,7 @@ def hard_pairs(
     if options.mining_direction in ("clip_to_image", "both"):
         hard, found = mined(encoded.clips, everyone.images)
         logits = pairs.clip_to_image_logits(*inputs, hard, chunk=options.unit_chunk)
-        directions.append(HardPairs(hard, found, logits, sharding.varying(jnp.int32(0))))
+        directions.append(HardPairs(hard, found, logits, varying(jnp.int32(0))))
     return directions
 
 
@@ -321,14 +184,14 @@ def local_losses(
     model: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Array], key: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The losses of the global batch on one device of the mesh, inside shard_map: (losses, counts), equal on all."""
-    params, key = jax.tree.map(sharding.whole, params, specs), sharding.varying(key)
+    params, key = jax.tree.map(whole, params, specs), varying(key)
     rows = batch["mask"].shape[0]
-    own = sharding.first_row(rows) + jnp.arange(rows)
+    own = first_row(rows) + jnp.arange(rows)
     encoded = encode_rows(model, options, params, key, batch, own)
-    product = sharding.gather_rows(batch["product"])
+    product = gather_rows(batch["product"])
 
     def icl(clips: Array, images: Array) -> tuple[Array, Everyone]:
-        everyone = Everyone(sharding.gather_rows(images), sharding.gather_rows(clips), product)
+        everyone = Everyone(gather_rows(images), gather_rows(clips), product)
         if options.icl_form == "sigmoid":
             form = functools.partial(sigmoid_icl_loss, clips, everyone, own, bias=params["logit_bias"])
         else:
@@ -340,7 +203,7 @@ def local_losses(
     losses = {"icl": value}
     if options.frame_icl:
         losses["frame_icl"], _ = icl(*encoded.halves)
-    counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), sharding.varying(jnp.int32(0)))
+    counts = dict.fromkeys(("negatives_missing", "busiest_device_units"), varying(jnp.int32(0)))
     if model.decoder is not None:
         decode = functools.partial(decode_positives, model, options, params, key)
         positives = in_chunks(decode, (encoded, own), options.pair_chunk)
@@ -353,9 +216,9 @@ def local_losses(
             }
         if options.pfr:
             losses["pfr"] = jnp.mean(positives.pfr)
-    return sharding.mean_over_devices(losses), {
-        "negatives_missing": sharding.sum_over_devices(counts["negatives_missing"]),
-        "busiest_device_units": sharding.max_over_devices(counts["busiest_device_units"]),
+    return mean_over_devices(losses), {
+        "negatives_missing": sum_over_devices(counts["negatives_missing"]),
+        "busiest_device_units": max_over_devices(counts["busiest_device_units"]),
     }
 
 
@@ -372,12 +235,12 @@ def make_loss(
     `batch` holds frames uint8 [G,N,px,px,3], mask int32 [G,N], image uint8 [G,px,px,3] and product int32 [G];
     `parts` the unweighted losses and the counts of what mining missed.
     """
-    batch_spec = sharding.P(sharding.BATCH)
+    batch_spec = P(BATCH)
     losses = jax.shard_map(
         functools.partial(local, model, options, specs),
         mesh=mesh,
-        in_specs=(specs, batch_spec, sharding.P()),
-        out_specs=(sharding.P(), sharding.P()),
+        in_specs=(specs, batch_spec, P()),
+        out_specs=(P(), P()),
     )
 
     def loss(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rice_jax.models.vit import cosines
-from rice_jax.parallel import mesh as sharding
+from rice_jax.models.arrays import cosines
+from rice_jax.parallel.mesh import first_row, gather_rows, scatter_sum_rows, varying
 
 HARD = 3  # hard partners of an anchor (SPEC 4.3)
 
@@ -102,7 +102,7 @@ def decode_units(
         return [jax.lax.dynamic_slice_in_dim(a, at * chunk, chunk) for a in arrays]
 
     def zeros_like(tree: Any) -> Any:  # float32: thousands of small contributions are added up
-        return jax.tree.map(lambda a: sharding.varying(jnp.zeros(a.shape, jnp.float32)), tree)
+        return jax.tree.map(lambda a: varying(jnp.zeros(a.shape, jnp.float32)), tree)
 
     @jax.custom_vjp
     def run(
@@ -113,7 +113,7 @@ def decode_units(
             out = decode(params, class_tokens[i], keys_values[j], context, i, j)
             return jax.lax.dynamic_update_slice_in_dim(logits, out, at * chunk, 0)
 
-        return jax.lax.fori_loop(0, n, body, sharding.varying(jnp.zeros(image.shape, jnp.float32)))
+        return jax.lax.fori_loop(0, n, body, varying(jnp.zeros(image.shape, jnp.float32)))
 
     def backward(saved: tuple[Any, ...], d_logits: Array) -> tuple[Any, ...]:
         params, class_tokens, keys_values, context, image, clip, n = saved
@@ -154,16 +154,16 @@ def image_to_clip_logits(
     """
     rows, k = hard_clips.shape
     total = class_tokens.shape[0]
-    wanted = sharding.gather_rows(jnp.where(found, hard_clips, total)).reshape(-1)  # [kG]; clip G belongs to nobody
-    first = sharding.first_row(rows)
+    wanted = gather_rows(jnp.where(found, hard_clips, total)).reshape(-1)  # [kG]; clip G belongs to nobody
+    first = first_row(rows)
     mine = (wanted >= first) & (wanted < first + rows)
     units = units_of(jnp.where(mine, wanted - first, rows), rows=rows, slots=slots, multiple=chunk)
     image = jnp.minimum(units.pair, k * total - 1) // k
     logits = decode_units(
         decode, params, class_tokens, keys_values, context, image, units.clip, count=units.used, chunk=chunk
     )
-    of_pair = sharding.varying(jnp.zeros(k * total, jnp.float32)).at[units.pair].set(logits, mode="drop")
-    return sharding.scatter_sum_rows(of_pair).reshape(rows, k), units.used
+    of_pair = varying(jnp.zeros(k * total, jnp.float32)).at[units.pair].set(logits, mode="drop")
+    return scatter_sum_rows(of_pair).reshape(rows, k), units.used
 
 
 def clip_to_image_logits(
@@ -187,8 +187,8 @@ def clip_to_image_logits(
         keys_values,
         context,
         jnp.pad(hard_images, ((0, spare), (0, 0)), mode="edge"),
-        sharding.varying(jnp.minimum(jnp.arange(rows + spare), rows - 1)),
-        count=sharding.varying(jnp.int32(rows)),
+        varying(jnp.minimum(jnp.arange(rows + spare), rows - 1)),
+        count=varying(jnp.int32(rows)),
         chunk=chunk,
     )
     return logits[:rows]

@@ -25,7 +25,9 @@ import jax
 
 import configs
 import data_pipeline
-from rice_jax import config as configuration
+from rice_jax import errors
+from rice_jax.config import flat
+from rice_jax.errors import fail, reason, status
 from rice_jax.parallel.channel import Hello, Hub, Line, Place, disagreement, leave
 
 PORT = 8476  # of process 0, where neither flags nor environment name one
@@ -82,7 +84,7 @@ def run(
     try:
         place = find_place(arguments)
     except ValueError as error:
-        configuration.fail(str(error), status=2)
+        fail(str(error), status=2)
 
     def joined(arguments: argparse.Namespace) -> None:
         try:
@@ -97,7 +99,7 @@ def run(
             raise
         _finish()
 
-    configuration.run(joined, arguments)
+    errors.run(joined, arguments)
 
 
 def join(place: Place, facts: Callable[[Any], dict[str, Any]], arguments: Any) -> None:
@@ -112,7 +114,7 @@ def join(place: Place, facts: Callable[[Any], dict[str, Any]], arguments: Any) -
     try:
         known |= facts(arguments)
     except (ValueError, OSError) as error:
-        failed = configuration.reason(error)  # the others hear of it too
+        failed = reason(error)  # the others hear of it too
     if place.process == 0:
         Hub(place, wait_seconds=arguments.wait)
     hello = Hello(place.process, place.count, socket.gethostname(), os.getpid(), known, failed)
@@ -164,9 +166,9 @@ def _check_devices() -> None:
 
 def _fail(error: BaseException) -> None:
     if _line is not None:
-        _line.fail(configuration.reason(error))
+        _line.fail(reason(error))
         # Runs before jax's own end, which would wait for the others.
-        atexit.register(leave, configuration.status(error))
+        atexit.register(leave, status(error))
 
 
 def _finish() -> None:
@@ -233,7 +235,7 @@ def code() -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    for folder in (Path(configs.__path__[0]), Path(data_pipeline.__path__[0]), Path(__file__).parent):
+    for folder in (Path(configs.__path__[0]), Path(data_pipeline.__path__[0]), Path(__file__).parents[1]):
         for path in sorted(folder.rglob("*.py")):
             name = f"code of {path.relative_to(folder.parent)}"
             facts[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -242,7 +244,7 @@ def code() -> dict[str, Any]:
 
 def of_config(config: Any) -> dict[str, Any]:
     """A config's fields as facts, without those that may differ between hosts."""
-    fields = configuration.flat(config).items()
+    fields = flat(config).items()
     return {f"--config.{name}": value for name, value in fields if name not in MAY_DIFFER}
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input.decode import FrameOptions, Pixels, decode, resize, sample_frames
+from data_pipeline.input.decode import Pixels, decode, resize
+from data_pipeline.input.options import FrameOptions
+from data_pipeline.input.sampling import sample_frames
 
 BINS = 8  # a channel
 OPTIONS = FrameOptions(image_size=64, resize=64)

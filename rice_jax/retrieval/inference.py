@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rice_jax.models.vit import Rice, call, clip_embedding, normalise, unit
+from rice_jax.models.arrays import call, clip_embedding, normalise, unit
+from rice_jax.models.rice import Rice
 
 
 def encode_images(net: Rice, flip: bool, params: Any, images: Array) -> Float[Array, "n E"]:

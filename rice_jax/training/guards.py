@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rice_jax.config import warn
+from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 
 MEMORY_SHARE = 0.9  # of the limit, above which memory is told of

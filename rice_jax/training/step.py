@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt32
 
-from rice_jax.losses import global_batch as losses
-from rice_jax.models.vit import Rice
-from rice_jax.parallel import mesh as sharding
+from rice_jax.losses import global_batch
+from rice_jax.models.rice import Rice
+from rice_jax.parallel.mesh import P, parameter_specs, state_shardings
 from rice_jax.training.optimizer import learning_rate, make_optimizer
 
 Metrics = dict[str, Array]
@@ -40,7 +40,7 @@ def init_params(model: Rice, config: Any, key: Array) -> Any:
 def abstract_state(model: Rice, config: Any, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, without making it."""
     shapes = jax.eval_shape(lambda: _init(model, config))
-    shardings = sharding.state_shardings(shapes, mesh)
+    shardings = state_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -67,14 +67,14 @@ def ledger(index: Int[Array, " G"]) -> UInt32[Array, "2"]:
 
 
 def make_train_step(
-    model: Rice, config: Any, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = losses.make_loss
+    model: Rice, config: Any, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
     """The jitted update; donates its state. Losses are of the global batch, before the update (SPEC 6.8).
 
     make_loss: another formulation, for comparison.
     """
     optimizer = make_optimizer(config)
-    loss = make_loss(model, config.loss, mesh, sharding.parameter_specs(abstract.params, mesh))
+    loss = make_loss(model, config.loss, mesh, parameter_specs(abstract.params, mesh))
     decay = config.optimizer.ema_decay
 
     def train_step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
@@ -108,5 +108,5 @@ def make_train_step(
         return State(state.step + 1, params, opt_state, average), metrics
 
     # out_shardings: without them XLA may lay the state out anew, and the second call compiles again.
-    replicated = NamedSharding(mesh, sharding.P())
+    replicated = NamedSharding(mesh, P())
     return jax.jit(train_step, donate_argnums=0, out_shardings=(_shardings(abstract), replicated))

@@ -22,7 +22,7 @@ from jax import export
 from safetensors.numpy import save
 
 from data_pipeline.system.output_folder import new_folder
-from rice_jax.parallel import mesh as sharding
+from rice_jax.parallel.mesh import path_name
 from rice_jax.retrieval import inference
 from rice_jax.retrieval.model import Model
 from rice_jax.version import __version__
@@ -75,7 +75,7 @@ def export_programs(model: Model, output: Path) -> None:
 
 
 def _write(model: Model, folder: Path) -> None:
-    flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
     parameters = save({name: np.array(leaf, order="C") for name, leaf in flat.items()})
     (folder / "parameters.safetensors").write_bytes(parameters)
     about = {

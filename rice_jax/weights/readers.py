@@ -21,10 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from configs import default
 from rice_jax.config import from_json
-from rice_jax.models import vit as model
+from rice_jax.models.arrays import MEAN, STD
+from rice_jax.models.rice import build
+from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.parallel import hosts
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import model as retrieval
+from rice_jax.parallel.mesh import make_mesh
+from rice_jax.retrieval.model import Model, load
 from rice_jax.training.step import State, init_params
 from rice_jax.weights import archives, naming
 from rice_jax.weights.inspect import HUGGING_FACE, OFFICIAL, OPENAI, Contents, look, read_json
@@ -57,10 +59,10 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
-def load_on_one_device(run: Path, step: int | None = None) -> retrieval.Model:
+def load_on_one_device(run: Path, step: int | None = None) -> Model:
     """A run's model where its parameters lie once, not once a device."""
-    mesh = sharding.make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1])
-    return retrieval.load(run, step=step, mesh=mesh)
+    mesh = make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1])
+    return load(run, step=step, mesh=mesh)
 
 
 def read_source(path: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
@@ -269,17 +271,17 @@ def _stated(found: Contents, faults: list[str]) -> tuple[dict[str, int], str | N
     else:
         sizes, activation, fixed, pixels = _of_open_clip(said)
     where = "the JSON beside the file"
-    if activation not in model.ACTIVATIONS:
-        faults.append(f"activation: {where} says {activation}, needs one of {', '.join(model.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        faults.append(f"activation: {where} says {activation}, needs one of {', '.join(ACTIVATIONS)}")
     faults += [f"{name}: {where} says {value}, needs {needed}" for name, value, needed in fixed if value != needed]
     faults += [
         f"{name} of pixels: {where} says {value}, needs CLIP's {list(needed)}"
-        for name, value, needed in zip(("mean", "std"), pixels, (model.MEAN, model.STD), strict=True)
+        for name, value, needed in zip(("mean", "std"), pixels, (MEAN, STD), strict=True)
         if value is not None and (np.shape(value) != (3,) or not np.allclose(value, needed, atol=1e-4))
     ]
     whole = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
     faults += [f"{name}: {where} says {sizes[name]!r}, needs a whole number" for name in sizes.keys() - whole.keys()]
-    return whole, activation if activation in model.ACTIVATIONS else "quick_gelu"
+    return whole, activation if activation in ACTIVATIONS else "quick_gelu"
 
 
 Stated = tuple[dict[str, Any], str, list[tuple[str, Any, Any]], tuple[Any, Any]]  # sizes, activation, fixed, pixels
@@ -342,7 +344,7 @@ def _rule(name: str, table: naming.Table) -> naming.Rule | None:
 
 def _check(found: Contents, config: Any) -> list[str]:
     """Tensors that are missing, unexpected, or of another shape or dtype than the model's sizes ask for."""
-    shapes = jax.eval_shape(lambda: init_params(model.build(config), config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(build(config), config, jax.random.key(0)))
     nothing = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in naming.flattened(shapes).items()}
     wanted = {name: array.shape for name, array in naming.invert(nothing, found.table).items()}
     faults = []

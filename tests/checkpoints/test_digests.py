@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from rice_jax.checkpoints.store.digests import as_text, described, digests
 
+from rice_jax.checkpoints.digests import as_text, described, digests
 from tests import official
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "bool", "uint32", "int16"]

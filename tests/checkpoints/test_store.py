@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rice_jax.checkpoints.store.store import Checkpoints, DamagedError
 
 from configs import smoke
 from rice_jax.checkpoints import store as module
-from rice_jax.models import vit as model
+from rice_jax.checkpoints.seal import seal
+from rice_jax.checkpoints.store import SCHEMA, Checkpoints, DamagedError
+from rice_jax.models.rice import Rice, build
 from rice_jax.training import step
 from tests import official
 
 
-def configured(**changes: Any) -> tuple[model.Rice, Any]:
+def configured(**changes: Any) -> tuple[Rice, Any]:
     config = smoke.get_config()
     config.optimizer.ema_decay = 0.9
     config.model.update(changes)
-    return model.build(config), config
+    return build(config), config
 
 
 CONFIGURED = configured()
@@ -274,9 +275,9 @@ def test_a_step_from_before_digests_is_taken_with_a_word(
 def test_a_step_of_a_newer_version_is_refused(two_steps: tuple[Path, step.State, step.State], tmp_path: Path) -> None:
     shutil.copytree(two_steps[0], tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoints" / "6" / "digest.json"
-    mark = json.loads(path.read_text()) | {"schema": module.SCHEMA + 1}
+    mark = json.loads(path.read_text()) | {"schema": SCHEMA + 1}
     del mark["sha256"]
-    path.write_text(json.dumps(module._seal(mark)))
+    path.write_text(json.dumps(seal(mark)))
     with pytest.raises(ValueError, match=r"checkpoints/6 has schema 3 .* use that version or a newer one"):
         Checkpoints(tmp_path, kept=1)
 

@@ -20,10 +20,12 @@ from PIL import Image
 from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record
-from data_pipeline.input import decode as frames
+from data_pipeline.input import augment
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP
 from data_pipeline.input.batches import ELEMENT_EXAMPLES, Batches, clip_batches, image_batches, train_batches
-from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan, rows_without
+from data_pipeline.input.sampling import sample_frames
 from tests.proc import children, until_gone
 
 NUM_CLIPS, NUM_IMAGES = 23, 7
@@ -125,7 +127,7 @@ def test_empty_slots_are_zero_and_masked_and_come_last(split):
 def test_a_clip_longer_than_the_slots_shows_sampled_frames_from_both_ends(split):
     batch = take(clip_batches(split, [12], PLAIN, 1), 1)[0]
     shown = (batch["frames"][0, :, 0, 0, 1] - 10).tolist()
-    assert shown == frames.sample_frames(13, 10).tolist()
+    assert shown == sample_frames(13, 10).tolist()
     few = dataclasses.replace(PLAIN, num_frames=4)
     assert (take(clip_batches(split, [12], few, 1), 1)[0]["frames"][0, :, 0, 0, 1] - 10).tolist() == [0, 4, 8, 12]
 
@@ -467,16 +469,16 @@ def test_training_batches_equal_pillow_on_the_files_of_the_download(source, conv
         for place, row in enumerate(plan.batch(step).tolist()):
             fields = listed[split.clip_ids[row]]
             paths = json.loads(fields[1].replace("'", '"'))
-            gate, fraction = (int(word) * 10 >> 64 for word in frames.words(5, epoch, row, frames.WHOLE_CLIP, 2))
+            gate, fraction = (int(word) * 10 >> 64 for word in augment.words(5, epoch, row, WHOLE_CLIP, 2))
             chosen = np.linspace(0, len(paths) - 1, min(10, len(paths))).astype(int)
             if len(chosen) == 10 and gate >= 5:
                 chosen = chosen[: 10 - fraction]
             assert batch["mask"][place].tolist() == [1] * len(chosen) + [0] * (10 - len(chosen))
             for slot, position in enumerate(chosen):
-                words = frames.words(5, epoch, row, frames.FIRST_FRAME + slot)
+                words = augment.words(5, epoch, row, FIRST_FRAME + slot)
                 expected = by_hand(source / paths[position], options, words)
                 np.testing.assert_array_equal(batch["frames"][place, slot], expected)
-            expected = by_hand(source / fields[4], options, frames.words(5, epoch, row, frames.SHOP_IMAGE))
+            expected = by_hand(source / fields[4], options, augment.words(5, epoch, row, SHOP_IMAGE))
             np.testing.assert_array_equal(batch["image"][place], expected)
 
 
@@ -555,7 +557,7 @@ PROGRAM = textwrap.dedent(
 def start(folder: Path, workers: int, ending: str) -> subprocess.Popen[str]:
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     return subprocess.Popen(
         [sys.executable, str(program), str(workers), ending],

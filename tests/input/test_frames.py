@@ -17,10 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data_pipeline.input import decode as frames
-from data_pipeline.input.decode import FrameOptions
+from data_pipeline.input import augment as augment_module
+from data_pipeline.input import decode as decode_module
+from data_pipeline.input.augment import ERASED, PICTURE_WORDS, WHOLE_CLIP, augment, below, uniform, words
+from data_pipeline.input.decode import centre_crop, decode, resize
+from data_pipeline.input.options import FrameOptions
+from data_pipeline.input.sampling import choose_frames, frames_kept, sample_frames
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "fixture_temporal.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fixture_temporal.json").read_text())
 SMALL = FrameOptions(image_size=24, resize=32)
 
 
@@ -47,28 +51,28 @@ def as_pillow(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("case", GOLDEN["no_cut"], ids=lambda case: f"{case['frames']} frames")
 def test_sampling_agrees_with_the_official_processor(case):
-    indices = frames.sample_frames(case["frames"], 10).tolist()
+    indices = sample_frames(case["frames"], 10).tolist()
     assert indices == [index for index in case["indices"] if index >= 0]
     assert len(indices) == sum(case["mask"])
 
 
 @pytest.mark.parametrize("case", GOLDEN["official_train_and_test"], ids=lambda case: str(list(case.values())[:3]))
 def test_tail_cut_agrees_with_the_official_processor(case):
-    indices = frames.sample_frames(case["frames"], 10)
+    indices = sample_frames(case["frames"], 10)
     gate, fraction = round(10 * (case["gate"] or 0)), round(10 * (case["fraction"] or 0))
-    kept = frames.frames_kept(len(indices), 10, gate, fraction)
+    kept = frames_kept(len(indices), 10, gate, fraction)
     assert indices[:kept].tolist() == [index for index in case["indices"] if index >= 0]
 
 
 def test_sampling_agrees_with_numpys_linspace_for_ten_slots():
     for count in range(11, 3000):
-        assert frames.sample_frames(count, 10).tolist() == np.linspace(0, count - 1, 10).astype(int).tolist()
+        assert sample_frames(count, 10).tolist() == np.linspace(0, count - 1, 10).astype(int).tolist()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 10, 25])
 def test_sampling_keeps_order_and_both_ends_for_any_number_of_slots(slots):
     for count in range(1, 60):
-        indices = frames.sample_frames(count, slots)
+        indices = sample_frames(count, slots)
         assert len(indices) == min(count, slots)
         assert np.all(np.diff(indices) > 0)
         assert indices[0] == 0
@@ -77,16 +81,16 @@ def test_sampling_keeps_order_and_both_ends_for_any_number_of_slots(slots):
 
 def test_a_clip_without_frames_is_refused():
     with pytest.raises(ValueError, match="found 0 frames, needs at least 1"):
-        frames.sample_frames(0, 10)
+        sample_frames(0, 10)
 
 
 def clip_words(example: int) -> np.ndarray:
-    return frames.words(0, 0, example, frames.WHOLE_CLIP, 12)
+    return words(0, 0, example, WHOLE_CLIP, 12)
 
 
 def test_tail_cut_keeps_ten_half_of_the_time_and_else_one_to_ten_alike():
     options = FrameOptions()
-    kept = Counter(len(frames.choose_frames(30, options, clip_words(e), train=True)) for e in range(4000))
+    kept = Counter(len(choose_frames(30, options, clip_words(e), train=True)) for e in range(4000))
     assert set(kept) == set(range(1, 11))
     expected = {n: 4000 * (0.05 + 0.5 * (n == 10)) for n in range(1, 11)}
     assert sum((kept[n] - expected[n]) ** 2 / expected[n] for n in kept) < 27.9  # 9 degrees of freedom, once in 1,000
@@ -96,29 +100,28 @@ def test_tail_cut_spares_short_clips_and_evaluation():
     options = FrameOptions()
     for example in range(200):
         for count in range(1, 10):
-            assert len(frames.choose_frames(count, options, clip_words(example), train=True)) == count
-        assert len(frames.choose_frames(10, options, clip_words(example), train=False)) == 10
+            assert len(choose_frames(count, options, clip_words(example), train=True)) == count
+        assert len(choose_frames(10, options, clip_words(example), train=False)) == 10
     uncut = FrameOptions(tail_cut=False)
-    assert all(len(frames.choose_frames(10, uncut, clip_words(e), train=True)) == 10 for e in range(200))
+    assert all(len(choose_frames(10, uncut, clip_words(e), train=True)) == 10 for e in range(200))
 
 
 def test_tail_cut_in_evaluation_is_the_same_cut_when_asked_for():
     tested = FrameOptions(test_tail_cut=True, tail_cut=False)
     trained = FrameOptions()
     for example in range(100):
-        in_test = frames.choose_frames(40, tested, clip_words(example), train=False)
-        assert in_test.tolist() == frames.choose_frames(40, trained, clip_words(example), train=True).tolist()
+        in_test = choose_frames(40, tested, clip_words(example), train=False)
+        assert in_test.tolist() == choose_frames(40, trained, clip_words(example), train=True).tolist()
 
 
 def test_random_sampling_draws_every_subset_alike_and_in_order():
     options = FrameOptions(num_frames=2, frame_sampling="random", tail_cut=False)
     counts = Counter(
-        tuple(frames.choose_frames(5, options, frames.words(0, 0, e, frames.WHOLE_CLIP, 4), train=True).tolist())
-        for e in range(2000)
+        tuple(choose_frames(5, options, words(0, 0, e, WHOLE_CLIP, 4), train=True).tolist()) for e in range(2000)
     )
     assert set(counts) == {(i, j) for i in range(5) for j in range(i + 1, 5)}
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # 9 degrees of freedom, once in 1,000
-    evaluated = frames.choose_frames(5, options, frames.words(0, 0, 1, frames.WHOLE_CLIP, 4), train=False)
+    evaluated = choose_frames(5, options, words(0, 0, 1, WHOLE_CLIP, 4), train=False)
     assert evaluated.tolist() == [0, 4]
 
 
@@ -126,21 +129,21 @@ def test_random_sampling_draws_every_subset_alike_and_in_order():
 
 
 def test_words_never_change():
-    assert [hex(word) for word in frames.words(1, 2, 3, 4, 2)] == ["0xe68bb1ac73a6d654", "0x6e4d78251d7be7f8"]
+    assert [hex(word) for word in words(1, 2, 3, 4, 2)] == ["0xe68bb1ac73a6d654", "0x6e4d78251d7be7f8"]
 
 
 def test_words_differ_between_seeds_epochs_examples_and_pictures():
-    keys = [(s, e, x, p) for s in (0, 1) for e in (0, 1) for x in (0, 1) for p in (0, 1, 2, frames.WHOLE_CLIP)]
-    drawn = {int(word) for key in keys for word in frames.words(*key, 8)}
+    keys = [(s, e, x, p) for s in (0, 1) for e in (0, 1) for x in (0, 1) for p in (0, 1, 2, WHOLE_CLIP)]
+    drawn = {int(word) for key in keys for word in words(*key, 8)}
     assert len(drawn) == len(keys) * 8
 
 
 def test_below_reaches_both_ends_and_no_further():
     top = np.uint64(2**64 - 1)
     for bound in (1, 2, 10, 33, 1000):
-        assert (frames.below(np.uint64(0), bound), frames.below(top, bound)) == (0, bound - 1)
-    assert frames.uniform(np.uint64(0), 0.5, 1.5) == 0.5
-    assert 1.5 - 1e-9 < frames.uniform(top, 0.5, 1.5) <= 1.5
+        assert (below(np.uint64(0), bound), below(top, bound)) == (0, bound - 1)
+    assert uniform(np.uint64(0), 0.5, 1.5) == 0.5
+    assert 1.5 - 1e-9 < uniform(top, 0.5, 1.5) <= 1.5
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -158,14 +161,14 @@ JPEG_KINDS = [
 def test_simplejpeg_gives_pillows_pixels(size, options):
     pytest.importorskip("simplejpeg")
     data = encoded(picture(*size), "JPEG", **options)
-    np.testing.assert_array_equal(frames.decode(data), as_pillow(data))
+    np.testing.assert_array_equal(decode(data), as_pillow(data))
 
 
 def test_pillow_alone_gives_the_same_pixels(monkeypatch):
     data = encoded(picture(50, 40), "JPEG")
-    with_it = frames.decode(data)
-    monkeypatch.setattr(frames, "simplejpeg", None)
-    np.testing.assert_array_equal(frames.decode(data), with_it)
+    with_it = decode(data)
+    monkeypatch.setattr(decode_module, "simplejpeg", None)
+    np.testing.assert_array_equal(decode(data), with_it)
 
 
 def palette_with_alpha() -> bytes:
@@ -207,7 +210,7 @@ def palette_with_alpha() -> bytes:
 def test_every_kind_of_picture_decodes_as_pillows_convert(data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pixels = frames.decode(data)
+        pixels = decode(data)
     assert pixels.shape == (30, 40, 3)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, as_pillow(data))
@@ -217,8 +220,8 @@ def test_exif_orientation_is_left_alone_unless_asked_for():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     data = encoded(picture(40, 30), "JPEG", exif=exif)
-    assert frames.decode(data).shape == (30, 40, 3)
-    turned = frames.decode(data, apply_exif=True)
+    assert decode(data).shape == (30, 40, 3)
+    turned = decode(data, apply_exif=True)
     np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
     assert turned.shape == (40, 30, 3)
 
@@ -242,7 +245,7 @@ WHOLE_PNG = encoded(picture(120, 90), "PNG")
 )
 def test_unreadable_bytes_say_what_is_wrong_and_what_is_needed(data, message):
     with pytest.raises(ValueError, match=message):
-        frames.decode(data)
+        decode(data)
 
 
 def test_every_truncation_of_a_jpeg_is_refused_or_pillows_pixels():
@@ -252,9 +255,9 @@ def test_every_truncation_of_a_jpeg_is_refused_or_pillows_pixels():
             expected = as_pillow(data[:length])
         except OSError:
             with pytest.raises(ValueError, match="needs"):
-                frames.decode(data[:length])
+                decode(data[:length])
         else:
-            np.testing.assert_array_equal(frames.decode(data[:length]), expected)
+            np.testing.assert_array_equal(decode(data[:length]), expected)
 
 
 SEEDS = [
@@ -273,7 +276,7 @@ def test_damaged_bytes_give_pillows_pixels_or_a_value_error(seed, damages):
     for place, replacement in damages:
         data = data[:place] + replacement + data[place + 2 :]
     with contextlib.suppress(ValueError):  # any other error fails the test
-        pixels = frames.decode(data, max_pixels=10**6)
+        pixels = decode(data, max_pixels=10**6)
         np.testing.assert_array_equal(pixels, as_pillow(data))
 
 
@@ -298,14 +301,14 @@ def jpeg_bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(8193, 8192), (12_000, 12_000), (60_000, 60_000)], ids=str)
 def test_decompression_bombs_are_refused_before_they_are_decoded(bomb, size):
     with pytest.raises(ValueError, match="declares more than 67108864 pixels"):
-        frames.decode(bomb(*size))
+        decode(bomb(*size))
 
 
 def test_a_picture_at_the_limit_is_decoded():
     data = encoded(picture(20, 10), "JPEG")
-    assert frames.decode(data, max_pixels=200).shape == (10, 20, 3)
+    assert decode(data, max_pixels=200).shape == (10, 20, 3)
     with pytest.raises(ValueError, match="declares more than 199 pixels"):
-        frames.decode(data, max_pixels=199)
+        decode(data, max_pixels=199)
 
 
 # --- resizing and augmentation ----------------------------------------------------------------------------------------
@@ -313,13 +316,13 @@ def test_a_picture_at_the_limit_is_decoded():
 
 def test_stretch_resizes_as_the_official_transform():
     image = picture(130, 70)
-    resized = frames.resize(np.asarray(image), FrameOptions())
+    resized = resize(np.asarray(image), FrameOptions())
     np.testing.assert_array_equal(resized, np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR)))
 
 
 def test_a_picture_of_the_right_size_is_not_resized():
     pixels = np.asarray(picture(32, 32))
-    assert frames.resize(pixels, SMALL) is pixels
+    assert resize(pixels, SMALL) is pixels
 
 
 @pytest.mark.parametrize(("size", "resized"), [((100, 50), (64, 32)), ((50, 101), (32, 64)), ((33, 32), (33, 32))])
@@ -327,55 +330,51 @@ def test_keep_ratio_resizes_the_shorter_side_with_clips_filter(size, resized):
     image = picture(*size)
     options = FrameOptions(image_size=24, resize=32, resize_mode="keep_ratio")
     expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(frames.resize(np.asarray(image), options), expected)
+    np.testing.assert_array_equal(resize(np.asarray(image), options), expected)
 
 
 def test_a_hair_is_not_blown_up_to_gigabytes():
     hair = np.zeros((1, 20_000, 3), np.uint8)
     with pytest.raises(ValueError, match="is 20000 x 1, too narrow"):
-        frames.resize(hair, FrameOptions(resize_mode="keep_ratio"))
+        resize(hair, FrameOptions(resize_mode="keep_ratio"))
 
 
 def test_centre_crop_has_offset_16_of_256():
     pixels = np.asarray(picture(256, 256))
-    np.testing.assert_array_equal(frames.centre_crop(pixels, FrameOptions()), pixels[16:240, 16:240])
+    np.testing.assert_array_equal(centre_crop(pixels, FrameOptions()), pixels[16:240, 16:240])
 
 
 def words_for(**positions: int) -> np.ndarray:
-    drawn = np.zeros(frames.PICTURE_WORDS, np.uint64)
+    drawn = np.zeros(PICTURE_WORDS, np.uint64)
     for name, word in positions.items():
-        drawn[getattr(frames, name.upper())] = word
+        drawn[getattr(augment_module, name.upper())] = word
     return drawn
 
 
 def test_crop_reaches_offsets_0_to_32_and_every_corner():
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(256)[:, None], np.arange(256)
-    corners = [
-        tuple(frames.augment(pixels, FrameOptions(flip=False), frames.words(0, 0, e, 1))[0, 0, :2]) for e in range(3000)
-    ]
+    corners = [tuple(augment(pixels, FrameOptions(flip=False), words(0, 0, e, 1))[0, 0, :2]) for e in range(3000)]
     assert {int(y) for y, _ in corners} == set(range(33))
     assert {int(x) for _, x in corners} == set(range(33))
     top = 2**64 - 1
-    last = frames.augment(pixels, FrameOptions(flip=False), words_for(crop_y=top, crop_x=top))
+    last = augment(pixels, FrameOptions(flip=False), words_for(crop_y=top, crop_x=top))
     np.testing.assert_array_equal(last, pixels[32:, 32:])
 
 
 def test_half_of_the_pictures_are_mirrored():
     pixels = np.asarray(picture(32, 32))
     options = FrameOptions(image_size=32, resize=32)
-    mirrored = sum(
-        np.array_equal(frames.augment(pixels, options, frames.words(0, 0, e, 1)), pixels[:, ::-1]) for e in range(1000)
-    )
+    mirrored = sum(np.array_equal(augment(pixels, options, words(0, 0, e, 1)), pixels[:, ::-1]) for e in range(1000))
     assert 450 < mirrored < 550
-    np.testing.assert_array_equal(frames.augment(pixels, options, words_for(flip=0)), pixels)
-    np.testing.assert_array_equal(frames.augment(pixels, options, words_for(flip=2**63)), pixels[:, ::-1])
+    np.testing.assert_array_equal(augment(pixels, options, words_for(flip=0)), pixels)
+    np.testing.assert_array_equal(augment(pixels, options, words_for(flip=2**63)), pixels[:, ::-1])
 
 
 def test_random_scale_crop_resizes_the_whole_picture_at_scale_one():
     image = picture(90, 60)
     options = FrameOptions(image_size=24, resize=32, min_scale=0.25, max_aspect=1.5, flip=False)
-    whole = frames.augment(np.asarray(image), options, words_for(area=2**64 - 1, aspect=2**63))
+    whole = augment(np.asarray(image), options, words_for(area=2**64 - 1, aspect=2**63))
     np.testing.assert_array_equal(whole, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR)))
 
 
@@ -384,15 +383,13 @@ def test_random_scale_crop_is_pillows_resize_of_a_box():
     options = FrameOptions(image_size=24, resize=32, min_scale=0.25, flip=False)
     top = 2**64 - 1
     expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=(48, 32, 96, 64)))
-    np.testing.assert_array_equal(
-        frames.augment(np.asarray(image), options, words_for(crop_y=top, crop_x=top)), expected
-    )
+    np.testing.assert_array_equal(augment(np.asarray(image), options, words_for(crop_y=top, crop_x=top)), expected)
 
 
 def test_random_scale_crop_is_wide_when_the_aspect_is_above_one():
     image = picture(96, 64)
     options = FrameOptions(image_size=24, resize=32, min_scale=0.25, max_aspect=4.0, flip=False)
-    wide, tall = (frames.augment(np.asarray(image), options, words_for(aspect=word)) for word in (2**64 - 1, 0))
+    wide, tall = (augment(np.asarray(image), options, words_for(aspect=word)) for word in (2**64 - 1, 0))
     np.testing.assert_array_equal(
         wide, np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=(0, 0, 96, 16)))
     )
@@ -411,29 +408,29 @@ def test_random_scale_crop_never_leaves_the_picture(resize_mode):
             for aspect in extremes:
                 for offset in extremes:
                     drawn = words_for(area=area, aspect=aspect, crop_x=offset, crop_y=offset)
-                    assert frames.augment(pixels, options, drawn).shape == (8, 8, 3)
+                    assert augment(pixels, options, drawn).shape == (8, 8, 3)
 
 
 def test_colour_jitter_reaches_both_ends_and_its_middle_changes_nothing():
     pixels = np.asarray(picture(16, 16)) // 2 + 50
     options = FrameOptions(image_size=16, resize=16, flip=False, colour_jitter=0.5)
     middle = words_for(brightness=2**63, contrast=2**63, saturation=2**63)
-    np.testing.assert_array_equal(frames.augment(pixels, options, middle), pixels)
+    np.testing.assert_array_equal(augment(pixels, options, middle), pixels)
     dark, bright = (words_for(brightness=w, contrast=2**63, saturation=2**63) for w in (0, 2**64 - 1))
-    np.testing.assert_allclose(frames.augment(pixels, options, dark), pixels * 0.5, atol=1)
-    np.testing.assert_allclose(frames.augment(pixels, options, bright), np.minimum(pixels * 1.5, 255), atol=1)
+    np.testing.assert_allclose(augment(pixels, options, dark), pixels * 0.5, atol=1)
+    np.testing.assert_allclose(augment(pixels, options, bright), np.minimum(pixels * 1.5, 255), atol=1)
 
 
 def test_white_balance_turns_each_channel_by_its_own_word():
     pixels = np.asarray(picture(16, 16)) // 2 + 50
     options = FrameOptions(image_size=16, resize=16, flip=False, white_balance=0.2)
     middle = {"red": 2**63, "green": 2**63, "blue": 2**63}
-    np.testing.assert_array_equal(frames.augment(pixels, options, words_for(**middle)), pixels)
+    np.testing.assert_array_equal(augment(pixels, options, words_for(**middle)), pixels)
     for channel, name in enumerate(middle):
         for word, factor in ((0, 0.8), (2**64 - 1, 1.2)):
             expected = pixels.astype(float)
             expected[..., channel] *= factor
-            found = frames.augment(pixels, options, words_for(**middle | {name: word}))
+            found = augment(pixels, options, words_for(**middle | {name: word}))
             np.testing.assert_allclose(found, np.minimum(expected, 255), atol=0.51)
 
 
@@ -442,28 +439,28 @@ def test_erasing_paints_one_square_of_the_side_it_drew(side_word: int, area: int
     pixels = np.zeros((40, 40, 3), np.uint8)
     options = FrameOptions(image_size=40, resize=40, flip=False, erase=0.5)
     centre = {"erase_y": 2**63, "erase_x": 2**63, "erase_side": side_word}
-    found = frames.augment(pixels, options, words_for(erase=0, **centre))
-    painted = (found == frames.ERASED).all(axis=-1)
+    found = augment(pixels, options, words_for(erase=0, **centre))
+    painted = (found == ERASED).all(axis=-1)
     rows, columns = np.nonzero(painted)
     assert painted.sum() == area == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
     assert rows.mean() == columns.mean() == 19.5 and not found[~painted].any() and not pixels.any()
-    corner = frames.augment(pixels, options, words_for(erase=0, erase_side=side_word))
-    assert (corner == frames.ERASED).all(axis=-1).sum() == area / 4  # its centre is the picture's corner
+    corner = augment(pixels, options, words_for(erase=0, erase_side=side_word))
+    assert (corner == ERASED).all(axis=-1).sum() == area / 4  # its centre is the picture's corner
 
 
 def test_erasing_happens_as_often_as_asked():
     pixels = np.zeros((8, 8, 3), np.uint8)
     options = FrameOptions(image_size=8, resize=8, flip=False, erase=0.3)
-    drawn = [frames.augment(pixels, options, frames.words(5, 0, example, 1)).any() for example in range(2000)]
+    drawn = [augment(pixels, options, words(5, 0, example, 1)).any() for example in range(2000)]
     assert 0.27 < np.mean(drawn) < 0.33
 
 
 def test_turning_an_option_on_leaves_the_crop_alone():
     pixels = np.asarray(picture(32, 32))
     for example in range(50):
-        drawn = frames.words(0, 0, example, 1)
-        plain = frames.augment(pixels, FrameOptions(image_size=24, resize=32, flip=False), drawn)
-        jittered = frames.augment(pixels, FrameOptions(image_size=24, resize=32, flip=False, colour_jitter=1e-9), drawn)
+        drawn = words(0, 0, example, 1)
+        plain = augment(pixels, FrameOptions(image_size=24, resize=32, flip=False), drawn)
+        jittered = augment(pixels, FrameOptions(image_size=24, resize=32, flip=False, colour_jitter=1e-9), drawn)
         np.testing.assert_array_equal(plain, jittered)
 
 

@@ -15,12 +15,13 @@ from PIL import Image, ImageDraw
 from configs import folder
 from data_pipeline.convert import main
 from data_pipeline.format.reader import open_dataset
-from data_pipeline.input.decode import FrameOptions, decode, load
+from data_pipeline.input.decode import decode, load
+from data_pipeline.input.options import FrameOptions
 from data_pipeline.layouts.own_folder import default_splits, natural
-from rice_jax import config as configuration
 from rice_jax import evaluate, train
+from rice_jax.config import fitted, from_json
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PRODUCTS = (
     "Cola", "Cola light", "Café crème", "it's \"good\"", "牛乳 1L", "50% off, 2;3", "Ünïcode-a-b-c-d-e", "v1.5",
     "10", "9", "#1 & co", "Zucker",
@@ -111,7 +112,7 @@ def test_a_folder_of_phone_pictures_is_converted_trained_on_and_ranked(
     figures = train.train_and_evaluate(config, tmp_path / "run")
     assert figures["queries"] == 12 and figures["mean_gallery_size"] == 12  # of val, which the set has
     assert config.batch_size == 0  # the caller's is left alone
-    saved = configuration.from_json((tmp_path / "run" / "config.json").read_text())
+    saved = from_json((tmp_path / "run" / "config.json").read_text())
     assert saved.batch_size == 24 and saved.data.eval_split == "val"
 
     arguments = ["--workdir", str(tmp_path / "run"), "--data", str(phone / "records"), "--output", str(tmp_path)]
@@ -186,7 +187,7 @@ def test_the_last_clip_of_a_product_is_for_test_and_of_four_one_for_validation()
 
 def test_large_pictures_are_shrunk_before_random_crops_only() -> None:
     options = FrameOptions(image_size=16, resize=16, min_scale=0.5, shrink_to=20)
-    data = (Path(__file__).parent / "data/grocery/frame00.jpg").read_bytes()
+    data = (Path(__file__).parents[1] / "data/grocery/frame00.jpg").read_bytes()
     full = decode(data)
     assert min(full.shape[:2]) > 20 and min(load(data, options, train=True).shape[:2]) == 20
     assert load(data, options, train=False).shape == (16, 16, 3)
@@ -199,13 +200,13 @@ def test_large_pictures_are_shrunk_before_random_crops_only() -> None:
     ("clips", "devices", "size"), [(24, 1, 24), (24, 8, 24), (30, 8, 24), (65, 1, 32), (200, 1, 50), (70, 40, 40)]
 )
 def test_the_batch_fits_to_the_set(clips: int, devices: int, size: int) -> None:
-    config = configuration.fitted(folder.get_config(), clips=clips, splits=("train", "test"), devices=devices)
+    config = fitted(folder.get_config(), clips=clips, splits=("train", "test"), devices=devices)
     assert (config.batch_size, config.data.eval_split) == (size, "")
 
 
 def test_fewer_clips_than_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="5 training clips: need one for each of 8 devices"):
-        configuration.fitted(folder.get_config(), clips=5, splits=(), devices=8)
+        fitted(folder.get_config(), clips=5, splits=(), devices=8)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

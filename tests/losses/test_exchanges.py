@@ -12,12 +12,12 @@ import pytest
 
 from benchmarks import official_formulation
 from configs import smoke
-from rice_jax.losses import global_batch as losses
-from rice_jax.models import vit as model
+from rice_jax.losses import global_batch
+from rice_jax.models.rice import build
 from rice_jax.parallel import mesh as sharding
-from rice_jax.preflight import assess as preflight
-from rice_jax.preflight import costs
-from rice_jax.preflight import hlo as programs
+from rice_jax.parallel.mesh import parameter_specs
+from rice_jax.preflight import costs, hlo
+from rice_jax.preflight.assess import abstract_batch
 from rice_jax.training import step
 from tests import official
 
@@ -39,18 +39,18 @@ def config_of(rows: int, **options: Any) -> Any:
     return config
 
 
-Found = tuple[list[programs.Collective], set[tuple[int, ...]]]
+Found = tuple[list[hlo.Collective], set[tuple[int, ...]]]
 
 
-def exchanges(config: Any, mesh: jax.sharding.Mesh, make_loss: Callable[..., Any] = losses.make_loss) -> Found:
+def exchanges(config: Any, mesh: jax.sharding.Mesh, make_loss: Callable[..., Any] = global_batch.make_loss) -> Found:
     """Those of the compiled step, and the shapes that parameters and their shards have."""
-    net = model.build(config)
+    net = build(config)
     state = step.abstract_state(net, config, mesh)
     train_step: Any = step.make_train_step(net, config, mesh, state, make_loss=make_loss)
     leaves = jax.tree.leaves(state.params)
     shapes = {x.shape for x in leaves} | {x.sharding.shard_shape(x.shape) for x in leaves}
-    text = train_step.lower(state, preflight.abstract_batch(config, mesh)).compile().as_text()
-    return programs.collectives(text), shapes
+    text = train_step.lower(state, abstract_batch(config, mesh)).compile().as_text()
+    return hlo.collectives(text), shapes
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def ours(sizes: tuple[int, int]) -> Found:
     return exchanges(config_of(6), official.mesh_of(*sizes))
 
 
-def of_the_batch(found: list[programs.Collective], parameters: set[tuple[int, ...]]) -> list[programs.Collective]:
+def of_the_batch(found: list[hlo.Collective], parameters: set[tuple[int, ...]]) -> list[hlo.Collective]:
     """Exchanges without what has a parameter's shape: gradients and gathered parameters. Scalars go with those."""
     parts = [
         one._replace(pieces=tuple(p for p in one.pieces if p.shape and p.shape not in parameters)) for one in found
@@ -66,7 +66,7 @@ def of_the_batch(found: list[programs.Collective], parameters: set[tuple[int, ..
     return [one for one in parts if one.pieces]
 
 
-def faults(found: list[programs.Collective], parameters: set[tuple[int, ...]], total: int) -> list[str]:
+def faults(found: list[hlo.Collective], parameters: set[tuple[int, ...]], total: int) -> list[str]:
     out = []
     for one in of_the_batch(found, parameters):
         for piece in one.pieces:
@@ -78,7 +78,7 @@ def faults(found: list[programs.Collective], parameters: set[tuple[int, ...]], t
     return out
 
 
-def batch_bytes(found: list[programs.Collective], parameters: set[tuple[int, ...]]) -> int:
+def batch_bytes(found: list[hlo.Collective], parameters: set[tuple[int, ...]]) -> int:
     return sum(one.bytes * one.times for one in of_the_batch(found, parameters))
 
 
@@ -118,7 +118,7 @@ def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytes
 )
 def test_the_official_formulation_gives_our_losses_and_gradients(options: dict[str, Any]) -> None:
     config, mesh = config_of(2, **options), official.mesh_of(4, 2)
-    net = model.build(config)
+    net = build(config)
     params = step.init_params(net, config, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
@@ -128,8 +128,8 @@ def test_the_official_formulation_gives_our_losses_and_gradients(options: dict[s
         "product": rng.integers(0, 10, 16).astype(np.int32),
     }
     results = []
-    for make_loss in (losses.make_loss, official_formulation.make_loss):
-        loss = make_loss(net, config.loss, mesh, sharding.parameter_specs(params, mesh))
+    for make_loss in (global_batch.make_loss, official_formulation.make_loss):
+        loss = make_loss(net, config.loss, mesh, parameter_specs(params, mesh))
         results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, step.random_key(1)))
     ((_, mine), our_gradient), ((_, theirs), their_gradient) = results
     for name in ("icl", "pmd", "pfr", "negatives_missing"):

@@ -8,19 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rice_jax.losses import global_batch as losses
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
+from rice_jax.losses.equations import Everyone, icl_loss, pmd_loss, sigmoid_icl_loss
+from rice_jax.losses.global_batch import kept_patches, make_loss
+from rice_jax.models.decoder import MatchingDecoder, PatchReconstruction
+from rice_jax.models.rice import Rice
+from rice_jax.models.vit import VisionTransformer
+from rice_jax.parallel.mesh import parameter_specs, path_name, to_global
 from rice_jax.training import step
 from tests import official, oracle
 
 G, SLOTS, SIDE, WIDTH = 16, 3, 16, 32
 
 
-def net(form: str = "softmax") -> model.Rice:
-    encoder = model.VisionTransformer(SIDE, 8, WIDTH, layers=1, heads=2, hidden=48, embedding=16)
-    decoder, reconstruction = model.MatchingDecoder(WIDTH, 4, 48), model.PatchReconstruction(4, head_width=8)
-    return model.Rice(encoder, decoder, reconstruction, bias_init=-14.0 if form == "sigmoid" else None)
+def net(form: str = "softmax") -> Rice:
+    encoder = VisionTransformer(SIDE, 8, WIDTH, layers=1, heads=2, hidden=48, embedding=16)
+    decoder, reconstruction = MatchingDecoder(WIDTH, 4, 48), PatchReconstruction(4, head_width=8)
+    return Rice(encoder, decoder, reconstruction, bias_init=-14.0 if form == "sigmoid" else None)
 
 
 @functools.cache
@@ -63,8 +66,8 @@ def pictures(kind: str) -> dict[str, np.ndarray]:
 @functools.cache
 def loss_and_gradient(mesh_shape: tuple[int, int], options: tuple[tuple[str, Any], ...]) -> Any:
     mesh, chosen = official.mesh_of(*mesh_shape), official.loss_options(**dict(options))
-    specs = sharding.parameter_specs(params(chosen.icl_form), mesh)
-    loss = losses.make_loss(net(chosen.icl_form), chosen, mesh, specs)
+    specs = parameter_specs(params(chosen.icl_form), mesh)
+    loss = make_loss(net(chosen.icl_form), chosen, mesh, specs)
     return mesh, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -93,11 +96,11 @@ def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, j
     how = ("micro_batch", "pair_chunk", "icl_chunk", "unit_slots", "unit_chunk")  # and not what
     expected, expected_grads = plain(kind, tuple(item for item in chosen if item[0] not in how))
     start = params(options.get("icl_form", "softmax"))
-    (_, parts), grads = call(start, sharding.to_global(pictures(kind), mesh), key())
+    (_, parts), grads = call(start, to_global(pictures(kind), mesh), key())
     for name, value in expected.items():
         assert float(parts[name]) == pytest.approx(float(value), abs=1e-5, rel=1e-6), name
     for path, ours, theirs in zip(
-        [sharding.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)],
+        [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)],
         jax.tree.leaves(jax.device_get(grads)),
         jax.tree.leaves(expected_grads),
         strict=True,
@@ -193,7 +196,7 @@ def test_patches_that_are_left_out_do_not_depend_on_the_mesh() -> None:
     results = []
     for mesh_shape in ((1, 1), (8, 1)):
         mesh, call = loss_and_gradient(mesh_shape, options)
-        results.append(jax.device_get(call(params(), sharding.to_global(pictures("random"), mesh), key())))
+        results.append(jax.device_get(call(params(), to_global(pictures("random"), mesh), key())))
     (one, one_parts), one_grads = results[0]
     (eight, _), eight_grads = results[1]
     assert float(one) == pytest.approx(float(eight), abs=1e-5)
@@ -202,7 +205,7 @@ def test_patches_that_are_left_out_do_not_depend_on_the_mesh() -> None:
     mesh, call = loss_and_gradient((1, 1), options)
     (_, other), _ = call(params(), pictures("random"), jax.random.fold_in(key(), 1))
     assert abs(float(other["icl"]) - float(one_parts["icl"])) > 1e-4
-    kept = losses.kept_patches(key(), jnp.arange(50), 3, 4, 0.5)
+    kept = kept_patches(key(), jnp.arange(50), 3, 4, 0.5)
     assert kept.shape == (50, 3, 2)
     assert all(len(set(row)) == 2 and set(row) <= {0, 1, 2, 3} for row in kept.reshape(-1, 2).tolist())
 
@@ -218,8 +221,8 @@ def test_a_batch_of_one_product_has_no_matching_loss() -> None:
 def test_two_same_products_of_two_by_hand() -> None:
     """Two pairs of one product: as negatives the loss is log 2 for equal embeddings; masked, nothing is left."""
     e = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    everyone = losses.Everyone(images=e, clips=e, product=jnp.zeros(2, jnp.int32))
-    icl = functools.partial(losses.icl_loss, e, e, everyone, jnp.arange(2), jnp.float32(4.0))
+    everyone = Everyone(images=e, clips=e, product=jnp.zeros(2, jnp.int32))
+    icl = functools.partial(icl_loss, e, e, everyone, jnp.arange(2), jnp.float32(4.0))
     assert float(icl()) == pytest.approx(np.log(2), abs=1e-6)
     assert float(icl(same_product_is="masked")) == pytest.approx(0, abs=1e-6)
     assert float(icl(same_product_is="positive")) == pytest.approx(np.log(2), abs=1e-6)
@@ -227,11 +230,11 @@ def test_two_same_products_of_two_by_hand() -> None:
 
 def test_the_sigmoid_form_of_two_by_hand() -> None:
     """Unit vectors at right angles, s^2 = 16, b = -8: a right pair has 8, a wrong one -8; a row has one of each."""
-    everyone = losses.Everyone(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
-    loss = losses.sigmoid_icl_loss(jnp.eye(2), everyone, jnp.arange(2), jnp.float32(4.0), jnp.float32(-8.0))
+    everyone = Everyone(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
+    loss = sigmoid_icl_loss(jnp.eye(2), everyone, jnp.arange(2), jnp.float32(4.0), jnp.float32(-8.0))
     assert float(loss) == pytest.approx(2 * np.log1p(np.exp(-8.0)), rel=1e-5)
 
 
 def test_pmd_loss_of_equal_logits_is_log_four() -> None:
-    loss = losses.pmd_loss(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3), bool))
+    loss = pmd_loss(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3), bool))
     assert float(loss) == pytest.approx(np.log(4), abs=1e-6)

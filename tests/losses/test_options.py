@@ -15,13 +15,16 @@ import optax
 import pytest
 
 from configs import default, lpr750k, rice, smoke
-from data_pipeline.input.decode import FrameOptions
-from rice_jax import config as configuration
-from rice_jax.losses import global_batch as losses
+from data_pipeline.input.options import FrameOptions
+from rice_jax.config import differences, override, validate
 from rice_jax.losses import pairs
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import model as retrieval
+from rice_jax.losses.equations import icl_logits, pfr_loss
+from rice_jax.losses.global_batch import make_loss
+from rice_jax.models.arrays import call, clip_embedding, cosines
+from rice_jax.models.decoder import PatchReconstruction
+from rice_jax.models.rice import Rice, build
+from rice_jax.parallel.mesh import path_name
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import optimizer, step
 from tests import official, oracle
 
@@ -44,18 +47,18 @@ PRODUCTS = (0, 0, 1, 2, 0, 3, 1)  # seven pairs: the official code needs an even
 def config_of(changes: dict[str, Any]) -> Any:
     config = smoke.get_config()
     for name, value in changes.items():
-        configuration.override(config, name, str(value))
+        override(config, name, str(value))
     config.data.path = "unused"
-    configuration.validate(config)
+    validate(config)
     return config
 
 
-def moved(net: model.Rice, config: Any) -> Any:
+def moved(net: Rice, config: Any) -> Any:
     """Parameters for the model, none at a value that hides it: biases in use, every ReLU two-sided."""
     random = np.random.default_rng(1)
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        name, x = sharding.path_name(path), random.normal(size=shape.shape)
+        name, x = path_name(path), random.normal(size=shape.shape)
         if name == "logit_scale":
             return jnp.float32(config.model.logit_scale_init)
         if name.endswith("scale") or "reconstruction" in name:
@@ -79,10 +82,10 @@ def pictures(count: int = len(PRODUCTS), products: tuple[int, ...] = PRODUCTS) -
 def check_losses(changes: dict[str, Any], batch: dict[str, np.ndarray], key: jax.Array) -> dict[str, jax.Array]:
     """The training path's losses for a config's options equal the plain ones."""
     config = config_of(changes)
-    net = model.build(config)
+    net = build(config)
     params = moved(net, config)
     mesh = official.one_device()
-    loss = losses.make_loss(net, config.loss, mesh, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), params))
+    loss = make_loss(net, config.loss, mesh, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), params))
     _, parts = jax.jit(loss)(params, jax.tree.map(jnp.asarray, batch), key)
     mined = oracle.mine(net, config.loss, params, batch)
     expected = jax.jit(lambda p: oracle.losses(net, config.loss, p, batch, key, mined))(params)
@@ -116,15 +119,15 @@ def test_a_batch_of_three_has_two_negatives() -> None:
 def test_a_clip_without_frames_spoils_nothing() -> None:
     """Row 30: the official code gives NaN."""
     config = config_of({})
-    net = model.build(config)
+    net = build(config)
     params = moved(net, config)["decoder"]
     tokens = jnp.ones((1, 5, 32))
 
     @jax.jit
     @jax.value_and_grad
     def whole(x: jax.Array) -> jax.Array:
-        logit, scores = model.call(net.decoder, params, x, x, jnp.zeros((1, 5), bool))
-        embedding = model.clip_embedding(x[:, :3], jnp.zeros((1, 3), jnp.int32))
+        logit, scores = call(net.decoder, params, x, x, jnp.zeros((1, 5), bool))
+        embedding = clip_embedding(x[:, :3], jnp.zeros((1, 3), jnp.int32))
         return jnp.sum(logit) + jnp.sum(embedding) + jnp.sum(jax.nn.softmax(scores))
 
     value, gradient = whole(tokens)
@@ -145,7 +148,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
             "loss.pfr_with_class_token": with_class_token,
         }
     )
-    net = model.build(config)
+    net = build(config)
     params = moved(net, config)
     random = np.random.default_rng(0)
     heads, tokens, slots, width = net.decoder.heads, 5, 3, net.decoder.width
@@ -157,8 +160,8 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
     image_tokens, clip_tokens = (jnp.asarray(random.normal(size=(2, n, width)), jnp.float32) for n in (5, 15))
 
     def ours(rec: Any, scores: jax.Array) -> jax.Array:
-        coefficients = model.call(net.reconstruction, rec, scores, key_mask)
-        return losses.pfr_loss(coefficients, image_tokens, clip_tokens, key_mask)
+        coefficients = call(net.reconstruction, rec, scores, key_mask)
+        return pfr_loss(coefficients, image_tokens, clip_tokens, key_mask)
 
     def plain(rec: Any, scores: jax.Array) -> jax.Array:
         params_now = {**params, "reconstruction": rec}
@@ -174,7 +177,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
 
 def test_a_class_token_that_takes_all_the_weight_leaves_a_finite_share_to_the_patches() -> None:
     """Row 29: patches are the softmax's own candidates, not what the class token left over."""
-    rec = model.PatchReconstruction(1, head_width=1600, with_class_token=False)
+    rec = PatchReconstruction(1, head_width=1600, with_class_token=False)
     scores = jnp.full((1, 1, 3, 3), -60.0).at[..., 0].set(60.0)  # R is 40 at the class token, 0 at both patches
     params = rec.init(jax.random.key(0), scores, jnp.ones((1, 3), bool))
     np.testing.assert_allclose(rec.apply(params, scores, jnp.ones((1, 3), bool)), [[[0, 0.5, 0.5]] * 2], atol=1e-6)
@@ -186,10 +189,10 @@ def test_a_class_token_that_takes_all_the_weight_leaves_a_finite_share_to_the_pa
 def decoder_of(changes: dict[str, Any]) -> tuple[Any, Any, np.ndarray]:
     """A decoder's methods, its parameters and tokens [2, 5, 32] as small as makes an epsilon show."""
     config = config_of(changes)
-    net = model.build(config)
+    net = build(config)
     params = moved(net, config)
     tokens = 2e-3 * np.random.default_rng(3).normal(size=(2, 5, net.decoder.width))
-    return functools.partial(model.call, net.decoder, params["decoder"]), params, tokens
+    return functools.partial(call, net.decoder, params["decoder"]), params, tokens
 
 
 def layer_norm(x: np.ndarray, eps: float, p: Any) -> np.ndarray:
@@ -228,7 +231,7 @@ def test_keys_and_values_are_of_raw_tokens_or_of_normalised_ones(kv_norm: bool) 
 def test_epsilon_of_the_self_layer_is_its_own(eps: float) -> None:
     """Row 6: 1e-12 in both LayerNorms of the self layer, 1e-5 in the cross layer and the pooler; or one for all."""
     config = config_of({"model.decoder_self_eps": eps})
-    net = model.build(config)
+    net = build(config)
     params = moved(net, config)["decoder"]
     x = 2e-3 * np.random.default_rng(3).normal(size=(4, 32))
     norms = {
@@ -262,11 +265,11 @@ def test_a_clip_of_the_same_product_is_mined_unless_excluded(exclude: bool) -> N
 def test_the_temperature_starts_and_moves_as_the_config_says(scale: float, multiplier: float) -> None:
     """Row 10: official 4 (logits 16 cos) at the encoder's rate; CLIP's 100 cos is 10."""
     config = config_of({"model.logit_scale_init": scale, "optimizer.logit_scale_lr_multiplier": multiplier})
-    net = model.build(config)
+    net = build(config)
     params = jax.jit(lambda: step.init_params(net, config, jax.random.key(0)))()
     assert float(params["logit_scale"]) == scale
     e = jnp.eye(2)
-    np.testing.assert_allclose(losses.icl_logits(e, e, params["logit_scale"]), scale**2 * np.eye(2), rtol=1e-6)
+    np.testing.assert_allclose(icl_logits(e, e, params["logit_scale"]), scale**2 * np.eye(2), rtol=1e-6)
     config.optimizer.weight_decay = 0.0
     small = {"logit_scale": params["logit_scale"], "encoder": {"ln_pre": {"scale": jnp.ones(1)}}}
     after = run_optimizer(config, small, [jax.tree.map(jnp.ones_like, small)] * 3)
@@ -278,10 +281,10 @@ def test_similarities_are_float32_whatever_computes_the_embeddings() -> None:
     """Row 36: two clips 3e-4 apart in cosine are one and the same in bfloat16."""
     a = jnp.array([[1.0, 0.0]], jnp.bfloat16)
     b = jnp.array([[0.9997, 0.0], [1.0, 0.0]], jnp.float32)
-    found = model.cosines(a, b)
+    found = cosines(a, b)
     assert found.dtype == jnp.float32 and found[0].tolist() == pytest.approx([0.9997, 1.0], abs=1e-7)
     config = config_of({"model.dtype": "bfloat16"})
-    net = model.build(config)
+    net = build(config)
     pooled = jax.eval_shape(lambda x: net.encoder.init_with_output(jax.random.key(0), x), jnp.zeros((1, 32, 32, 3)))
     assert pooled[0][1].dtype == jnp.float32  # hence unit vectors, logits and mining
 
@@ -382,7 +385,7 @@ def test_the_config_reaches_the_options_of_pixels(field: str, values: tuple[str,
     reached = []
     for value in values:
         config = config_of({f"data.{field}": value})
-        options = retrieval.frame_options(config.data, train=field != "test_tail_cut")
+        options = frame_options(config.data, train=field != "test_tail_cut")
         assert isinstance(options, FrameOptions)
         reached.append(str(getattr(options, field)))
     assert reached == list(values)
@@ -395,9 +398,9 @@ def test_each_departure_of_our_recipe_is_one_and_has_its_reason() -> None:
     lines = [line for line in Path(rice.__file__).read_text().splitlines() if line.strip().startswith("c.")]
     assert all("  # " in line for line in lines if "c.unlock()" not in line)
     set_there = {line.split(" = ")[0].strip().removeprefix("c.") for line in lines if " = " in line}
-    differing = configuration.differences(lpr750k.get_config(), rice.get_config())
+    differing = differences(lpr750k.get_config(), rice.get_config())
     assert {text.split(":")[0] for text in differing} == set_there
     for stage in default.STAGES:
         config = rice.get_config(stage)
         config.data.path = "unused"
-        configuration.validate(config)
+        validate(config)

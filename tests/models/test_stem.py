@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rice_jax.models import vit as model
+from rice_jax.models.stem import ConvStem, convolve
 
 CHANNELS, BLOCKS, WIDTH = (8, 16), (1, 0), 12
 
@@ -24,8 +24,8 @@ def standardised(kernel: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def stem() -> model.ConvStem:
-    return model.ConvStem(CHANNELS, BLOCKS, WIDTH, jnp.float32)
+def stem() -> ConvStem:
+    return ConvStem(CHANNELS, BLOCKS, WIDTH, jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def pictures() -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def params(stem: model.ConvStem, pictures: jax.Array) -> Any:
+def params(stem: ConvStem, pictures: jax.Array) -> Any:
     """No scale at 1, no bias at 0, no kernel standardised already."""
     drawn = stem.init(jax.random.key(1), pictures)["params"]
     keys = iter(jax.random.split(jax.random.key(2), 99))
@@ -47,13 +47,13 @@ def test_a_convolution_and_its_gradients_are_the_usual_ones(side: int, stride: i
     x = jax.random.normal(jax.random.key(3), (2, side, side, 3))
     kernel = jax.random.normal(jax.random.key(4), (3, 3, 3, 5))
     expected, pull_plain = jax.vjp(lambda *a: plain_convolution(*a, stride), x, kernel)
-    found, pull = jax.vjp(lambda *a: model.convolve(*a, stride), x, kernel)
+    found, pull = jax.vjp(lambda *a: convolve(*a, stride), x, kernel)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for ours, theirs in zip(pull(jnp.cos(found)), pull_plain(jnp.cos(found)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_the_stem_is_what_its_text_says(stem: model.ConvStem, pictures: jax.Array, params: Any) -> None:
+def test_the_stem_is_what_its_text_says(stem: ConvStem, pictures: jax.Array, params: Any) -> None:
     p = jax.device_get(params)
 
     def convolution(x: Any, name: str, stride: int) -> Any:
@@ -70,7 +70,7 @@ def test_the_stem_is_what_its_text_says(stem: model.ConvStem, pictures: jax.Arra
 
 
 def test_a_picture_does_not_depend_on_its_batch_and_keeps_its_contrast_and_colour(
-    stem: model.ConvStem, pictures: jax.Array, params: Any
+    stem: ConvStem, pictures: jax.Array, params: Any
 ) -> None:
     alone = stem.apply({"params": params}, pictures[:1])
     np.testing.assert_allclose(stem.apply({"params": params}, pictures)[:1], alone, atol=1e-5)
@@ -79,7 +79,7 @@ def test_a_picture_does_not_depend_on_its_batch_and_keeps_its_contrast_and_colou
         assert float(jnp.abs(other - alone)[:, 1:-1, 1:-1].max()) > 0.1  # a norm over the picture takes both away
 
 
-def test_the_size_of_a_kernel_does_not_matter(stem: model.ConvStem, pictures: jax.Array, params: Any) -> None:
+def test_the_size_of_a_kernel_does_not_matter(stem: ConvStem, pictures: jax.Array, params: Any) -> None:
     def grown(path: Any, x: jax.Array) -> jax.Array:
         return 7 * x + 3 if "conv_" in jax.tree_util.keystr(path) and x.ndim == 4 else x
 

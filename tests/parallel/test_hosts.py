@@ -31,7 +31,7 @@ from rice_jax.parallel import hosts
 from rice_jax.parallel.channel import Hello, Hub, Line, Place
 from tests.test_train import lines_of, smoke_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:

@@ -5,54 +5,63 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rice_jax.parallel import mesh as sharding
+from rice_jax.parallel.mesh import (
+    P,
+    make_mesh,
+    mean_over_devices,
+    parameter_spec,
+    process_rows,
+    state_shardings,
+    table,
+    whole,
+)
 from tests import official
 
 
 def test_minus_one_takes_what_is_left() -> None:
-    assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2}
-    assert dict(sharding.make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": 8}
+    assert dict(make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2}
+    assert dict(make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": 8}
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (16, 1), (-1, 3), (-1, -1), (0, 8)])
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"mesh \(data={sizes[0]}, fsdp={sizes[1]}\)"):
-        sharding.make_mesh(data=sizes[0], fsdp=sizes[1])
+        make_mesh(data=sizes[0], fsdp=sizes[1])
 
 
 def test_a_parameter_without_a_rule_names_itself() -> None:
     with pytest.raises(ValueError, match=r"parameter decoder/novelty of shape \(3, 4\) matches no rule"):
-        sharding.parameter_spec("decoder/novelty", (3, 4), official.mesh_of(8, 1))
+        parameter_spec("decoder/novelty", (3, 4), official.mesh_of(8, 1))
 
 
 def test_an_axis_that_does_not_divide_names_parameter_shape_and_axis() -> None:
     with pytest.raises(ValueError, match=r"c_fc/kernel: axis 1 of shape \(6, 12\) does not divide by mesh axis fsdp=8"):
-        sharding.parameter_spec("decoder/self_layer/mlp/c_fc/kernel", (6, 12), official.mesh_of(1, 8))
+        parameter_spec("decoder/self_layer/mlp/c_fc/kernel", (6, 12), official.mesh_of(1, 8))
 
 
 def test_moments_lie_as_their_parameters() -> None:
     mesh = official.mesh_of(2, 4)
     name, shape = "encoder/resblocks/mlp/c_fc/kernel", (2, 8, 16)
-    assert sharding.parameter_spec(f"opt_state/0/mu/{name}", shape, mesh) == sharding.parameter_spec(name, shape, mesh)
+    assert parameter_spec(f"opt_state/0/mu/{name}", shape, mesh) == parameter_spec(name, shape, mesh)
 
 
 def test_the_rows_of_one_process_are_all_rows_in_order() -> None:
-    assert sharding.process_rows(16, official.mesh_of(4, 2)).tolist() == list(range(16))
+    assert process_rows(16, official.mesh_of(4, 2)).tolist() == list(range(16))
 
 
 def test_a_batch_that_does_not_divide_says_by_what() -> None:
     with pytest.raises(ValueError, match="batch_size 12 does not divide by the mesh's 8 devices"):
-        sharding.process_rows(12, official.mesh_of(8, 1))
+        process_rows(12, official.mesh_of(8, 1))
 
 
 def test_a_whole_parameter_is_its_shards_in_order() -> None:
-    mesh, spec = official.mesh_of(2, 4), sharding.P(None, "fsdp")
+    mesh, spec = official.mesh_of(2, 4), P(None, "fsdp")
     x = jnp.arange(24.0).reshape(3, 8)
     f = jax.shard_map(
-        lambda shard: sharding.mean_over_devices(sharding.whole(shard, spec)),
+        lambda shard: mean_over_devices(whole(shard, spec)),
         mesh=mesh,
         in_specs=spec,
-        out_specs=sharding.P(),
+        out_specs=P(),
     )
     np.testing.assert_array_equal(f(x), x)
 
@@ -62,8 +71,8 @@ def test_the_table_says_how_each_parameter_lies_and_what_a_device_holds_of_it() 
     mesh = official.mesh_of(2, 4)
     params = {"resblocks": {"c_fc": {"kernel": jnp.zeros((2, 8, 16)), "bias": jnp.zeros(16)}}}
     state = {"params": params, "opt_state": [{"mu": params, "nu": params}], "step": jnp.int32(0)}
-    state = jax.device_put(state, sharding.state_shardings(state, mesh))
-    lines = sharding.table(state, state["params"]).splitlines()
+    state = jax.device_put(state, state_shardings(state, mesh))
+    lines = table(state, state["params"]).splitlines()
     assert lines[1].split() == ["resblocks/c_fc/bias", "16", "-", "0.000"]
     assert lines[2].split() == ["resblocks/c_fc/kernel", "2x8x16", "fsdp", "(axis", "2)", "0.001"]
     assert lines[3].split() == ["all", "0.0"]

@@ -7,29 +7,29 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rice_jax.parallel import mesh as sharding
-from rice_jax.preflight import hlo as programs
+from rice_jax.parallel.mesh import BATCH, P
+from rice_jax.preflight import hlo
 from rice_jax.preflight.hlo import Loop, Piece
 from tests import official
 
-DATA, FSDP = sharding.BATCH
+DATA, FSDP = BATCH
 
 
-def read(f: Callable[..., Any], *shapes: tuple[int, ...], mesh: tuple[int, int] = (8, 1)) -> list[programs.Collective]:
+def read(f: Callable[..., Any], *shapes: tuple[int, ...], mesh: tuple[int, int] = (8, 1)) -> list[hlo.Collective]:
     """The exchanges of f inside shard_map; its arguments, float32 of these global shapes, are split on axis 0."""
-    specs = sharding.P(sharding.BATCH)
+    specs = P(BATCH)
     mapped = jax.shard_map(f, mesh=official.mesh_of(*mesh), in_specs=specs, out_specs=specs)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return programs.collectives(jax.jit(mapped).lower(*arguments).compile().as_text())
+    return hlo.collectives(jax.jit(mapped).lower(*arguments).compile().as_text())
 
 
 def test_kinds_bytes_and_groups_are_those_of_the_program() -> None:
     def f(x: jax.Array) -> Any:  # [2, 16] on each of 8 devices
-        everything = jax.lax.all_gather(x, sharding.BATCH, axis=0, tiled=True)  # [16, 16]
-        parts = jax.lax.psum_scatter(everything, sharding.BATCH, scatter_dimension=0, tiled=True)  # of [16, 16]
+        everything = jax.lax.all_gather(x, BATCH, axis=0, tiled=True)  # [16, 16]
+        parts = jax.lax.psum_scatter(everything, BATCH, scatter_dimension=0, tiled=True)  # of [16, 16]
         turned = jax.lax.ppermute(jnp.sin(x), DATA, [(i, (i + 1) % 8) for i in range(8)])
         spread = jax.lax.all_to_all(jnp.cos(x), DATA, split_axis=1, concat_axis=0, tiled=True)
-        return x * jax.lax.psum(jnp.exp(x), sharding.BATCH), parts, turned, spread
+        return x * jax.lax.psum(jnp.exp(x), BATCH), parts, turned, spread
 
     found = {one.kind: one for one in read(f, (16, 16))}
     assert {kind: one.bytes for kind, one in found.items()} == {
@@ -54,19 +54,19 @@ def test_an_exchange_along_one_axis_is_among_its_devices_only() -> None:
 
 def test_an_exchange_in_nested_loops_is_counted_as_often_as_it_runs() -> None:
     def inner(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return jnp.sin(x) * jax.lax.pcast(jax.lax.psum(x, sharding.BATCH), sharding.BATCH, to="varying"), None
+        return jnp.sin(x) * jax.lax.pcast(jax.lax.psum(x, BATCH), BATCH, to="varying"), None
 
     def outer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jax.lax.scan(inner, jnp.cos(x), length=5)[0], None
 
     (one,) = read(lambda x: jax.lax.scan(outer, x, length=3)[0], (8, 7))
     assert [loop.trips for loop in one.loops] == [3, 5] and one.times == 15
-    assert programs.bytes_by_kind([one]) == {"all-reduce": 15 * 4 * 7}
+    assert hlo.bytes_by_kind([one]) == {"all-reduce": 15 * 4 * 7}
 
 
 def test_a_loop_of_unknown_length_says_so() -> None:
     def f(x: jax.Array) -> jax.Array:
-        body = lambda x: jax.lax.pcast(jax.lax.psum(x, sharding.BATCH), sharding.BATCH, to="varying") + 1
+        body = lambda x: jax.lax.pcast(jax.lax.psum(x, BATCH), BATCH, to="varying") + 1
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, body, x)
 
     found = [one for one in read(f, (8, 7)) if one.pieces[0].shape]
@@ -118,12 +118,12 @@ ENTRY %main (param.0: f32[8,2]) -> f32[16,2] {
 
 
 def test_the_wordings_of_the_tpu_compiler_are_read() -> None:
-    reduce, spread, started, permuted = programs.collectives(TPU)
+    reduce, spread, started, permuted = hlo.collectives(TPU)
     assert reduce.loops == (Loop("w", 12),) and reduce.group == 4
     assert reduce.pieces == (Piece("bf16", (4, 8)), Piece("f32", ())) and reduce.bytes == 4 * 8 * 2 + 4
     assert spread.group == 2 and spread.bytes == 16 * 2 * 4  # once, though two fusions hide it
     assert started.pieces == (Piece("f32", (64, 2)),) and permuted.pieces == (Piece("f32", (8, 2)),)
-    assert programs.bytes_by_kind([reduce, spread, started, permuted]) == {
+    assert hlo.bytes_by_kind([reduce, spread, started, permuted]) == {
         "all-reduce": 12 * 68,
         "all-gather": 128 + 512,
         "collective-permute": 64,
@@ -132,4 +132,4 @@ def test_the_wordings_of_the_tpu_compiler_are_read() -> None:
 
 def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="found no ENTRY"):
-        programs.collectives("module @jit_f {}")
+        hlo.collectives("module @jit_f {}")

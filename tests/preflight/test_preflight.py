@@ -19,12 +19,15 @@ from configs import default, pod, smoke
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax.parallel import mesh as sharding
-from rice_jax.preflight import assess as preflight
-from rice_jax.preflight import topologies
-from rice_jax.preflight.assess import Report, with_changes
+from rice_jax.parallel.mesh import to_global
+from rice_jax.preflight import __main__ as command_module
+from rice_jax.preflight import advice, topologies
+from rice_jax.preflight import assess as assess_module
+from rice_jax.preflight.__main__ import main, parse
+from rice_jax.preflight.advice import advise, largest, remedies, with_changes
+from rice_jax.preflight.assess import Report, abstract_batch, asked_bytes, assess, assess_apart, checked
 from rice_jax.preflight.topologies import GIB
-from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval.model import frame_options
 from tests import official
 
 needs_libtpu = pytest.mark.skipif(
@@ -44,14 +47,14 @@ def command(*words: object, module: str = "rice_jax.preflight") -> subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line that the command says before it ends with status 2."""
     with pytest.raises(SystemExit) as end:
-        preflight.main(preflight.parse(words if "--config" in words else [*TINY, *words]))
+        main(parse(words if "--config" in words else [*TINY, *words]))
     assert end.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and text.count("\n") == 1
@@ -88,9 +91,7 @@ def test_the_command_reports_a_step_on_more_devices_than_there_are(tmp_path: Pat
 
 def test_what_a_device_holds_is_its_share_of_state_and_batch() -> None:
     config = with_changes(smoke.get_config(), {"model.layers": 1, "loss.pmd": 0.0, "loss.pfr": 0.0})
-    whole, split = (
-        preflight.assess(with_changes(config, {"mesh.fsdp": fsdp}), topologies.parse("cpu:8")) for fsdp in (1, 4)
-    )
+    whole, split = (assess(with_changes(config, {"mesh.fsdp": fsdp}), topologies.parse("cpu:8")) for fsdp in (1, 4))
     batch = 3 * 32 * 32 * 3 + 3 * 4 + 32 * 32 * 3 + 4 + 4  # one of 8 rows: frames, mask, image, product, index
     assert whole.batch_bytes == split.batch_bytes == batch
     assert split.argument_bytes < 0.5 * whole.argument_bytes
@@ -103,10 +104,10 @@ def test_what_a_device_holds_is_its_share_of_state_and_batch() -> None:
 def test_the_batch_it_compiles_for_is_the_one_that_training_is_fed(converted: Path) -> None:
     config, mesh = smoke.get_config(), official.mesh_of(1, 1)
     split = open_dataset(converted).split("train")
-    plan, options = Plan(split.num_clips, 8, 0), retrieval.frame_options(config.data, train=True)
+    plan, options = Plan(split.num_clips, 8, 0), frame_options(config.data, train=True)
     with train_batches(split, plan, np.arange(8), options, threads=0) as batches:
-        fed = sharding.to_global(next(batches), mesh)
-    expected = preflight.abstract_batch(config, mesh)
+        fed = to_global(next(batches), mesh)
+    expected = abstract_batch(config, mesh)
     assert {name: (x.shape, x.dtype) for name, x in fed.items()} == {
         name: (x.shape, x.dtype) for name, x in expected.items()
     }
@@ -116,13 +117,13 @@ def test_what_does_not_fit_is_a_result_with_what_to_set(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command adds to it
-    monkeypatch.setattr(preflight, "physical_memory", lambda: 8 * 2**20)
+    monkeypatch.setattr(assess_module, "physical_memory", lambda: 8 * 2**20)
     asked = {"loss.micro_batch": 128, "loss.pair_chunk": 16}
-    monkeypatch.setattr(preflight, "remedies", lambda config, devices: iter([asked, {"batch_size": 8}]))
+    monkeypatch.setattr(advice, "remedies", lambda config, devices: iter([asked, {"batch_size": 8}]))
     out = tmp_path / "report.json"
     words = ["--topology", "cpu:8", "--config.batch_size=256", "--json", str(out)]
     with pytest.raises(SystemExit) as end:
-        preflight.main(preflight.parse([*TINY, *words]))
+        main(parse([*TINY, *words]))
     assert end.value.code == 1
     report, text = json.loads(out.read_text()), capsys.readouterr().out
     assert report["fits"] is False and report["device_bytes"] > report["available_bytes"] == 2**20
@@ -135,7 +136,7 @@ def test_what_does_not_fit_is_a_result_with_what_to_set(
 
 def test_remedies_that_change_no_loss_come_first_and_each_is_a_config_that_holds_together() -> None:
     config = with_changes(default.get_config(), {"batch_size": 2**16, "data.path": "x"})
-    found = list(preflight.remedies(config, 256))
+    found = list(remedies(config, 256))
     chunks = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}
     dots, less = chunks | {"model.remat": "dots"}, {"model.remat": "dots", "loss.micro_batch": 32}
     full = chunks | less | {"model.remat": "full"}
@@ -143,17 +144,17 @@ def test_remedies_that_change_no_loss_come_first_and_each_is_a_config_that_holds
     smaller = ["batch_size" in changes for changes in found]
     assert smaller == sorted(smaller) and found[-1]["batch_size"] == 256
     for changes in found:
-        preflight.checked(with_changes(config, changes))
+        checked(with_changes(config, changes))
         assert changes.get("mesh.data", 256) * changes.get("mesh.fsdp", 1) == 256
     done = with_changes(config, found[-1])
-    assert all("loss.micro_batch" not in changes for changes in preflight.remedies(done, 256))
+    assert all("loss.micro_batch" not in changes for changes in remedies(done, 256))
 
 
 def test_the_first_remedy_that_fits_is_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
     ask = lambda config: answer(config, fits=config.model.remat == "full")
-    changes = preflight.advise(default.get_config(), 8, ask)
+    changes = advise(default.get_config(), 8, ask)
     assert changes is not None and changes["model.remat"] == "full" and "batch_size" not in changes
-    assert preflight.advise(default.get_config(), 8, lambda config: answer(config, fits=False)) is None
+    assert advise(default.get_config(), 8, lambda config: answer(config, fits=False)) is None
     assert "--config.model.remat=dots: not known of 16.00 GiB, does not fit" in capsys.readouterr().out
 
 
@@ -166,7 +167,7 @@ def test_the_search_ends_at_the_largest_batch_that_fits(limit: int) -> None:
         tried.append(config.batch_size // 8)
         return answer(config, fits=tried[-1] <= limit)
 
-    report = preflight.largest(default.get_config(), 8, ask)  # starts at 96, 12 a device
+    report = largest(default.get_config(), 8, ask)  # starts at 96, 12 a device
     assert report.fits and report.batch_size == 8 * (limit if limit < 64 else limit // 16 * 16)
     assert len(tried) == len(set(tried)) <= 5 + 2 * limit.bit_length()
 
@@ -180,13 +181,13 @@ def test_a_search_needs_few_tries_where_memory_grows_evenly() -> None:
         report = answer(config, fits=asked <= NOTHING.available_bytes)
         return dataclasses.replace(report, device_bytes=asked)
 
-    assert preflight.largest(default.get_config(), 8, ask).batch_size == 8 * 1296  # 1,300 would fit; a multiple of 16
+    assert largest(default.get_config(), 8, ask).batch_size == 8 * 1296  # 1,300 would fit; a multiple of 16
     assert len(tried) <= 12 and tried[:8] == [12, 24, 48, 96, 192, 384, 768, 1536]
 
 
 def test_a_search_in_which_nothing_fits_reports_one_row_a_device() -> None:
     ask = lambda config: answer(config, fits=False)
-    report = preflight.largest(default.get_config(), 8, ask)
+    report = largest(default.get_config(), 8, ask)
     assert not report.fits and report.batch_size == 8
 
 
@@ -200,12 +201,12 @@ def test_a_search_in_which_nothing_fits_reports_one_row_a_device() -> None:
     ],
 )
 def test_how_much_is_asked_is_read_off_any_wording(text: str, gib: float) -> None:
-    asked = preflight.asked_bytes(text)
+    asked = asked_bytes(text)
     assert asked is not None and asked / GIB == pytest.approx(gib)
 
 
 def test_a_refusal_without_a_size_has_none() -> None:
-    assert preflight.asked_bytes("RESOURCE_EXHAUSTED: out of memory, see error_1000") is None
+    assert asked_bytes("RESOURCE_EXHAUSTED: out of memory, see error_1000") is None
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_slices_have_as_many_chips_as_their_sides_multiply_to() -> None:
 def test_without_libtpu_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "assess_apart", preflight.assess)
+    monkeypatch.setattr(command_module, "assess_apart", assess)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'rice_jax[preflight]'" in refusal(capsys, "--topology", "v5e:2x2")
 
@@ -287,7 +288,7 @@ def test_two_preflights_of_a_slice_at_once_both_answer_without_a_word_on_stderr(
 
 
 def figures(config: Any, topology: str, **changes: Any) -> Report:
-    return preflight.assess_apart(with_changes(config, changes), topologies.parse(topology))
+    return assess_apart(with_changes(config, changes), topologies.parse(topology))
 
 
 FULL_SIZE: Sequence[tuple[str, str, int]] = [
@@ -315,9 +316,7 @@ def test_the_full_recipe_fits(size: str, topology: str, batch_size: int) -> None
 @needs_libtpu
 @pytest.mark.slow
 def test_the_official_formulation_at_32768_does_not_fit() -> None:
-    report = preflight.assess_apart(
-        pod.get_config("b32"), topologies.parse("v5e:16x16"), official_formulation.make_loss
-    )
+    report = assess_apart(pod.get_config("b32"), topologies.parse("v5e:16x16"), official_formulation.make_loss)
     assert not report.fits and report.collectives is None
     assert report.device_bytes is not None and 45 < report.device_bytes / GIB < 55
 
@@ -326,7 +325,7 @@ def test_the_official_formulation_at_32768_does_not_fit() -> None:
 @pytest.mark.slow
 def test_what_does_not_fit_a_slice_is_mended(capsys: pytest.CaptureFixture[str]) -> None:
     config = with_changes(default.get_config(), {"batch_size": 4096, "model.dtype": "bfloat16"})
-    ask = lambda config: preflight.assess_apart(config, topologies.parse("v5e:4x4"))
+    ask = lambda config: assess_apart(config, topologies.parse("v5e:4x4"))
     assert not ask(config).fits
-    changes = preflight.advise(config, 16, ask)
+    changes = advise(config, 16, ask)
     assert changes == {"loss.micro_batch": 128, "loss.pair_chunk": 16}

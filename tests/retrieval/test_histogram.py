@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rice_jax.retrieval.model.histogram import BINS, OPTIONS, histogram, histogram_recall, resize
 
 from data_pipeline.format.reader import open_dataset
-from data_pipeline.input.decode import decode, sample_frames
+from data_pipeline.input.decode import decode
+from data_pipeline.input.sampling import sample_frames
+from rice_jax.retrieval.histogram import BINS, OPTIONS, histogram, histogram_recall, resize
 
 
 def test_a_histogram_counts_shares_of_pixels_by_bin() -> None:

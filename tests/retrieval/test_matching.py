@@ -10,42 +10,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rice_jax.checkpoints.store.store import Checkpoints, write_config
 
 from configs import smoke
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.batches import clip_batches, image_batches
-from rice_jax import config as configuration
 from rice_jax import evaluate
-from rice_jax.models import vit as model
-from rice_jax.parallel import mesh as sharding
-from rice_jax.retrieval import inference
-from rice_jax.retrieval import model as retrieval
-from rice_jax.retrieval import ranking as metrics
+from rice_jax.checkpoints.run_folder import write_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import to_json
+from rice_jax.models.arrays import normalise
+from rice_jax.models.rice import Rice, build
+from rice_jax.parallel.mesh import path_name
+from rice_jax.retrieval import evaluation, galleries, inference, matching, recall
+from rice_jax.retrieval.embeddings import EmbeddingStore
+from rice_jax.retrieval.galleries import GalleryScorer
+from rice_jax.retrieval.model import Model, _on_mesh, frame_options, load
 from rice_jax.training import step
 from tests import official
 
 
-def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any) -> retrieval.Model:
+def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any) -> Model:
     """The smoke model with large random weights, norms and biases included: as it is born all pairs look alike."""
     config = smoke.get_config()
     config.unlock()
     config.update_from_flattened_dict(changes)
-    net, rng = model.build(config), np.random.default_rng(0)
+    net, rng = build(config), np.random.default_rng(0)
 
     def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        about_one = sharding.path_name(path).endswith("/scale")
+        about_one = path_name(path).endswith("/scale")
         return jax.device_put((about_one + 0.3 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
 
     params = jax.tree_util.tree_map_with_path(draw, step.abstract_state(net, config, mesh).params)
-    return retrieval.Model(config, net, params, mesh, batch_size=batch_size)
+    return Model(config, net, params, mesh, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def plain_score(net: model.Rice, raw: bool, params: Any, frames: jax.Array, mask: jax.Array, image: jax.Array) -> Any:
+def plain_score(net: Rice, raw: bool, params: Any, frames: jax.Array, mask: jax.Array, image: jax.Array) -> Any:
     """One pair: all T queries through self and cross layer, then SPEC 5.5, 5.6 and 10.4 as they are written."""
     encode = lambda pictures: net.encoder.apply({"params": params["encoder"]}, pictures)[0]
-    image_tokens, clip_tokens = encode(model.normalise(image[None])), encode(model.normalise(frames, mask))
+    image_tokens, clip_tokens = encode(normalise(image[None])), encode(normalise(frames, mask))
     clip_tokens = clip_tokens.reshape(1, -1, clip_tokens.shape[-1])
     key_mask = jnp.repeat(mask > 0, image_tokens.shape[1])[None]
     decoder = functools.partial(net.decoder.apply, {"params": params["decoder"]})
@@ -72,7 +75,7 @@ class Shop:
 @pytest.fixture(scope="module")
 def shop(converted: Path) -> Shop:
     split = open_dataset(converted).split("test")
-    options = retrieval.frame_options(smoke.get_config().data, train=False)
+    options = frame_options(smoke.get_config().data, train=False)
     names = sorted(split.galleries)
     with (
         clip_batches(split, range(split.num_clips), options, split.num_clips, threads=0) as clips,
@@ -89,10 +92,10 @@ def shop(converted: Path) -> Shop:
     )
 
 
-def scores_of(m: retrieval.Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
-    return retrieval.match(
+def scores_of(m: Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
+    return matching.match(
         m, shop.split, np.arange(shop.split.num_clips), np.arange(shop.split.num_images), galleries=shop.galleries,
-        gallery_of=shop.gallery_of, raw=raw, store=retrieval.EmbeddingStore(store), show_progress=False,
+        gallery_of=shop.gallery_of, raw=raw, store=EmbeddingStore(store), show_progress=False,
     )[2]  # fmt: skip
 
 
@@ -117,7 +120,7 @@ def test_scores_equal_a_plain_loop_over_whole_decoder_passes(shop: Shop, raw: bo
 def test_a_score_of_many_shelf_steps_is_the_same(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     m = random_model(official.mesh_of(1, 1), batch_size=4)
     whole = scores_of(m, shop)
-    monkeypatch.setattr(retrieval, "AT_ONCE", 2)  # galleries of two and three
+    monkeypatch.setattr(galleries, "AT_ONCE", 2)  # galleries of two and three
     steps = scores_of(m, shop)
     assert (whole.shape[1], steps.shape[1]) == (32, 4)
     np.testing.assert_allclose(steps, whole[:, :4], atol=1e-6)
@@ -177,7 +180,7 @@ def run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of no updates at all: what matters here is what comes after training."""
     workdir, mesh = tmp_path_factory.mktemp("run"), official.mesh_of(8, 1)
     m = random_model(mesh, **{"data.path": str(converted)})
-    write_config(workdir, configuration.to_json(m.config))
+    write_config(workdir, to_json(m.config))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_state(m.net, m.config, mesh))
     with Checkpoints(workdir, kept=1) as checkpoints:
         checkpoints.save(0, state._replace(params=m.params), {})
@@ -201,7 +204,7 @@ def test_matching_and_the_sum_stand_beside_the_embedding(
     assert {name: both[name] for name in alone} == alone
 
     # The figures, from Model's own methods and a sort.
-    m = retrieval.load(run)
+    m = load(run)
     matches = m.match(shop.frames, shop.mask, shop.images, raw=score == "raw-matching")
     cosines = m.encode_clips(shop.frames, shop.mask) @ m.encode_images(shop.images).T
     truth = shop.split.truth_by_clip
@@ -221,7 +224,7 @@ def test_matching_and_the_sum_stand_beside_the_embedding(
             assert line[f"{prefix}rank"] == 1 + is_true.index(True)
             hits += is_true[0]
         assert both[f"{prefix}recall@1"] == pytest.approx(100 * hits / 3)
-        low, high = metrics.wilson_interval(100 * hits / 3, 3)
+        low, high = recall.wilson_interval(100 * hits / 3, 3)
         assert (both[f"{prefix}recall@1_low"], both[f"{prefix}recall@1_high"]) == pytest.approx((low, high))
         (row,) = (row for row in table.splitlines() if row.strip().startswith(title))
         assert f"{100 * hits / 3:.2f}" in row and f"{low:.1f} to {high:.1f}" in row
@@ -231,8 +234,8 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
     run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "whole"), "--score", "matching")
-    monkeypatch.setattr(retrieval.EmbeddingStore, "BLOCK", 1)
-    once = retrieval._Shelves.match
+    monkeypatch.setattr(EmbeddingStore, "BLOCK", 1)
+    once = GalleryScorer.match
     left = [2]
 
     def interrupted(self: Any, *inputs: Any) -> Any:
@@ -242,7 +245,7 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
         return once(self, *inputs)
 
     arguments = (run, converted, "--output", str(tmp_path / "blocks"), "--score", "matching")
-    monkeypatch.setattr(retrieval._Shelves, "match", interrupted)
+    monkeypatch.setattr(GalleryScorer, "match", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call(*arguments)
     assert not (tmp_path / "blocks" / "metrics.json").exists()
@@ -259,20 +262,20 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
 
 def test_matching_compiles_once_whatever_the_batch_and_the_longest_shelf(shop: Shop) -> None:
     m = random_model(official.mesh_of(1, 1), batch_size=1)
-    before = retrieval._on_mesh._cache_size()
+    before = _on_mesh._cache_size()
     scores_of(m, shop)
-    assert retrieval._on_mesh._cache_size() == before + 2  # images, and clips
+    assert _on_mesh._cache_size() == before + 2  # images, and clips
 
 
 def test_a_model_of_icl_alone_is_refused_before_anything_is_encoded(shop: Shop, tmp_path: Path) -> None:
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
     with pytest.raises(ValueError, match="this model has no decoder"):
-        retrieval.evaluate(m, shop.split, score="matching", store=retrieval.EmbeddingStore(tmp_path))
+        evaluation.evaluate(m, shop.split, score="matching", store=EmbeddingStore(tmp_path))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="this model has no decoder"):
         m.match(shop.frames, shop.mask, shop.images)
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder learned to rebuild, not to match
     with pytest.raises(ValueError, match=r"this model has not learned it \(loss.pmd is 0 in its config\)"):
-        retrieval.evaluate(m, shop.split, score="matching")
+        evaluation.evaluate(m, shop.split, score="matching")
     with pytest.raises(ValueError, match="needs one of embedding, matching, raw-matching"):
-        retrieval.evaluate(m, shop.split, score="cosine")
+        evaluation.evaluate(m, shop.split, score="cosine")

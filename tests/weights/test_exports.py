@@ -14,14 +14,14 @@ import pytest
 from jax import export
 from safetensors.numpy import load_file
 
-from rice_jax.retrieval import model as retrieval
+from rice_jax.retrieval.model import Model
 from rice_jax.weights import exports
 from tests import official
 from tests.retrieval.test_matching import random_model
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[retrieval.Model, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     m = random_model(official.mesh_of(1, 2), **{"eval_flip": True})  # parameters split over two devices
     folder = tmp_path_factory.mktemp("exports") / "programs"
     exports.export_programs(m, folder)
@@ -35,9 +35,7 @@ def pictures(clips: int, slots: int, images: int) -> dict[str, Any]:
     return {"frames": frames, "mask": mask, "images": rng.integers(0, 256, (images, 32, 32, 3), np.uint8)}
 
 
-def test_a_fresh_process_with_jax_alone_gives_the_models_figures(
-    made: tuple[retrieval.Model, Path], tmp_path: Path
-) -> None:
+def test_a_fresh_process_with_jax_alone_gives_the_models_figures(made: tuple[Model, Path], tmp_path: Path) -> None:
     m, folder = made
     inputs = pictures(clips=5, slots=4, images=7)
     np.savez(tmp_path / "inputs.npz", **inputs)
@@ -74,7 +72,7 @@ assert not ours, ours
 
 
 def test_a_file_is_for_several_platforms_and_any_batch_and_holds_no_parameters(
-    made: tuple[retrieval.Model, Path],
+    made: tuple[Model, Path],
 ) -> None:
     m, folder = made
     about = json.loads((folder / "programs.json").read_text())
@@ -91,9 +89,7 @@ def test_a_file_is_for_several_platforms_and_any_batch_and_holds_no_parameters(
     assert about["programs"]["match"]["inputs"][0] == "uint8 (b, n, 32, 32, 3)"
 
 
-def test_files_of_a_newer_jax_are_refused_with_both_versions(
-    made: tuple[retrieval.Model, Path], tmp_path: Path
-) -> None:
+def test_files_of_a_newer_jax_are_refused_with_both_versions(made: tuple[Model, Path], tmp_path: Path) -> None:
     about = json.loads((made[1] / "programs.json").read_text())
     (tmp_path / "programs.json").write_text(json.dumps(about | {"jax": [99, 1, 0]}))
     with pytest.raises(ValueError, match=r"written by jax 99\.1\.0, which jax .* may not read; install jax>=99\.1\.0"):
@@ -124,7 +120,7 @@ def test_what_does_not_give_the_models_figures_is_not_exported(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_something_is_left_alone(made: tuple[retrieval.Model, Path], tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_left_alone(made: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something already"):
         exports.export_programs(made[0], tmp_path)

@@ -10,18 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from rice_jax.checkpoints.store.store import Checkpoints, write_config
 
 import rice_jax
 from configs import default
-from data_pipeline.input import decode as frames
-from rice_jax import config as configuration
-from rice_jax.models import vit as model
-from rice_jax.retrieval import model as retrieval
+from data_pipeline.input.decode import centre_crop, resize
+from rice_jax.checkpoints.run_folder import write_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import to_json
+from rice_jax.models import arrays
+from rice_jax.models.arrays import normalise
+from rice_jax.models.rice import build
+from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
-from rice_jax.weights import __main__ as weights
 from rice_jax.weights import archives
-from rice_jax.weights import readers as sources
+from rice_jax.weights.__main__ import main, parse
+from rice_jax.weights.readers import _resized, read_source
+from rice_jax.weights.writers import preparation
 from tests import official
 
 pytestmark = pytest.mark.skipif(
@@ -36,12 +40,12 @@ if importlib.util.find_spec("torch") is not None:
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: pip install transformers"
 )
-MEAN, STD = np.array(model.MEAN), np.array(model.STD)
+MEAN, STD = np.array(arrays.MEAN), np.array(arrays.STD)
 D, E, LAYERS, PATCH, PX, DECODER_HEADS = 768, 512, 12, 32, 224, 8
 
 
 def call(*words: object) -> None:
-    weights.main(weights.parse([str(word) for word in words]))
+    main(parse([str(word) for word in words]))
 
 
 def quick_gelu(x: Any) -> Any:
@@ -197,9 +201,9 @@ def test_the_official_model_comes_in_and_goes_out_and_computes_the_same(batch: B
 def test_a_run_of_ours_goes_out_and_computes_the_same_in_torch(batch: Batch, tmp_path: Path) -> None:
     """Random weights of our own initialisation, at step 5, with fresh unused embeddings."""
     config = default.get_config()
-    net = model.build(config)
+    net = build(config)
     params = jax.jit(lambda: step.init_params(net, config, jax.random.key(0)))()
-    write_config(tmp_path / "run", configuration.to_json(config))
+    write_config(tmp_path / "run", to_json(config))
     with Checkpoints(tmp_path / "run", kept=1) as checkpoints:
         checkpoints.save(5, step.State(np.int32(5), params, {}, {}), {})
     call("export", tmp_path / "run", "--format", "pth", "--output", tmp_path / "out")
@@ -225,7 +229,7 @@ def test_a_scripted_clip_is_read_as_torch_reads_it(tmp_path: Path) -> None:
 
     module = Clip()
     torch.jit.save(torch.jit.script(module), tmp_path / "clip.pt")
-    source = sources.read_source(tmp_path / "clip.pt")
+    source = read_source(tmp_path / "clip.pt")
     assert source.kind == "OpenAI CLIP" and source.config.model.activation == "quick_gelu"
     found = archives.read(tmp_path / "clip.pt").tensors
     for name, tensor in module.state_dict().items():
@@ -237,7 +241,7 @@ def test_positions_are_resized_as_open_clip_does_it() -> None:
     position = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
     params = {"encoder": {"positional_embedding": position}}
     for size in (128, 336):
-        resized, _ = sources._resized(params, config.copy_and_resolve_references(), size)
+        resized, _ = _resized(params, config.copy_and_resolve_references(), size)
         grid = torch.from_numpy(position[1:]).reshape(1, 7, 7, 16).permute(0, 3, 1, 2)
         side = size // 32
         expected = functional.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
@@ -266,7 +270,7 @@ def test_transformers_opens_our_export_and_we_open_its_files(activation: str, ba
         expected, found = (module.eval()(pixel_values=pictures).image_embeds.numpy() for module in (original, again))
     np.testing.assert_array_equal(found, expected)
     m = rice_jax.load(tmp_path / "run", mesh=official.mesh_of(1, 1))
-    encode = jax.jit(lambda params, x: m.net.apply({"params": params}, model.normalise(x), method="encode")[1])
+    encode = jax.jit(lambda params, x: m.net.apply({"params": params}, normalise(x), method="encode")[1])
     pooled = encode(m.params, jnp.asarray(batch[2]))
     check({"pooled": np.asarray(pooled)}, {"pooled": expected})
 
@@ -279,9 +283,9 @@ def test_the_exported_preparation_is_our_pipelines(mode: str) -> None:
     data = default.get_config().data
     data.resize_mode = mode
     picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    found = CLIPImageProcessor(**weights.preparation(data))(Image.fromarray(picture), return_tensors="np")
-    options = retrieval.frame_options(data, train=False)
-    expected = normalised(frames.centre_crop(frames.resize(picture, options), options)).numpy()
+    found = CLIPImageProcessor(**preparation(data))(Image.fromarray(picture), return_tensors="np")
+    options = frame_options(data, train=False)
+    expected = normalised(centre_crop(resize(picture, options), options)).numpy()
     gap = np.abs(found["pixel_values"][0] - expected) * 255 * STD.min()
     assert gap.max() < 1.1  # a level, for a resize that rounds otherwise
     assert gap.mean() < 0.1

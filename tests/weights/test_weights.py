@@ -11,29 +11,32 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rice_jax.checkpoints.store.store import Checkpoints, write_config
 from safetensors.numpy import load_file, save_file
 
 import rice_jax
 from configs import default
 from data_pipeline.format.reader import open_dataset
-from rice_jax import config as configuration
 from rice_jax import evaluate, train
-from rice_jax.models import vit as model
+from rice_jax.checkpoints.run_folder import write_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import to_json
+from rice_jax.models.arrays import MEAN, STD, unit
+from rice_jax.models.rice import build
 from rice_jax.training import step
-from rice_jax.weights import __main__ as weights
-from rice_jax.weights import archives, exports, naming
-from rice_jax.weights import readers as sources
+from rice_jax.weights import archives, exports, naming, writers
+from rice_jax.weights.__main__ import main, parse
+from rice_jax.weights.readers import _of_hugging_face, initialise, read_source, read_unused, write_safetensors
+from rice_jax.weights.writers import official_tensors, write_huggingface
 from tests import clip_files, official, torch_files
 from tests.test_train import smoke_config
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PICTURES = np.random.default_rng(1).integers(0, 256, (3, 24, 24, 3), np.uint8)
-NORMALISED = (PICTURES / 255 - np.array(model.MEAN)) / np.array(model.STD)
+NORMALISED = (PICTURES / 255 - np.array(MEAN)) / np.array(STD)
 
 
 def call(*words: object) -> None:
-    weights.main(weights.parse([str(word) for word in words]))
+    main(parse([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_official_files_give_the_official_embeddings(tmp_path: Path) -> None:
     assert loaded.fingerprint == rice_jax.load(tmp_path / "wrapped").fingerprint
     encode = jax.jit(lambda params, images: loaded.net.apply({"params": params}, images, method="encode"))
     tokens, pooled = encode(loaded.params, golden.batch["image"])
-    for ours, name in ((tokens, "image_tokens"), (model.unit(pooled), "image_embedding")):
+    for ours, name in ((tokens, "image_tokens"), (unit(pooled), "image_embedding")):
         expected = golden.arrays[f"out/{name}"]
         assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -99,7 +102,7 @@ def test_heads_and_activation_are_read_from_hugging_faces_config(tower: clip_fil
 
 def test_what_hugging_faces_config_leaves_out_is_vit_b_32s(tmp_path: Path) -> None:
     config = {"model_type": "clip", "vision_config": {}, "projection_dim": 48}
-    found = sources._of_hugging_face(config, tmp_path)
+    found = _of_hugging_face(config, tmp_path)
     assert found[0] == {
         "width": 768, "hidden": 3072, "layers": 12, "heads": 12, "image_size": 224, "patch_size": 32, "embedding": 48,
     }  # fmt: skip
@@ -135,7 +138,7 @@ def test_files_that_hugging_face_split_are_read_together(tower: clip_files.Tenso
     index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "model.safetensors").unlink()
-    assert sources.read_source(source).params["encoder"]["proj"].shape == (128, 48)
+    assert read_source(source).params["encoder"]["proj"].shape == (128, 48)
 
 
 def test_positions_are_resized_for_another_image_size_and_it_is_said(
@@ -179,7 +182,7 @@ def _bicubic_middle(grid: np.ndarray) -> np.ndarray:
 def test_every_tensor_of_the_official_model_has_its_place_and_shape() -> None:
     """golden/parameters.csv: names and shapes of the full ViT-B/32 model."""
     config = default.get_config()
-    shapes = jax.eval_shape(lambda: step.init_params(model.build(config), config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: step.init_params(build(config), config, jax.random.key(0)))
     nothing = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in naming.flattened(shapes).items()}
     ours = {name: array.shape for name, array in naming.invert(nothing).items()}
     lines = (HERE / "golden/parameters.csv").read_text().splitlines()[1:]
@@ -372,7 +375,7 @@ def test_the_command_ends_with_one_line_and_a_status(tmp_path: Path) -> None:
     found = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert found.returncode == 1 and found.stderr.count("\n") == 1 and "cut short" in found.stderr
     with pytest.raises(SystemExit, match="2"):
-        weights.parse(["import", str(tmp_path / "cut.pt")])
+        parse(["import", str(tmp_path / "cut.pt")])
 
 
 # --- The start of a run ---
@@ -391,13 +394,13 @@ def smoke_sized(data: Path, **changes: Any) -> Any:
 
 def empty_state(config: Any, mesh: jax.sharding.Mesh) -> step.State:
     """A state of a config with ones everywhere, which no initialiser gives."""
-    abstract = step.abstract_state(model.build(config), config, mesh)
+    abstract = step.abstract_state(build(config), config, mesh)
     return jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), abstract)
 
 
 def start(config: Any, workdir: Path) -> tuple[Any, list[str]]:
     workdir.mkdir(exist_ok=True)
-    state, notes = sources.initialise(empty_state(config, official.mesh_of(1, 1)), config, workdir)
+    state, notes = initialise(empty_state(config, official.mesh_of(1, 1)), config, workdir)
     return jax.device_get(state.params), notes
 
 
@@ -435,7 +438,7 @@ def test_a_start_from_an_official_model_takes_all_of_it(golden: dict[str, np.nda
     assert len(again) == len(golden) - 4
     for name in again:
         np.testing.assert_array_equal(again[name], golden[name], err_msg=name)
-    kept = sources.read_unused(tmp_path / "run")
+    kept = read_unused(tmp_path / "run")
     assert len(kept) == 4 and all("embeddings." in name for name in kept)
 
     config.model.decoder_heads = 4
@@ -468,7 +471,7 @@ def test_an_average_starts_as_the_weights_and_in_a_buffer_of_its_own(tower: clip
     clip_files.write_openai(tmp_path / "clip.pt", tower)
     config = smoke_sized(tmp_path, init_from=str(tmp_path / "clip.pt"))
     config.optimizer.ema_decay = 0.9
-    started, _ = sources.initialise(empty_state(config, official.mesh_of(2, 2)), config, tmp_path)
+    started, _ = initialise(empty_state(config, official.mesh_of(2, 2)), config, tmp_path)
     for ours, average in zip(jax.tree.leaves(started.params), jax.tree.leaves(started.average), strict=True):
         np.testing.assert_array_equal(ours, average)
         assert ours is not average and ours.sharding == average.sharding
@@ -481,7 +484,7 @@ def trained(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """Imported official weights of the smoke config's size, and a run that started from them."""
     folder = tmp_path_factory.mktemp("trained")
     config = trained_config(converted)
-    shapes = step.abstract_state(model.build(config), config, official.mesh_of(1, 1)).params
+    shapes = step.abstract_state(build(config), config, official.mesh_of(1, 1)).params
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     embeddings = {
@@ -548,7 +551,7 @@ def test_an_official_export_of_a_run_has_every_tensor_and_a_card(
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in started.items()}
     for name in started:  # the embeddings came through the training as they were
         assert np.array_equal(found[name], started[name]) == ("embeddings." in name), name
-    assert sources.read_source(tmp_path / "out").config.model == rice_jax.load(run).config.model
+    assert read_source(tmp_path / "out").config.model == rice_jax.load(run).config.model
     card = (tmp_path / "out/README.md").read_text()
     assert open_dataset(converted).content_hash in card
     assert rice_jax.load(run).fingerprint in card
@@ -563,7 +566,7 @@ def test_a_run_from_random_weights_gets_fresh_embeddings(tmp_path: Path) -> None
     state = empty._replace(params=jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), empty.params))
     with Checkpoints(tmp_path / "run", kept=1) as checkpoints:
         checkpoints.save(3, state, {})
-    write_config(tmp_path / "run", configuration.to_json(config))
+    write_config(tmp_path / "run", to_json(config))
     call("export", tmp_path / "run", "--format", "official", "--output", tmp_path / "out")
     found = load_file(tmp_path / "out/model.safetensors")
     embeddings = "transformer.transformer.embeddings"
@@ -617,13 +620,13 @@ def test_stablehlo_is_exported_with_a_card(
 def test_a_stem_cannot_be_exported(tmp_path: Path) -> None:
     config = smoke_config(tmp_path)
     config.model.stem_channels, config.model.stem_blocks = (8, 8, 8, 8), (0, 0, 0, 0)
-    net = model.build(config)
+    net = build(config)
     params = empty_state(config, official.mesh_of(1, 1)).params
     m = rice_jax.Model(config, net, params, official.mesh_of(1, 1), batch_size=8)
     with pytest.raises(ValueError, match=r"no place in the official code: encoder/stem"):
-        weights.official_tensors(m, {})
+        official_tensors(m, {})
     with pytest.raises(ValueError, match=r"CLIP has no convolutional stem"):
-        weights.write_huggingface(m, {}, tmp_path)
+        write_huggingface(m, {}, tmp_path)
 
 
 def test_an_export_that_reads_back_otherwise_is_not_kept(
@@ -632,9 +635,9 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
     def damaged(tensors: Any, path: Path) -> None:
         changed = dict(tensors)
         changed["image_encoder.model.proj"] = np.asarray(changed["image_encoder.model.proj"]) + 1e-6
-        sources.write_safetensors(changed, path)
+        write_safetensors(changed, path)
 
-    monkeypatch.setattr(weights, "write_safetensors", damaged)
+    monkeypatch.setattr(writers, "write_safetensors", damaged)
     with pytest.raises(ValueError, match=r"does not read back as it was written \(image_encoder.model.proj\)"):
         call("export", trained[1], "--format", "official", "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""RICE as a whole: the shared encoder, the decoder and the reconstruction head, built from a config."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt8
+
+from rice_jax.models.arrays import clip_embedding, normalise, unit
+from rice_jax.models.decoder import MatchingDecoder, PatchReconstruction
+from rice_jax.models.vit import VisionTransformer
+
+
+class Rice(nn.Module):
+    """Encoder, matching decoder and patch reconstruction; a model for ICL alone has neither of the last two."""
+
+    encoder: VisionTransformer
+    decoder: MatchingDecoder | None
+    reconstruction: PatchReconstruction | None
+    scale_init: float = 4.0
+    bias_init: float | None = None  # of ICL's sigmoid form; the softmax has no bias
+
+    def setup(self) -> None:
+        # Used plain and on both sides, so logits are scale^2 cos; CLIP's logit_scale is a logarithm (SPEC 3.1).
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.scale_init), ())
+        if self.bias_init is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
+
+    def encode(self, pictures: Float[Array, "n px px 3"]) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
+        return self.encoder(pictures)
+
+    def __call__(
+        self,
+        frames: UInt8[Array, "n N px px 3"],
+        mask: Int[Array, "n N"],
+        image: UInt8[Array, "n px px 3"],
+        *,
+        train: bool = False,
+        debug: bool = False,
+    ) -> dict[str, Array]:
+        """Embeddings, matching logits and reconstruction coefficients of n (clip, image) pairs, all tokens, no dropout.
+
+        `train` and `debug` are what Scenic's trainers pass; nothing here depends on them.
+        """
+        del train, debug
+        n, slots = mask.shape
+        image_tokens, image_pooled = self.encode(normalise(image))
+        frame_tokens, frame_pooled = self.encode(normalise(frames, mask).reshape(n * slots, *frames.shape[2:]))
+        out = {
+            "image_embedding": unit(image_pooled),
+            "clip_embedding": clip_embedding(frame_pooled.reshape(n, slots, -1), mask),
+            "logit_scale": self.logit_scale,
+        }
+        if self.decoder is not None:
+            tokens, width = frame_tokens.shape[1:]
+            key_mask = jnp.repeat(mask > 0, tokens, axis=1)
+            clip_tokens = frame_tokens.reshape(n, slots * tokens, width)
+            out["match_logit"], scores = self.decoder(image_tokens, clip_tokens, key_mask)
+            if self.reconstruction is not None:
+                out["coefficients"] = self.reconstruction(scores, key_mask)
+        return out
+
+
+def build(config: Any) -> Rice:
+    """The model of a config's `model` and `loss` sections (configs/default.py says what each field means)."""
+    c, dtype = config.model, jnp.dtype(config.model.dtype)
+    encoder = VisionTransformer(
+        image_size=config.data.image_size,
+        patch_size=c.patch_size,
+        width=c.width,
+        layers=c.layers,
+        heads=c.heads,
+        hidden=c.hidden,
+        embedding=c.embedding,
+        activation=c.activation,
+        remat=c.remat,
+        stem_channels=c.stem_channels,
+        stem_blocks=c.stem_blocks,
+        pool=c.pool,
+        dtype=dtype,
+    )
+    decoder = reconstruction = None
+    if config.loss.pmd or config.loss.pfr:
+        decoder = MatchingDecoder(
+            width=c.width,
+            heads=c.decoder_heads,
+            hidden=c.hidden,
+            activation=c.activation,
+            self_eps=c.decoder_self_eps,
+            kv_norm=c.cross_kv_norm,
+            dtype=dtype,
+        )
+    if config.loss.pfr:
+        reconstruction = PatchReconstruction(
+            heads=c.decoder_heads,
+            head_width=c.width // c.decoder_heads,
+            attention=config.loss.pfr_attention,
+            mask_padding=config.loss.pfr_mask_padding,
+            with_class_token=config.loss.pfr_with_class_token,
+        )
+    return Rice(
+        encoder=encoder,
+        decoder=decoder,
+        reconstruction=reconstruction,
+        scale_init=c.logit_scale_init,
+        bias_init=c.logit_bias_init if config.loss.icl_form == "sigmoid" else None,
+    )
