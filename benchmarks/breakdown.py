@@ -29,7 +29,7 @@ from rice_jax import errors
 from rice_jax.config import fitted, validate
 from rice_jax.losses import pairs
 from rice_jax.losses.global_batch import make_loss
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, parameter_specs, to_global
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
@@ -39,7 +39,7 @@ def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Ca
     """Loss and gradient with some losses left out, and with them the parameters that only they use."""
     config = copy.deepcopy(config)
     config.loss.update(weights)
-    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     unused = {"decoder": net.decoder, "reconstruction": net.reconstruction}
     params = {name: part for name, part in params.items() if unused.get(name, net) is not None}
     loss = make_loss(net, config.loss, mesh, parameter_specs(params, mesh))
@@ -51,12 +51,12 @@ def mining(config: Any) -> Callable[[], Any]:
     rng, shape = np.random.default_rng(0), (config.batch_size, config.model.embedding)
     images, clips = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
     own = jnp.eye(config.batch_size, dtype=bool)
-    compiled = jax.jit(pairs.hardest)
+    compiled = jax.jit(pairs.mine_hard)
     return lambda: compiled(images, clips, own)
 
 
 def updating(config: Any, batch: Any) -> Callable[[], Any]:
-    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract)
     held = [step.init_state(net, config, abstract)]  # donated by each step
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
     batches, read = reading(config, split)
     with batches:
         batch = to_global(read(), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
-        params = jax.jit(lambda: step.init_params(build(config), config, step.random_key(0)))()
+        params = jax.jit(lambda: step.init_params(build_model(config), config, step.random_key(0)))()
         pieces = {
             "input": read,
             "icl": differentiated(config, params, batch, pmd=0.0, pfr=0.0),

@@ -21,7 +21,7 @@ from rice_jax import config
 from rice_jax.checkpoints import digests
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.errors import run
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh
 from rice_jax.training import step
 
@@ -35,7 +35,7 @@ def noise(abstract: Any) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    net = build(arguments.config)
+    net = build_model(arguments.config)
     mesh = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, arguments.config, mesh)
     state = noise(abstract)

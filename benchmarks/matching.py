@@ -24,7 +24,7 @@ from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.retrieval import inference
 from rice_jax.retrieval.galleries import AT_ONCE
 from rice_jax.retrieval.model import frame_options
@@ -71,7 +71,7 @@ def main() -> None:
     pairs = sum(len(galleries[gallery]) for gallery in gallery_of)
     images = len(np.unique(np.concatenate([galleries[gallery] for gallery in np.unique(gallery_of)])))
 
-    net = build(config)
+    net = build_model(config)
     params = jax.jit(lambda: step.init_params(net, config, step.random_key(0)))()
     at_once = AT_ONCE
     longest = -(-max(map(len, galleries)) // at_once) * at_once
@@ -82,15 +82,15 @@ def main() -> None:
 
     @jax.jit
     def encode(params: Any, pictures: jax.Array) -> Any:
-        return arrays.call(net.encoder, params["encoder"], normalise(pictures))
+        return arrays.apply(net.encoder, params["encoder"], normalise(pictures))
 
     @jax.jit
     def self_layer(params: Any, tokens: jax.Array) -> Any:
-        return arrays.call(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
+        return arrays.apply(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
 
     @jax.jit
     def match(params: Any, tokens: jax.Array, mask: jax.Array, shelf: jax.Array, count: jax.Array) -> Any:
-        keys_values = arrays.call(net.decoder, params["decoder"], tokens, method="keys_values")
+        keys_values = arrays.apply(net.decoder, params["decoder"], tokens, method="keys_values")
         key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
         return inference.shelf_scores(net, False, at_once, params, class_tokens, shelf, count, keys_values, key_mask)
 

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import training_step, turns
 from configs import default
 from rice_jax.errors import run
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.preflight import topologies
 from rice_jax.preflight.advice import with_changes
@@ -45,7 +45,7 @@ def resident(field: str) -> int:
 
 def measured(config: Any) -> int:
     """By how many bytes resident memory grows at most, from the compiled step over a few updates."""
-    net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract).lower(
         abstract, abstract_batch(config, mesh)

@@ -3,8 +3,9 @@
 python -m benchmarks.official_formulation --config pod --topology v5e:16x16 [what else preflight takes]
 
 Every device gathers the tokens of all clips of the global batch, and decodes each image, all its tokens, against its
-own clip and the hard ones (SPEC 5), where the image lives. The losses are those of rice_jax.losses, which moves one
-vector an image; so are the encoder, ICL and the parts of the decoder. Prints what preflight does, of this formulation.
+own clip and the hard ones (SPEC 5), where the image lives. The losses are those of rice_jax.losses.global_batch,
+which moves one vector an image; so are the encoder, ICL and the parts of the decoder. Prints what preflight does, of
+this formulation.
 """
 
 import functools
@@ -17,18 +18,18 @@ from jax.sharding import Mesh
 
 from rice_jax.errors import run
 from rice_jax.losses import global_batch, pairs
-from rice_jax.losses.equations import Everyone, icl_loss, in_chunks, pfr_loss, pmd_loss, relations
+from rice_jax.losses.equations import GlobalBatch, icl_loss, in_chunks, pfr_loss, pmd_loss, positives_and_ignored
 from rice_jax.losses.global_batch import encode_rows
-from rice_jax.models.arrays import call
+from rice_jax.models.arrays import apply
 from rice_jax.models.rice import Rice
 from rice_jax.parallel.mesh import (
+    all_gather_parameter,
     first_row,
     gather_rows,
     max_over_devices,
     mean_over_devices,
     sum_over_devices,
     varying,
-    whole,
 )
 from rice_jax.preflight.__main__ import main, parse
 
@@ -39,11 +40,11 @@ def local_losses(
     net: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """ICL, PMD and PFR on one device of the mesh, inside shard_map."""
-    params, key = jax.tree.map(whole, params, specs), varying(key)
+    params, key = jax.tree.map(all_gather_parameter, params, specs), varying(key)
     rows = batch["mask"].shape[0]
     own = first_row(rows) + jnp.arange(rows)
     encoded = encode_rows(net, options, params, key, batch, own)
-    everyone = Everyone(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
+    everyone = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
     out = {
         "icl": icl_loss(
             encoded.clips,
@@ -58,9 +59,9 @@ def local_losses(
     clip_tokens = gather_rows(encoded.clip_tokens)  # [G, S, D]: all of it, on every device
     key_mask = gather_rows(encoded.key_mask)
     same = "masked" if options.exclude_same_product else "negative"
-    itself, also = relations(own, everyone.product, same)
-    hard, found = pairs.hardest(encoded.images, everyone.clips, itself | also)
-    decoder = functools.partial(call, net.decoder, params["decoder"])
+    itself, also = positives_and_ignored(own, everyone.product, same)
+    hard, found = pairs.mine_hard(encoded.images, everyone.clips, itself | also)
+    decoder = functools.partial(apply, net.decoder, params["decoder"])
 
     def decode(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """Logits of one image against its clips [1 + k], and PFR of its own."""
@@ -71,10 +72,10 @@ def local_losses(
         weights = jax.nn.softmax(scores, axis=-1)
         if options.cross_dropout:
             keys = pairs.pair_keys(key, jnp.broadcast_to(position, clips.shape), clips)
-            first = pairs.dropped(weights[:, :, :1], keys[:, None], options.cross_dropout)
+            first = pairs.attention_dropout(weights[:, :, :1], keys[:, None], options.cross_dropout)
             weights = jnp.concatenate([first, weights[:, :, 1:]], axis=2)
         logits = decoder(x, weights, keys_values, method="logit")[:, 0]
-        coefficients = call(net.reconstruction, params["reconstruction"], scores[:1], key_mask[clips[:1]])
+        coefficients = apply(net.reconstruction, params["reconstruction"], scores[:1], key_mask[clips[:1]])
         pfr = pfr_loss(coefficients[0], image_tokens, clip_tokens[clips[0]], key_mask[clips[0]])
         return logits, pfr
 

@@ -24,7 +24,7 @@ from benchmarks import turns
 from configs import default
 from rice_jax.errors import run
 from rice_jax.models import arrays as arrays_module
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.training import step
 from rice_jax.weights import naming
@@ -74,7 +74,7 @@ class Ours:
     """Our jitted step with the state that it moves."""
 
     def __init__(self, config: Any, batch: Mapping[str, np.ndarray]) -> None:
-        net, mesh = build(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+        net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
         abstract = step.abstract_state(net, config, mesh)
         self.state = step.init_state(net, config, abstract)
         self.step = step.make_train_step(net, config, mesh, abstract)

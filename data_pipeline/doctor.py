@@ -26,7 +26,7 @@ from data_pipeline.inspection.findings import Findings, distributions
 from data_pipeline.inspection.fingerprints import append_known, load_known
 from data_pipeline.inspection.page import make_page
 from data_pipeline.inspection.source import RawSource
-from data_pipeline.inspection.summary import Patient
+from data_pipeline.inspection.summary import Inspectable
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
 from data_pipeline.system.output_folder import WORK, locked
@@ -66,7 +66,7 @@ def _examine(options: argparse.Namespace, begin: float) -> dict[str, Any]:
     return report
 
 
-def _patient(options: argparse.Namespace, work: Path) -> Patient:
+def _patient(options: argparse.Namespace, work: Path) -> Inspectable:
     store = work / "looks.bin"
     known, known_file = load_known(store), work / "known.npy"
     np.save(known_file, known)

@@ -15,9 +15,9 @@ from pathlib import Path
 from data_pipeline.format.reader import open_dataset
 from rice_jax import errors
 from rice_jax.config import from_json
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh
-from rice_jax.retrieval.evaluation import evaluate
+from rice_jax.retrieval.evaluation import evaluate_split
 from rice_jax.retrieval.histogram import histogram_recall
 from rice_jax.retrieval.model import Model
 from rice_jax.training import step
@@ -52,10 +52,10 @@ def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, f
     """Recall@1 in percent of chance, of the colour histogram, and of the model before and after its training."""
     split, trained = open_dataset(records).split("test"), json.loads((evaluation / "metrics.json").read_text())
     config = from_json((run / "config.json").read_text())
-    net, mesh = build(config), make_mesh(data=-1, fsdp=1)
+    net, mesh = build_model(config), make_mesh(data=-1, fsdp=1)
     start = step.init_state(net, config, step.abstract_state(net, config, mesh))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
-    untrained = evaluate(Model(config, net, start.params, mesh, batch_size=size), split)
+    untrained = evaluate_split(Model(config, net, start.params, mesh, batch_size=size), split)
     recall = {
         "chance": trained["chance_recall@1"],
         "colour_histogram": histogram_recall(split),

@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = EmbeddingStore(output / "embeddings" / key)
     hosts.agree({"the model in --workdir": key})  # else parts of one result would be of two models
-    result = evaluation.evaluate(
+    result = evaluation.evaluate_split(
         model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
     )
     if not hosts.is_first():

@@ -20,10 +20,10 @@ from rice_jax import config as config_module
 from rice_jax.checkpoints.run_folder import read_config, write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, differences, fitted, from_json, to_json, validate
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
-from rice_jax.parallel.mesh import check_batches, make_mesh, path_name, process_rows, table, to_global
-from rice_jax.retrieval.evaluation import evaluate, one_line
+from rice_jax.parallel.mesh import check_batches, make_mesh, parameter_table, path_name, process_rows, to_global
+from rice_jax.retrieval.evaluation import evaluate_split, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
@@ -34,7 +34,7 @@ from rice_jax.weights.readers import initialise
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
     """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
 
-    Of several processes (rice_jax.hosts) all run this; the first decides what was there, and writes.
+    Of several processes (rice_jax.parallel.hosts) all run this; the first decides what was there, and writes.
 
     Raises:
       ValueError: as set_up, a damaged record, or a loss that stays not finite.
@@ -147,7 +147,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
     plan = ledger.make_plan(config, dataset)
     check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
-    net = build(config)
+    net = build_model(config)
     abstract = abstract_state(net, config, mesh)
     hosts.check_shared(workdir)
     checkpoints = Checkpoints(
@@ -176,7 +176,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
         f"{jax.process_count()} process(es)"
     )
     if mesh.size > 1:
-        log.say(table(abstract, abstract.params))
+        log.say(parameter_table(abstract, abstract.params))
     log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
         f"from update {start} to {config.num_updates}"
@@ -196,7 +196,7 @@ def evaluation_is_due(done: int, config: Any) -> bool:
 def evaluate_held_out(config: Any, net: Any, state: Any, mesh: Any, held_out: Any, log: Log, done: int) -> None:
     weights = state.average or state.params
     encoder = Model(config, net, weights, mesh, batch_size=config.eval_batch_size)
-    figures = evaluate(encoder, held_out).figures
+    figures = evaluate_split(encoder, held_out).figures
     log.write(done, {f"{held_out.name}/{name}": value for name, value in figures.items()})
     log.say(f"step {done}  {held_out.name}: {one_line(figures)}")
 

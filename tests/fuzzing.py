@@ -137,7 +137,7 @@ def check_lines(data: bytes, folder: Path, cut: int) -> None:
 def check_picture(data: bytes) -> None:
     for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"):
         with contextlib.suppress(BadInputError):
-            seen = looks.look_at(data, name).look
+            seen = looks.inspect_picture(data, name).look
             assert 0 < int(seen["width"]) * int(seen["height"]) <= MAX_PIXELS
     with contextlib.suppress(ValueError):
         assert decode_module.decode(data).shape[2] == 3
@@ -157,7 +157,7 @@ def check_options(values: dict[str, Any], count: int, word: int, train: bool) ->
         options = FrameOptions(**values)
     except ValueError:
         return
-    words = augment.words(word, 1, 2, WHOLE_CLIP, 2 + options.num_frames)
+    words = augment.draw_words(word, 1, 2, WHOLE_CLIP, 2 + options.num_frames)
     chosen = choose_frames(count, options, words, train=train)
     assert 1 <= len(chosen) <= min(count, options.num_frames)
     assert (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < count
@@ -345,7 +345,7 @@ def atheris_seeds() -> dict[str, list[bytes]]:
         "manifest": [json.dumps(manifest).encode()],
         "row": SEED_ROWS,
         "lists": [b'{"a": ["b"], "c": [[0, 1, 2, 3]]}', b"a\tb\n", b"product,clip,split\na,b,train\n"],
-        "store": [frame_record(np.ones(2, looks.LOOK).tobytes())],
+        "store": [frame_record(np.ones(2, looks.FINGERPRINT).tobytes())],
     }
 
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from rice_jax.losses.equations import Everyone, icl_logits, rebuilt
+from rice_jax.losses.equations import GlobalBatch, icl_logits, reconstruct
 from rice_jax.losses.global_batch import decode_positives, encode_rows, hard_pairs, make_loss
-from rice_jax.models.arrays import call, cosines
+from rice_jax.models.arrays import apply, cosines
 from rice_jax.models.decoder import MatchingDecoder
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import mesh as mesh_module
 from rice_jax.parallel.mesh import BATCH, P, first_row, gather_rows, make_mesh, parameter_specs, path_name, varying
 from rice_jax.weights import naming
@@ -97,7 +97,7 @@ def load(path: Path) -> Golden:
         "index": np.arange(len(images), dtype=np.int32),
     }
     config = config_of(params, images.shape[1], tensors)
-    return Golden(path.name, arrays, table, config, build(config), params, jax.tree.map(jnp.asarray, batch))
+    return Golden(path.name, arrays, table, config, build_model(config), params, jax.tree.map(jnp.asarray, batch))
 
 
 def table_of(tensors: dict[str, np.ndarray]) -> naming.Table:
@@ -173,7 +173,7 @@ def _outputs(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[s
 
 def _encoded(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Tokens and pooled vectors of every picture as the file holds it, padding slots included."""
-    encode = functools.partial(call, golden.net.encoder, params["encoder"])
+    encode = functools.partial(apply, golden.net.encoder, params["encoder"])
     image_tokens, image_pooled = encode(batch["image"])
     count, slots = batch["mask"].shape
     tokens, pooled = encode(batch["frames"].reshape(count * slots, *batch["frames"].shape[2:]))
@@ -191,10 +191,10 @@ def _trained(golden: Golden) -> Any:
     specs = parameter_specs(golden.params, mesh)
 
     def local(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        params, key = jax.tree.map(mesh_module.whole, params, specs), varying(jax.random.key(0))
+        params, key = jax.tree.map(mesh_module.all_gather_parameter, params, specs), varying(jax.random.key(0))
         own = first_row(len(batch["mask"])) + jnp.arange(len(batch["mask"]))
         encoded = encode_rows(net, options, params, key, batch, own)
-        everyone = Everyone(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
+        everyone = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
         out = {
             "image_embedding": encoded.images,
             "video_embedding": encoded.clips,
@@ -215,7 +215,7 @@ def _decoded(
     golden: Golden, params: Any, batch: dict[str, jax.Array], encoded: dict[str, jax.Array], hard: jax.Array
 ) -> dict[str, jax.Array]:
     """What only the whole decoder shows: all T queries of the image, for the positive clip and for each hard one."""
-    decoder = functools.partial(call, golden.net.decoder, params["decoder"])
+    decoder = functools.partial(apply, golden.net.decoder, params["decoder"])
     images, clips = encoded["image_tokens"], encoded["video_tokens"]
     key_mask = jnp.repeat(batch["mask"] > 0, images.shape[1], axis=1)
     x = decoder(images, method="image_tokens")
@@ -243,9 +243,9 @@ def _decoded(
         "pmd_pooled": jnp.stack([decoder(y[:, :1], method="pooled")[:, 0] for y in candidates], axis=1),
     }
     if golden.net.reconstruction is not None:
-        read = functools.partial(call, golden.net.reconstruction, params["reconstruction"])
+        read = functools.partial(apply, golden.net.reconstruction, params["reconstruction"])
         out["pfr_attention_in"] = read(scores, key_mask, method="read")
         out["pfr_conv_out"] = read(out["pfr_attention_in"], method="mix")
         out["pfr_coefficients"] = read(scores, key_mask)
-        out["pfr_reconstruction"] = rebuilt(out["pfr_coefficients"], clips, key_mask)
+        out["pfr_reconstruction"] = reconstruct(out["pfr_coefficients"], clips, key_mask)
     return out

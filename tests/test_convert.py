@@ -442,7 +442,7 @@ def test_a_finished_shard_is_verified_before_it_is_used_again(source: Path, soun
 def test_workers_end_when_their_parent_is_killed(sound: Path, tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
-        "from data_pipeline.workers import Workers\n"
+        "from data_pipeline.system.workers import Workers\n"
         "if __name__ == '__main__':\n"
         "    with Workers(2, None) as workers:\n"
         "        for pid in workers.run(tell, [(0,), (1,)], 'x', total=2):\n"
@@ -550,5 +550,5 @@ def test_lpr4m_resumes_too(tmp_path: Path) -> None:
 
 
 def test_converting_never_imports_jax() -> None:
-    code = "import sys, data_pipeline.convert, data_pipeline.records; sys.exit('jax' in sys.modules)"
+    code = "import sys, data_pipeline.convert, data_pipeline.format.reader; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0

@@ -537,7 +537,7 @@ def test_a_second_run_decodes_only_what_changed(source: Path, monkeypatch: pytes
 
 def test_what_a_kill_left_half_written_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "looks.bin"
-    rows = np.zeros(3, looks.LOOK)
+    rows = np.zeros(3, looks.FINGERPRINT)
     rows["key"] = (5, 3, 9)
     looks.append_known(path, rows)
     looks.append_known(path, rows[:1])
@@ -641,7 +641,7 @@ def test_wrong_use_is_exit_status_2(
 
 
 def look_of(data: bytes) -> Any:
-    return looks.look_at(data, "picture.jpg").look
+    return looks.inspect_picture(data, "picture.jpg").look
 
 
 def encoded(image: Image.Image, quality: int) -> bytes:
@@ -656,7 +656,7 @@ def test_a_picture_encoded_anew_is_found_and_another_product_is_not() -> None:
     for path, quality, size in zip(SHOP_IMAGES, (30, 60, 80, 95), (96, 224, 128, 300), strict=True):
         with Image.open(path) as image:
             again.append(encoded(image.convert("RGB").resize((size, size)), quality))
-    ours, theirs = (np.array([look_of(data) for data in group], looks.LOOK) for group in (pictures, again))
+    ours, theirs = (np.array([look_of(data) for data in group], looks.FINGERPRINT) for group in (pictures, again))
     assert sorted(twins.same_picture(ours, theirs, pictures.__getitem__, again.__getitem__)) == [
         (k, k) for k in range(4)
     ]
@@ -669,7 +669,7 @@ def test_large_sets_are_searched_by_parts_of_the_hash(monkeypatch: pytest.Monkey
     pictures = [path.read_bytes() for path in (*SHOP_IMAGES, *FRAMES)]
     with Image.open(FRAMES[3]) as image:
         pictures.append(encoded(image.convert("RGB"), 80))
-    seen = np.array([look_of(data) for data in pictures], looks.LOOK)
+    seen = np.array([look_of(data) for data in pictures], looks.FINGERPRINT)
     whole = set(twins.same_picture(seen, None, pictures.__getitem__, pictures.__getitem__))
     monkeypatch.setattr(twins, "ALL_PAIRS", 0)
     assert set(twins.same_picture(seen, None, pictures.__getitem__, pictures.__getitem__)) == whole
@@ -678,7 +678,7 @@ def test_large_sets_are_searched_by_parts_of_the_hash(monkeypatch: pytest.Monkey
 
 def test_black_frames_are_not_the_same_frame() -> None:
     black = [encoded(Image.new("RGB", (64, 64), (shade, 0, 0)), 90) for shade in (0, 0, 3)]
-    seen = np.array([look_of(data) for data in black], looks.LOOK)
+    seen = np.array([look_of(data) for data in black], looks.FINGERPRINT)
     assert list(twins.same_bytes(seen)) == []
     assert list(twins.same_picture(seen, None, black.__getitem__, black.__getitem__)) == []
 
@@ -690,4 +690,4 @@ def test_sixteen_bits_and_animation_are_told() -> None:
     frames = [Image.open(path).convert("RGB") for path in FRAMES[:2]]
     frames[0].save(moving, "WEBP", save_all=True, append_images=frames[1:])
     for data, name, reason in ((deep, "a.png", "unusual colours"), (moving, "a.webp", "several pictures in a file")):
-        assert [err.reason for err in looks.look_at(data.getvalue(), name).problems] == [reason]
+        assert [err.reason for err in looks.inspect_picture(data.getvalue(), name).problems] == [reason]

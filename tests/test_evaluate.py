@@ -106,9 +106,9 @@ def test_another_model_of_the_same_config_does_not_find_these_embeddings(
 def test_queries_without_frames_count_as_misses(run: Path, converted: Path) -> None:
     split = open_dataset(converted).split("test")
     split.truth_by_clip["never-downloaded"] = ("image",)
-    result = evaluation.evaluate(load(run), split)
+    result = evaluation.evaluate_split(load(run), split)
     assert result.figures["queries"] == 4 and result.figures["recall@3"] == pytest.approx(75)
-    alone = evaluation.evaluate(load(run), split, subset=["never-downloaded"])
+    alone = evaluation.evaluate_split(load(run), split, subset=["never-downloaded"])
     assert alone.figures["queries"] == 1 and alone.figures["recall@10"] == 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import default, lpr750k
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.models.vit import LayerNorm
 from rice_jax.parallel.mesh import path_name, state_shardings, to_global
 from rice_jax.training import optimizer, step
@@ -186,7 +186,7 @@ def test_model_of_icl_alone(golden_file: Path) -> None:
     config = golden.config.copy_and_resolve_references()
     config.loss.pmd = config.loss.pfr = 0.0
     params = {name: golden.params[name] for name in ("encoder", "logit_scale")}
-    alone = dataclasses.replace(golden, config=config, net=build(config), params=params)
+    alone = dataclasses.replace(golden, config=config, net=build_model(config), params=params)
     loss = alone.loss(pmd=0.0, pfr=0.0)
 
     @jax.jit
@@ -322,7 +322,7 @@ def test_parameter_groups_are_the_official_ones() -> None:
         name, shape, _, multiplier, decay = line.split(",")[:5]
         of_icl_alone = name.endswith("norm_s")  # one number that they hold as a vector
         config, table = (alone, naming.OFFICIAL_CONTRASTIVE) if of_icl_alone else (full, naming.OFFICIAL)
-        path = naming.match(name, table)[0].path
+        path = naming.find_rule(name, table)[0].path
         if path is None:
             continue  # the bypassed decoder embeddings, which no gradient reaches
         dims = 0 if shape == "scalar" or of_icl_alone else len(shape.split("x")) + ("resblocks" in path)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import default, demo, folder, grocery, lpr750k, pod, rice, smoke
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import RULES, parameter_spec, path_name
 from rice_jax.training import step
 from tests import official
@@ -88,7 +88,7 @@ def test_only_batches_imports_grain() -> None:
 def test_every_sharding_rule_is_used_by_some_preset_and_every_parameter_has_one() -> None:
     mesh, used = official.mesh_of(1, 1), set()
     for config in PRESETS:
-        net = build(config)
+        net = build_model(config)
         shapes = jax.eval_shape(lambda net=net, config=config: step.init_params(net, config, jax.random.key(0)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             name = path_name(path)

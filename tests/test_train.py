@@ -26,7 +26,7 @@ from data_pipeline.input.decode import centre_crop, load
 from rice_jax import train
 from rice_jax.config import from_json
 from rice_jax.retrieval.embeddings import EmbeddingStore, embed
-from rice_jax.retrieval.evaluation import evaluate
+from rice_jax.retrieval.evaluation import evaluate_split
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training import guards, step
 from tests import official
@@ -467,6 +467,6 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_alike_on_fewer(
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_allclose(fewer.encode_images(images), loaded.encode_images(images), atol=1e-6)
     split = open_dataset(converted).split("test")
-    ours, theirs = (evaluate(m, split).figures for m in (fewer, loaded))
+    ours, theirs = (evaluate_split(m, split).figures for m in (fewer, loaded))
     for name in ("recall@1", "recall@3", "recall@5", "recall@10"):
         assert abs(ours[name] - theirs[name]) <= 1 / ours["queries"]

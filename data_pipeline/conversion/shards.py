@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, write_file
-from data_pipeline.layouts.listing import Layout, Line, ListedClip
+from data_pipeline.layouts.listing import ClipListing, Layout, RowLocation
 from data_pipeline.layouts.pictures import PictureFolder, check_picture
 
 
@@ -24,7 +24,7 @@ class ClipEntry:
 
     ordinal: int
     id: str
-    source: Line | ListedClip
+    source: RowLocation | ClipListing
     image_index: int
     product: str  # of its row, or of its shop image where the layout names none for clips
     product_index: int
@@ -169,7 +169,7 @@ def _fault(error: BadInputError, entry: Entry) -> Fault:
     if isinstance(entry, ImageEntry):
         return error.at(error.file or entry.image.reference, 0, f"image {entry.image.id}")
     source = entry.source
-    return error.at(source.file, source.number if isinstance(source, Line) else 0, f"clip {entry.id}")
+    return error.at(source.file, source.number if isinstance(source, RowLocation) else 0, f"clip {entry.id}")
 
 
 def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:

@@ -15,8 +15,8 @@ from data_pipeline.layouts.listing import (
     LINE,
     NONE,
     TABLES,
+    ClipListing,
     Layout,
-    ListedClip,
     Listing,
     Run,
     Table,
@@ -284,7 +284,7 @@ def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
     true_rows: list[int] = []
     for clip in clips:
         try:
-            true_rows.append(true_row(clip, images, galleries))
+            true_rows.append(first_true_image(clip, images, galleries))
         except BadInputError as err:
             faults.append(err.at(clip.file, 0, f"clip {clip.clip_id}"))
             true_rows.append(NONE)
@@ -312,7 +312,7 @@ def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
     return listing
 
 
-def true_row(clip: ListedClip, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
+def first_true_image(clip: ClipListing, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
     """Row of the first true image in the clip's gallery; BadInputError if it cannot be judged."""
     if clip.fault:
         raise clip.fault

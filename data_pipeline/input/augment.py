@@ -30,7 +30,7 @@ RED, GREEN, BLUE, ERASE, ERASE_Y, ERASE_X, ERASE_SIDE = range(8, PICTURE_WORDS)
 ERASED = (123, 117, 104)  # CLIP's mean colour (SPEC 9.5): nothing, to the network
 
 
-def words(seed: int, epoch: int, example: int, picture: int, count: int = PICTURE_WORDS) -> Words:
+def draw_words(seed: int, epoch: int, example: int, picture: int, count: int = PICTURE_WORDS) -> Words:
     """`count` random words of one picture of one example (its row in the split) in one epoch, uint64."""
     return np.random.Philox(
         key=np.array((seed, AUGMENT_STREAM), np.uint64), counter=np.array((0, picture, example, epoch), np.uint64)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, words
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, draw_words
 from data_pipeline.input.decode import Pixels, centre_crop, load
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.sampling import choose_frames
@@ -80,7 +80,7 @@ class Examples:
 
     def _fill(self, slots: Pixels, row: int, epoch: int) -> int:
         """Puts a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
-        clip_words = words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
+        clip_words = draw_words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
         count = int(self.split.columns["frames"][row])
         chosen = choose_frames(count, self.options, clip_words, train=self.train).tolist()
         for slot, pixels in enumerate(self._loaded("clip", row, chosen)):
@@ -91,7 +91,7 @@ class Examples:
     def _finished(self, pixels: Pixels, example: int, epoch: int, picture: int) -> Pixels:
         if not self.train:
             return centre_crop(pixels, self.options)
-        return augment(pixels, self.options, words(self.seed, epoch, example, picture))
+        return augment(pixels, self.options, draw_words(self.seed, epoch, example, picture))
 
     def _loaded(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
         """Pictures of one record, decoded and resized; the record is read only for what the cache does not hold."""

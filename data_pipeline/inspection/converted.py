@@ -12,9 +12,9 @@ from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
 from data_pipeline.format.reader import Dataset, Split, Texts, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
-from data_pipeline.inspection.fingerprints import LOOK, NOTHING, VERSION, key_of, look_at
+from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, VERSION, inspect_picture, key_of
 from data_pipeline.inspection.source import box_faults
-from data_pipeline.inspection.summary import Chart, Examined, Remember
+from data_pipeline.inspection.summary import OnNewFingerprints, PartResult, SplitSummary
 from data_pipeline.layouts.listing import NONE, TABLES
 from data_pipeline.system.workers import Workers
 
@@ -28,13 +28,13 @@ class ConvertedSet:
 
     def __init__(self, path: Path, workers: int) -> None:
         self.path, self.workers = path, workers
-        self.charts: list[Chart] = []
+        self.charts: list[SplitSummary] = []
         self.tables: Mapping[str, Sequence[str]] = {}
         self.faults: list[Fault] = []
         self.remarks: list[str] = []
         self.splits: dict[str, Split] = {}
 
-    def examine(self, known_file: Path, remember: Remember) -> None:
+    def examine(self, known_file: Path, remember: OnNewFingerprints) -> None:
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:
@@ -51,7 +51,7 @@ class ConvertedSet:
         if any(f"{COLUMNS}/{file}.txt" in wrong for file in TABLE_FILES.values()):
             return  # nobody could say what the columns mean
         self.tables = {name: list(Texts(self.path / COLUMNS / f"{file}.txt")) for name, file in TABLE_FILES.items()}
-        with Workers(self.workers, Ward(dataset, known_file)) as workers:
+        with Workers(self.workers, ConvertedContext(dataset, known_file)) as workers:
             damaged = self._check_shards(dataset, workers, set(wrong))
             for name in dataset.splits:
                 if any(each.startswith(f"{COLUMNS}/{name}-") for each in wrong):
@@ -73,7 +73,9 @@ class ConvertedSet:
                 self.faults.append(Fault("damaged file", name, f"found a checksum (CRC32C) that disagrees; {MEND}"))
         return {*wrong, *shards} - sound
 
-    def _look(self, workers: Workers, split: Split, kind: str, damaged: set[str], remember: Remember) -> list[Examined]:
+    def _look(
+        self, workers: Workers, split: Split, kind: str, damaged: set[str], remember: OnNewFingerprints
+    ) -> list[PartResult]:
         total = split.num_clips if kind == "clip" else split.num_images
         tasks = (
             (split.name, kind, begin, end, _shard(split, kind, begin) not in damaged)
@@ -90,19 +92,19 @@ class ConvertedSet:
 
     # --- for a person -------------------------------------------------------------------------------------------------
 
-    def frame_name(self, chart: Chart, clip: int, frame: int) -> str:
+    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
         return f"{_where(self.splits[chart.split], 'clip', clip)} frame {frame}"
 
-    def image_name(self, chart: Chart, image: int) -> str:
+    def image_name(self, chart: SplitSummary, image: int) -> str:
         return _where(self.splits[chart.split], "image", image)
 
-    def clip_source(self, chart: Chart, clip: int) -> tuple[str, int]:
+    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
         return _where(self.splits[chart.split], "clip", clip), 0
 
-    def frame(self, chart: Chart, clip: int, frame: int) -> bytes:
+    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
         return self.splits[chart.split].clip(clip).frames[frame]
 
-    def image(self, chart: Chart, image: int) -> bytes:
+    def image(self, chart: SplitSummary, image: int) -> bytes:
         return self.splits[chart.split].image(image).encoded
 
     def picture(self, fault: Fault) -> bytes | None:
@@ -124,14 +126,14 @@ def _without(error: Exception, place: object) -> str:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-class Ward:
+class ConvertedContext:
     """What the workers share: the set, and what earlier runs saw."""
 
     def __init__(self, dataset: Dataset, known_file: Path) -> None:
         self.dataset, self.known_file = dataset, known_file
 
     def __reduce__(self) -> tuple[type["Ward"], tuple[Dataset, Path]]:
-        return Ward, (self.dataset, self.known_file)
+        return ConvertedContext, (self.dataset, self.known_file)
 
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
@@ -147,16 +149,16 @@ class Ward:
         return {name: Texts(self.dataset.path / COLUMNS / f"{file}.txt") for name, file in TABLE_FILES.items()}
 
 
-def shard_crc(ward: Ward, name: str) -> int:
+def shard_crc(ward: ConvertedContext, name: str) -> int:
     return file_crc(ward.dataset.path / name)
 
 
-def examine_shard(ward: Ward, split_name: str, kind: str, begin: int, end: int, sound: bool) -> Examined:
+def examine_shard(ward: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool) -> PartResult:
     """Reads a shard's records, holds them against the columns and looks at their pictures (in a worker).
 
     sound: its checksum is the manifest's, so that what an earlier run saw in it is there still.
     """
-    split, result = ward.splits[split_name], Examined()
+    split, result = ward.splits[split_name], PartResult()
     looks: list[NDArray[np.void]] = []
     fresh: list[NDArray[np.void]] = []
     for row in range(begin, end):
@@ -171,12 +173,12 @@ def examine_shard(ward: Ward, split_name: str, kind: str, begin: int, end: int, 
         fresh += seen if not faults else []
         result.faults += faults
     result.faults = list(dict.fromkeys(result.faults))  # what is wrong with a shard as a whole, every record tells
-    result.looks, result.fresh = np.array(looks, LOOK), np.array(fresh, LOOK)
+    result.looks, result.fresh = np.array(looks, FINGERPRINT), np.array(fresh, FINGERPRINT)
     return result
 
 
 def _examine_record(
-    ward: Ward, split: Split, kind: str, row: int, keys: Sequence[int]
+    ward: ConvertedContext, split: Split, kind: str, row: int, keys: Sequence[int]
 ) -> tuple[list[NDArray[np.void]], list[Fault]]:
     """A look at each of a record's pictures, as many as the columns say, and what is wrong with the record."""
     place, where = split.where(kind, row), _where(split, kind, row)
@@ -195,7 +197,7 @@ def _examine_record(
     for frame, (data, key) in enumerate(zip(pictures, keys, strict=False)):
         name = f"{where} frame {frame}" if kind == "clip" else where
         try:
-            seen = look_at(data, name, key, named=False)
+            seen = inspect_picture(data, name, key, named=False)
         except BadInputError as err:
             errors.append(err)
             continue
@@ -213,7 +215,9 @@ def _key(split: Split, kind: str, row: int, frame: int) -> int:
     return key_of(f"{VERSION}\0{place}\0{size}\0{crc}\0{frame}")
 
 
-def _disagreements(ward: Ward, split: Split, row: int, record: ClipRecord | ImageRecord) -> Iterator[BadInputError]:
+def _disagreements(
+    ward: ConvertedContext, split: Split, row: int, record: ClipRecord | ImageRecord
+) -> Iterator[BadInputError]:
     """What a record says otherwise than the columns."""
     pairs: dict[str, tuple[str | int, str | int]]
     if isinstance(record, ImageRecord):
@@ -264,9 +268,9 @@ def _wrong_rows(split: Split) -> Iterator[Fault]:
             yield Fault("true image not in its gallery", where, detail, subject=subject)
 
 
-def _chart(split: Split, images: Sequence[Examined], clips: Sequence[Examined]) -> Chart:
+def _chart(split: Split, images: Sequence[PartResult], clips: Sequence[PartResult]) -> SplitSummary:
     rows = split.columns["image"]
-    return Chart(
+    return SplitSummary(
         split=split.name,
         clip_ids=list(split.clip_ids),
         image_ids=list(split.image_ids),
@@ -276,6 +280,6 @@ def _chart(split: Split, images: Sequence[Examined], clips: Sequence[Examined]) 
         galleries={name: shelf[(shelf >= 0) & (shelf < split.num_images)] for name, shelf in split.galleries.items()},
         truth=split.truth_by_clip if split.name == "test" else {},
         counts=np.array([count for part in clips for count in part.counts], np.int64),
-        looks=np.concatenate([np.zeros(0, LOOK), *(part.looks for part in clips)]),
-        image_looks=np.concatenate([np.zeros(0, LOOK), *(part.looks for part in images)]),
+        looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in clips)]),
+        image_looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in images)]),
     )

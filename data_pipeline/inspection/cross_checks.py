@@ -8,13 +8,13 @@ import numpy as np
 
 from data_pipeline.faults import Fault
 from data_pipeline.inspection import duplicates as twins
-from data_pipeline.inspection.summary import Chart, Patient
+from data_pipeline.inspection.summary import Inspectable, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
 SHOWN_IDS = 5
 
 
-def compare(patient: Patient) -> Iterator[Fault]:
+def compare(patient: Inspectable) -> Iterator[Fault]:
     """Faults between clips, shop images, splits and galleries."""
     charts = patient.charts
     for place, chart in enumerate(charts):
@@ -34,7 +34,7 @@ def compare(patient: Patient) -> Iterator[Fault]:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def _ids_in_both(patient: Patient, chart: Chart, other: Chart) -> Iterator[Fault]:
+def _ids_in_both(patient: Inspectable, chart: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
     rows = {clip_id: row for row, clip_id in enumerate(chart.clip_ids)}
     for clip_id in other.clip_ids:
         if clip_id in rows:
@@ -43,10 +43,10 @@ def _ids_in_both(patient: Patient, chart: Chart, other: Chart) -> Iterator[Fault
             yield Fault("clip in two splits", file, detail, line, f"clip {clip_id}")
 
 
-def _frames_in_both(patient: Patient, chart: Chart, other: Chart) -> Iterator[Fault]:
+def _frames_in_both(patient: Inspectable, chart: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
     """Evaluation on frames that were trained on proves nothing."""
 
-    def view(of: Chart, row: int) -> bytes:
+    def view(of: SplitSummary, row: int) -> bytes:
         return patient.frame(of, *of.clip_of(row))
 
     found = [(pair, "the same bytes as") for pair in twins.same_bytes(chart.looks, other.looks)]
@@ -63,7 +63,7 @@ def _frames_in_both(patient: Patient, chart: Chart, other: Chart) -> Iterator[Fa
         yield Fault(f"frame in {chart.split} and {other.split}", file, detail, 0, f"clip {chart.clip_ids[clip]}")
 
 
-def _frames_of_two_products(patient: Patient, chart: Chart) -> Iterator[Fault]:
+def _frames_of_two_products(patient: Inspectable, chart: SplitSummary) -> Iterator[Fault]:
     """One frame, two labels; in a livestream that may be so, in a batch each is the other's negative."""
     for one, two in twins.same_bytes(chart.looks):
         (clip, frame), (other_clip, other_frame) = chart.clip_of(one), chart.clip_of(two)
@@ -79,12 +79,12 @@ def _frames_of_two_products(patient: Patient, chart: Chart) -> Iterator[Fault]:
 # --- shop images ------------------------------------------------------------------------------------------------------
 
 
-def _product(chart: Chart, image: int) -> object:
+def _product(chart: SplitSummary, image: int) -> object:
     product = int(chart.image_products[image])
     return product if product != NONE else chart.image_ids[image]
 
 
-def _shop_images(patient: Patient) -> Iterator[Fault]:
+def _shop_images(patient: Inspectable) -> Iterator[Fault]:
     """One picture under two products, and two pictures under one id, in whatever splits."""
     where = [(chart, row) for chart in patient.charts for row in range(len(chart.image_ids))]
     if not where:
@@ -111,7 +111,7 @@ def _shop_images(patient: Patient) -> Iterator[Fault]:
             yield _two_products(patient, here, there, what, galleries)
 
 
-def _shelves(charts: Sequence[Chart]) -> dict[str, set[tuple[str, str]]]:
+def _shelves(charts: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
     """Image id -> the galleries (split, livestream) that show it."""
     shelves: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
     for chart in charts:
@@ -123,9 +123,9 @@ def _shelves(charts: Sequence[Chart]) -> dict[str, set[tuple[str, str]]]:
 
 
 def _two_products(
-    patient: Patient,
-    here: tuple[Chart, int],
-    there: tuple[Chart, int],
+    patient: Inspectable,
+    here: tuple[SplitSummary, int],
+    there: tuple[SplitSummary, int],
     what: str,
     galleries: dict[str, set[tuple[str, str]]],
 ) -> Fault:
@@ -144,7 +144,9 @@ def _two_products(
     return Fault(reason, file, detail, 0, f"image {ids[1]}")
 
 
-def _two_pictures(patient: Patient, here: tuple[Chart, int], there: tuple[Chart, int], image_id: str) -> Fault:
+def _two_pictures(
+    patient: Inspectable, here: tuple[SplitSummary, int], there: tuple[SplitSummary, int], image_id: str
+) -> Fault:
     file = patient.image_name(*there)
     other = patient.image_name(*here)
     detail = f"found another picture than {other} under the same id, needs one an id; see which is right."
@@ -154,7 +156,7 @@ def _two_pictures(patient: Patient, here: tuple[Chart, int], there: tuple[Chart,
 # --- queries and ids --------------------------------------------------------------------------------------------------
 
 
-def _galleries(patient: Patient, chart: Chart) -> Iterator[Fault]:
+def _galleries(patient: Inspectable, chart: SplitSummary) -> Iterator[Fault]:
     for livestream, images in chart.galleries.items():
         rows, counts = np.unique(images[images != NONE], return_counts=True)
         for row in rows[counts > 1].tolist():
@@ -164,7 +166,7 @@ def _galleries(patient: Patient, chart: Chart) -> Iterator[Fault]:
             yield Fault("image twice in a gallery", file, detail, 0, f"image {chart.image_ids[row]}")
 
 
-def _queries(chart: Chart) -> Iterator[Fault]:
+def _queries(chart: SplitSummary) -> Iterator[Fault]:
     """Recall divides by the truth file: what it names and no clip shows counts as a miss."""
     for clip_id in sorted(set(chart.truth) - set(chart.clip_ids)):
         detail = "found no clip for this entry of the truth, needs one: it counts as missed in every Recall; "
@@ -172,7 +174,7 @@ def _queries(chart: Chart) -> Iterator[Fault]:
         yield Fault("truth without query", chart.split, detail, 0, f"clip {clip_id}")
 
 
-def _alike_ids(patient: Patient) -> Iterator[Fault]:
+def _alike_ids(patient: Inspectable) -> Iterator[Fault]:
     """Ids that a person takes for one another are mostly one id, mistyped."""
     kinds: list[tuple[str, Iterable[str]]] = [
         ("clip", {clip_id for chart in patient.charts for clip_id in chart.clip_ids}),

@@ -22,12 +22,12 @@ ALL_PAIRS = 1_000_000_000  # up to so many pairs every one is compared; beyond, 
 BLOCK = 1 << 22  # pairs at once
 MAX_BUCKET = 2_000  # pictures that share a quarter of the hash: more are a white ground, not a picture
 
-Look = NDArray[np.void]
+Fingerprints = NDArray[np.void]
 Hashes = NDArray[np.uint64]
 Pair = tuple[int, int]
 
 
-def same_bytes(looks: Look, others: Look | None = None) -> Iterator[Pair]:
+def same_bytes(looks: Fingerprints, others: Fingerprints | None = None) -> Iterator[Pair]:
     """(row, row of others) of pictures with the same bytes: each of `others` with the first of `looks` like it.
 
     others None: each of `looks` with the first before it.
@@ -46,7 +46,7 @@ def same_bytes(looks: Look, others: Look | None = None) -> Iterator[Pair]:
 
 
 def same_picture(
-    looks: Look, others: Look | None, view: Callable[[int], bytes], view_other: Callable[[int], bytes]
+    looks: Fingerprints, others: Fingerprints | None, view: Callable[[int], bytes], view_other: Callable[[int], bytes]
 ) -> Iterator[Pair]:
     """(row, row of others) of pictures with other bytes that show the same, or one the mirror image of the other.
 
@@ -72,7 +72,7 @@ def same_picture(
                 yield one, other
 
 
-def _alike(looks: Look, others: Look, side: int, *, within: bool) -> Iterator[Pair]:
+def _alike(looks: Fingerprints, others: Fingerprints, side: int, *, within: bool) -> Iterator[Pair]:
     """Pairs that the hash and the thumbnail propose; side -1: with the mirror images of `others`."""
     seen, other_seen = shows_something(looks), shows_something(others)
     whole = len(looks) * len(others) <= ALL_PAIRS

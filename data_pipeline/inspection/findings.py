@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.summary import UNLISTED, Chart, Patient
+from data_pipeline.inspection.summary import UNLISTED, Inspectable, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
 # Kinds that a conversion takes and that leave training and its figures what they are; every other kind is an error.
@@ -84,12 +84,12 @@ class Findings:
         }
 
 
-def distributions(patient: Patient) -> dict[str, Any]:
+def distributions(patient: Inspectable) -> dict[str, Any]:
     """By split: counts, and how clips spread over products, categories, livestreams, types, lengths and sizes."""
     return {chart.split: _of_split(chart, patient.tables) for chart in patient.charts}
 
 
-def _of_split(chart: Chart, tables: Any) -> dict[str, Any]:
+def _of_split(chart: SplitSummary, tables: Any) -> dict[str, Any]:
     sound, sound_images = (looks[looks["key"] > 0] for looks in (chart.looks, chart.image_looks))
     sizes = [len(images) for images in chart.galleries.values()]
     spread = {name: _spread(column, tables.get(name, ())) for name, column in chart.columns.items()}

@@ -22,7 +22,7 @@ from data_pipeline.format.tfrecord import HEADER, OVERHEAD, frame_record, unfram
 from data_pipeline.input.decode import UNREADABLE, simplejpeg
 from data_pipeline.layouts.pictures import PictureFolder, decode_picture
 
-LOOK = np.dtype(
+FINGERPRINT = np.dtype(
     [
         ("key", "<u8"),  # of the file as it was; 0: no sound picture
         ("digest", "<u8"),  # of its bytes
@@ -43,7 +43,7 @@ ODD_MODES = {"CMYK": "inks (CMYK)", "I": "32 bits", "F": "floats", "I;16": "16 b
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Inspected:
     """A picture that was looked at: what was seen, and what is odd about it."""
 
     look: NDArray[np.void]  # LOOK, of shape ()
@@ -51,7 +51,7 @@ class Seen:
     known: bool = False  # from an earlier run
 
 
-NOTHING = np.zeros((), LOOK)
+NOTHING = np.zeros((), FINGERPRINT)
 
 
 def shows_something(looks: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -61,24 +61,24 @@ def shows_something(looks: NDArray[np.void]) -> NDArray[np.bool_]:
     return seen & (looks["key"] > 0) & (np.minimum(looks["width"], looks["height"]) >= MIN_SIDE)
 
 
-def look_at(data: bytes, path: str, key: int = 1, *, named: bool = True) -> Seen:
+def inspect_picture(data: bytes, path: str, key: int = 1, *, named: bool = True) -> Inspected:
     """A picture's bytes looked at. BadInputError (raised) if a conversion would refuse it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-        return _look_at(data, path, key, named)
+        return _inspect_picture(data, path, key, named)
 
 
-def _look_at(data: bytes, path: str, key: int, named: bool) -> Seen:
+def _inspect_picture(data: bytes, path: str, key: int, named: bool) -> Inspected:
     picture = decode_picture(data, path, named=named)
     rgb = _rgb(picture)
     brightness = np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
-    look = np.zeros((), LOOK)
+    look = np.zeros((), FINGERPRINT)
     look["key"], look["digest"] = key, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     look["hash"], look["mirror"] = _hash(brightness), _hash(brightness[:, ::-1])
     look["width"], look["height"] = picture.size
     look["thumb"] = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX))
     problems = [BadInputError(reason, detail, path) for reason, detail in _oddities(picture, rgb, look["thumb"], data)]
-    return Seen(look, problems)
+    return Inspected(look, problems)
 
 
 def _hash(brightness: NDArray[np.int16]) -> np.uint64:
@@ -155,14 +155,14 @@ class Viewer:
         self.folder = PictureFolder(root)
         self.known = known  # LOOK, sorted by key
 
-    def look(self, picture: Picture) -> Seen:
+    def look(self, picture: Picture) -> Inspected:
         """BadInputError: it cannot be used."""
         key = self._key(picture)
         at = int(np.searchsorted(self.known["key"], np.uint64(key)))
         if key and at < len(self.known) and int(self.known["key"][at]) == key:
-            return Seen(self.known[at], known=True)
+            return Inspected(self.known[at], known=True)
         data = self.folder.read(picture)
-        return look_at(data, f"{picture.path}/{picture.member}" if picture.member else picture.path, key)
+        return inspect_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path, key)
 
     def _key(self, picture: Picture) -> int:
         """64 bits of where a picture lies and of its file's size and time; 0 where it cannot be read."""
@@ -185,16 +185,16 @@ def key_of(text: str) -> int:
 def load_known(path: Path) -> NDArray[np.void]:
     """Looks of earlier runs, sorted by key. What is damaged at the file's end, as a kill leaves it, is cut off."""
     data = path.read_bytes() if path.exists() else b""
-    blocks, end = [np.zeros(0, LOOK)], 0
+    blocks, end = [np.zeros(0, FINGERPRINT)], 0
     while end + OVERHEAD <= len(data):
         size = HEADER.unpack_from(data, end)[0] + OVERHEAD
         try:
             block = unframe_record(data[end : end + size])
         except ValueError:
             break
-        if len(block) % LOOK.itemsize:
+        if len(block) % FINGERPRINT.itemsize:
             break
-        blocks.append(np.frombuffer(block, LOOK))
+        blocks.append(np.frombuffer(block, FINGERPRINT))
         end += size
     if end < len(data):
         os.truncate(path, end)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipeline.faults import Fault
 from data_pipeline.input.decode import decode
-from data_pipeline.inspection.summary import Chart, Patient
+from data_pipeline.inspection.summary import Inspectable, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
 SIDE, GAP = 72, 2  # px: a thumb, and what lies between two
@@ -29,7 +29,7 @@ vertical-align:top;overflow-wrap:anywhere}td.n{text-align:right;white-space:nowr
 img{max-width:100%;image-rendering:auto}details{margin:.3rem 0}code{font-size:90%}"""
 
 
-def make_page(title: str, report: dict[str, Any], patient: Patient) -> str:
+def make_page(title: str, report: dict[str, Any], patient: Inspectable) -> str:
     verdict = (
         '<p class="safe">Nothing that makes training unsafe was found.</p>'
         if report["safe"]
@@ -68,7 +68,7 @@ def _counts(report: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _faults(report: dict[str, Any], patient: Patient) -> Iterator[str]:
+def _faults(report: dict[str, Any], patient: Inspectable) -> Iterator[str]:
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for fault in report["faults"]:
         by_kind.setdefault(fault["kind"], []).append(fault)
@@ -123,7 +123,7 @@ def _bars(items: Iterable[tuple[str, int]]) -> str:
     )
 
 
-def _thumbs(patient: Patient, faults: Sequence[dict[str, Any]]) -> str:
+def _thumbs(patient: Inspectable, faults: Sequence[dict[str, Any]]) -> str:
     """The pictures that faults are about, in their order, as far as they can be shown at all."""
     shown = []
     for fault in faults[:SHOWN_PICTURES]:
@@ -137,7 +137,7 @@ def _thumbs(patient: Patient, faults: Sequence[dict[str, Any]]) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _sheet(patient: Patient, chart: Chart) -> str:
+def _sheet(patient: Inspectable, chart: SplitSummary) -> str:
     """Clips evenly spaced over the split, two a row: the shop image, then frames from the first to the last."""
     if not len(chart.counts):
         return "<p>None.</p>"
@@ -152,7 +152,7 @@ def _sheet(patient: Patient, chart: Chart) -> str:
     return f'<img alt="{_text(chart.split)}" src="{_source(sheet)}">'
 
 
-def _pictures(patient: Patient, chart: Chart, clip: int) -> Iterator[bytes | None]:
+def _pictures(patient: Inspectable, chart: SplitSummary, clip: int) -> Iterator[bytes | None]:
     image, count = int(chart.images_of[clip]), int(chart.counts[clip])
     yield patient.image(chart, image) if image != NONE and chart.image_looks["key"][image] else None
     begin = int(chart.ends[clip]) - count

@@ -15,10 +15,10 @@ from data_pipeline.conversion.shards import scale_boxes
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box, Picture, ShopImage
-from data_pipeline.inspection.fingerprints import LOOK, NOTHING, Viewer
-from data_pipeline.inspection.summary import UNLISTED, Chart, Examined, Remember
+from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, Viewer
+from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
-from data_pipeline.layouts.listing import TABLES, Layout, Line, ListedClip, Listing, Run
+from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, Run
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.layouts.pictures import SUFFIXES, PictureFolder
 from data_pipeline.system.workers import Workers
@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 @dataclasses.dataclass
-class Surgery:
+class SourceContext:
     """What the workers share: the layout, and what earlier runs saw."""
 
     layout: Layout
@@ -52,7 +52,7 @@ class RawSource:
 
     def __init__(self, layout: Layout, splits: Sequence[str], workers: int) -> None:
         self.layout, self.splits, self.workers = layout, splits, workers
-        self.charts: list[Chart] = []
+        self.charts: list[SplitSummary] = []
         self.listings: list[Listing] = []
         self.tables: Mapping[str, Sequence[str]] = {}
         self.faults: list[Fault] = []
@@ -107,18 +107,18 @@ class RawSource:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def examine(self, known_file: Path, remember: Remember) -> None:
+    def examine(self, known_file: Path, remember: OnNewFingerprints) -> None:
         """Looks at every picture; what is seen is handed to `remember` part by part."""
         names = [hash_names(self.layout.copies)]
 
-        def take(part: Examined) -> Examined:
+        def take(part: PartResult) -> PartResult:
             remember(part.fresh)
             self.faults += part.faults
             self.failed += part.failed
             names.append(part.names)
             return part
 
-        with Workers(self.workers, Surgery(self.layout, known_file)) as workers:
+        with Workers(self.workers, SourceContext(self.layout, known_file)) as workers:
             for listing in self.listings:
                 images = list(map(take, _look_at_images(workers, listing)))
                 clips = list(map(take, _look_at_clips(workers, listing)))
@@ -127,7 +127,7 @@ class RawSource:
                 self._look_at_others(workers, np.unique(np.concatenate(names)), take)
 
     def _look_at_others(
-        self, workers: Workers, named: NDArray[np.uint64], take: Callable[[Examined], Examined]
+        self, workers: Workers, named: NDArray[np.uint64], take: Callable[[PartResult], PartResult]
     ) -> None:
         """Pictures of the folder that no list names: no part of the training, and worth knowing when they are bad."""
         others = list(_pictures_below(self.layout.source))
@@ -144,16 +144,16 @@ class RawSource:
 
     # --- for a person -------------------------------------------------------------------------------------------------
 
-    def frame_name(self, chart: Chart, clip: int, frame: int) -> str:
+    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
         return _name(self._frame(chart, clip, frame))
 
-    def image_name(self, chart: Chart, image: int) -> str:
+    def image_name(self, chart: SplitSummary, image: int) -> str:
         return _name(self.layout.read_image(self._listing(chart).images[image], chart.split))
 
-    def frame(self, chart: Chart, clip: int, frame: int) -> bytes:
+    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
         return self._folder.read(self._frame(chart, clip, frame))
 
-    def image(self, chart: Chart, image: int) -> bytes:
+    def image(self, chart: SplitSummary, image: int) -> bytes:
         return self._folder.read(self.layout.read_image(self._listing(chart).images[image], chart.split))
 
     def picture(self, fault: Fault) -> bytes | None:
@@ -164,19 +164,19 @@ class RawSource:
         except BadInputError:
             return None
 
-    def clip_source(self, chart: Chart, clip: int) -> tuple[str, int]:
+    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
         """File and line that list a clip."""
         source = self._listing(chart).source(clip)
-        return source.file, source.number if isinstance(source, Line) else 0
+        return source.file, source.number if isinstance(source, RowLocation) else 0
 
     @functools.cached_property
     def _folder(self) -> PictureFolder:
         return PictureFolder(self.layout.source)
 
-    def _listing(self, chart: Chart) -> Listing:
+    def _listing(self, chart: SplitSummary) -> Listing:
         return next(listing for listing in self.listings if listing.split == chart.split)
 
-    def _frame(self, chart: Chart, clip: int, frame: int) -> Picture:
+    def _frame(self, chart: SplitSummary, clip: int, frame: int) -> Picture:
         _, found = self.layout.find_frames(self._listing(chart).source(clip), chart.split)
         picture = found[frame].picture
         assert isinstance(picture, Picture)  # its look is sound
@@ -213,7 +213,7 @@ def _pictures_below(root: Path) -> Iterator[str]:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _look_at_images(workers: Workers, listing: Listing) -> Iterator[Examined]:
+def _look_at_images(workers: Workers, listing: Listing) -> Iterator[PartResult]:
     images = listing.images
     tasks = ((listing.split, images[at : at + IMAGES_A_TASK]) for at in range(0, len(images), IMAGES_A_TASK))
     return workers.run(
@@ -226,8 +226,8 @@ def _look_at_images(workers: Workers, listing: Listing) -> Iterator[Examined]:
     )
 
 
-def _look_at_clips(workers: Workers, listing: Listing) -> Iterator[Examined]:
-    def task(begin: int) -> tuple[str, list[tuple[str, Line | ListedClip]]]:
+def _look_at_clips(workers: Workers, listing: Listing) -> Iterator[PartResult]:
+    def task(begin: int) -> tuple[str, list[tuple[str, RowLocation | ClipListing]]]:
         rows = range(begin, min(len(listing), begin + CLIPS_A_TASK))
         return listing.split, [(listing.clip_ids[row].decode(), listing.source(row)) for row in rows]
 
@@ -254,7 +254,7 @@ class _Part:
         self.looks: list[NDArray[np.void]] = []
         self.fresh: list[NDArray[np.void]] = []
         self.names: list[str] = []
-        self.result = Examined()
+        self.result = PartResult()
 
     def look(self, found: Picture | BadInputError | None, fault: Callable[[BadInputError], Fault]) -> NDArray[np.void]:
         look: NDArray[np.void] = NOTHING
@@ -276,14 +276,14 @@ class _Part:
         self.looks.append(look)
         return look
 
-    def close(self) -> Examined:
-        self.result.looks = np.array(self.looks, LOOK)
-        self.result.fresh = np.array(self.fresh, LOOK)
+    def close(self) -> PartResult:
+        self.result.looks = np.array(self.looks, FINGERPRINT)
+        self.result.fresh = np.array(self.fresh, FINGERPRINT)
         self.result.names = hash_names(self.names)
         return self.result
 
 
-def examine_images(surgery: Surgery, split: str, images: Sequence[ShopImage]) -> Examined:
+def examine_images(surgery: SourceContext, split: str, images: Sequence[ShopImage]) -> PartResult:
     """Looks at shop images (in a worker)."""
     part = _Part(surgery.viewer)
     for image in images:
@@ -296,11 +296,13 @@ def examine_images(surgery: Surgery, split: str, images: Sequence[ShopImage]) ->
     return part.close()
 
 
-def examine_clips(surgery: Surgery, split: str, clips: Sequence[tuple[str, Line | ListedClip]]) -> Examined:
+def examine_clips(
+    surgery: SourceContext, split: str, clips: Sequence[tuple[str, RowLocation | ClipListing]]
+) -> PartResult:
     """Looks at the frames of clips, and holds their boxes against them (in a worker)."""
     part = _Part(surgery.viewer)
     for clip_id, source in clips:
-        number = source.number if isinstance(source, Line) else 0
+        number = source.number if isinstance(source, RowLocation) else 0
         fault = lambda err, file=source.file, number=number, clip=clip_id: err.at(file, number, f"clip {clip}")
         try:
             listed, found = surgery.layout.find_frames(source, split)
@@ -329,7 +331,7 @@ def examine_clips(surgery: Surgery, split: str, clips: Sequence[tuple[str, Line 
     return part.close()
 
 
-def examine_others(surgery: Surgery, paths: Sequence[str]) -> Examined:
+def examine_others(surgery: SourceContext, paths: Sequence[str]) -> PartResult:
     """Looks at pictures that no list names (in a worker)."""
     part = _Part(surgery.viewer)
     for path in paths:
@@ -354,8 +356,8 @@ def box_faults(boxes: Sequence[Box], picture: Picture, look: NDArray[np.void], n
             yield BadInputError("box outside the frame", detail)
 
 
-def _chart(listing: Listing, images: Sequence[Examined], clips: Sequence[Examined]) -> Chart:
-    return Chart(
+def _chart(listing: Listing, images: Sequence[PartResult], clips: Sequence[PartResult]) -> SplitSummary:
+    return SplitSummary(
         split=listing.split,
         clip_ids=[each.decode() for each in listing.clip_ids.tolist()],
         image_ids=[image.id for image in listing.images],
@@ -365,6 +367,6 @@ def _chart(listing: Listing, images: Sequence[Examined], clips: Sequence[Examine
         galleries={name: np.array(rows, np.int32) for name, rows in listing.galleries.items()},
         truth=listing.truth,
         counts=np.array([count for part in clips for count in part.counts], np.int64),
-        looks=np.concatenate([np.zeros(0, LOOK), *(part.looks for part in clips)]),
-        image_looks=np.concatenate([np.zeros(0, LOOK), *(part.looks for part in images)]),
+        looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in clips)]),
+        image_looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in images)]),
     )

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.fingerprints import LOOK
+from data_pipeline.inspection.fingerprints import FINGERPRINT
 
 UNLISTED = "named by no list"  # the subject of faults of pictures that are no part of the training
 
 
 @dataclasses.dataclass
-class Chart:
+class SplitSummary:
     """One split: clips and shop images by row, and a look at every picture. Rows and table numbers of -1: none."""
 
     split: str
@@ -40,28 +40,28 @@ class Chart:
         return clip, frame - int(self.ends[clip] - self.counts[clip])
 
 
-class Patient(Protocol):
+class Inspectable(Protocol):
     """What is examined: a source folder or a converted set."""
 
-    charts: list[Chart]
+    charts: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts that the columns count in
     faults: list[Fault]
     remarks: list[str]
     knows_products: bool  # else each shop image is its own
 
-    def frame_name(self, chart: Chart, clip: int, frame: int) -> str:
+    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
         """Where a frame is, for a person."""
 
-    def image_name(self, chart: Chart, image: int) -> str:
+    def image_name(self, chart: SplitSummary, image: int) -> str:
         """The same of a shop image."""
 
-    def clip_source(self, chart: Chart, clip: int) -> tuple[str, int]:
+    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
         """File and line (0: none) that list a clip."""
 
-    def frame(self, chart: Chart, clip: int, frame: int) -> bytes:
+    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
         """The bytes of a sound frame."""
 
-    def image(self, chart: Chart, image: int) -> bytes:
+    def image(self, chart: SplitSummary, image: int) -> bytes:
         """The bytes of a sound shop image."""
 
     def picture(self, fault: Fault) -> bytes | None:
@@ -69,15 +69,15 @@ class Patient(Protocol):
 
 
 @dataclasses.dataclass
-class Examined:
+class PartResult:
     """What came of some clips or shop images: the looks one after the other, and how many each has."""
 
-    looks: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LOOK))
+    looks: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, FINGERPRINT))
     counts: list[int] = dataclasses.field(default_factory=list)
-    fresh: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LOOK))  # to be remembered
+    fresh: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, FINGERPRINT))  # to be remembered
     faults: list[Fault] = dataclasses.field(default_factory=list)
     failed: int = 0  # downloads known to have failed
     names: NDArray[np.uint64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))  # of files, hashed
 
 
-Remember = Callable[[NDArray[np.void]], None]
+OnNewFingerprints = Callable[[NDArray[np.void]], None]

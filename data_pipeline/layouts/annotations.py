@@ -16,7 +16,7 @@ from data_pipeline.format.schema import Box, Clip, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.input.sampling import sample_frames
 from data_pipeline.layouts.img2dataset import name_of
-from data_pipeline.layouts.listing import Line, ListedClip, Row, TextLayout
+from data_pipeline.layouts.listing import ClipListing, Row, RowLocation, TextLayout
 from data_pipeline.layouts.pictures import SUFFIXES
 
 TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
@@ -42,7 +42,7 @@ def stored_positions(count: int, stored_frames: int | None) -> tuple[int, ...]:
 
 
 def clip_of(
-    listed: Row | ListedClip, frames: tuple[Picture, ...], positions: tuple[int, ...], num_frames: int, failed: int = 0
+    listed: Row | ClipListing, frames: tuple[Picture, ...], positions: tuple[int, ...], num_frames: int, failed: int = 0
 ) -> Clip:
     """The clip of a training row or of a query, with the frames that are to be stored.
 
@@ -54,12 +54,12 @@ def clip_of(
         frames=frames,
         positions=positions,
         original_frames=num_frames,
-        image_ids=listed.truth if isinstance(listed, ListedClip) else (listed.image_id,),
+        image_ids=listed.truth if isinstance(listed, ClipListing) else (listed.image_id,),
         boxes=None if listed.boxes is None else tuple(listed.boxes[position] for position in positions),
         speech=listed.speech,
         failed_downloads=failed,
     )
-    if isinstance(listed, ListedClip):
+    if isinstance(listed, ClipListing):
         return clip
     return dataclasses.replace(
         clip,
@@ -228,7 +228,7 @@ def lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[
             offset += len(line)
 
 
-def read_line(root: Path, line: Line) -> Row:
+def read_line(root: Path, line: RowLocation) -> Row:
     with open(root / line.file, "rb") as file:
         file.seek(line.offset)
         return parse_row(file.read(line.length))
@@ -244,7 +244,7 @@ def queries(
     frames_of: Callable[[T], tuple[str, ...]],
     truth: Mapping[str, tuple[str, ...]],
     list_faults: list[Fault],
-) -> tuple[list[ListedClip], list[Fault]]:
+) -> tuple[list[ClipListing], list[Fault]]:
     """The test clips that `file` lists, with their truth, boxes and speech; and a fault for each of the others.
 
     entries: what the file says of each clip id, from which `frames_of` makes its frames.
@@ -258,7 +258,7 @@ def queries(
         try:
             frames = frames_of(entry)
             of_frame = [boxes.get(name_of(frame)) for frame in frames]
-            clip = ListedClip(
+            clip = ClipListing(
                 clip_id=checked_id(clip_id, "clip"),
                 livestream=livestream_of(clip_id),
                 frames=frames,

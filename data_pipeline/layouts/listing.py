@@ -46,7 +46,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Line:
+class RowLocation:
     """Where a training row stands: enough to read it again, so that nobody needs to keep its frames."""
 
     file: str  # relative to the source folder
@@ -56,7 +56,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ListedClip:
+class ClipListing:
     """A clip that no training list has a line of, as its layout lists it: those of test, and all of a folder's."""
 
     clip_id: str
@@ -92,10 +92,10 @@ class Layout(Protocol):
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
         """Size and CRC32C, by name, of all that says what the splits are: a conversion of other ones is another."""
 
-    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ClipListing) -> Sequence[str]:
         """The frames whose place must be looked up for all clips at once; none where a path says it."""
 
-    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
         """The clips of a split without a training list, and what is wrong with those that have no place among them."""
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
@@ -107,10 +107,10 @@ class Layout(Protocol):
     def locate(self, listings: Sequence["Listing"], run: Run, work: Path) -> list[str]:
         """Finds the pictures that paths do not say, before the first is opened; lines for the report."""
 
-    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
+    def read_clip(self, source: RowLocation | ClipListing, split: str) -> Clip:
         """A listed clip with its pictures to be stored; BadInputError."""
 
-    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
+    def find_frames(self, source: RowLocation | ClipListing, split: str) -> tuple[Row | ClipListing, list[FoundFrame]]:
         """A listed clip, and all of its stored frames that `read_clip` would look for; BadInputError: none can be."""
 
     def read_image(self, image: ShopImage, split: str) -> Picture:
@@ -162,18 +162,18 @@ class Listing:
     lost_images: int = 0  # rows of the gallery file that are at fault
     lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # of a list: one a clip
     files: list[str] = dataclasses.field(default_factory=list)  # what LINE's `file` counts, relative to the source
-    clips: list[ListedClip] = dataclasses.field(default_factory=list)  # where there are no lines: one a clip
+    clips: list[ClipListing] = dataclasses.field(default_factory=list)  # where there are no lines: one a clip
     truth: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # test: all of the truth file
     image_products: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # one an image
 
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def source(self, ordinal: int) -> Line | ListedClip:
+    def source(self, ordinal: int) -> RowLocation | ClipListing:
         if self.clips:
             return self.clips[ordinal]
         file, number, offset, length = self.lines[ordinal].item()
-        return Line(self.files[file], number, offset, length)
+        return RowLocation(self.files[file], number, offset, length)
 
 
 def sort_images(listing: Listing) -> None:

@@ -13,7 +13,7 @@ from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
 from data_pipeline.layouts.img2dataset import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
-from data_pipeline.layouts.listing import FoundFrame, Layout, Line, ListedClip, Listing, Row, Run
+from data_pipeline.layouts.listing import ClipListing, FoundFrame, Layout, Listing, Row, RowLocation, Run
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
 OUTPUTS = ("image", "frame")
@@ -62,7 +62,7 @@ class Lpr4m:
     def shop_image(self, row: Row, split: str) -> ShopImage:
         return ShopImage(row.image_id, row.image_id, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ClipListing) -> Sequence[str]:
         positions = annotations.stored_positions(len(listed.frames), self.stored_frames)
         return [name_of(listed.frames[position]) for position in positions]
 
@@ -74,7 +74,7 @@ class Lpr4m:
         path = annotations.find_one(self.source, TRUTH, needed_for="the test split")
         return annotations.load_id_lists(path, self.faults)
 
-    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
         """Clips of the test frames: LPR4M has no list of its queries, a frame's id begins with its clip's."""
         urls = self._frame_urls()
         names: dict[str, list[str]] = {}
@@ -132,13 +132,13 @@ class Lpr4m:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
-        listed = source if isinstance(source, ListedClip) else annotations.read_line(self.source, source)
+    def read_clip(self, source: RowLocation | ClipListing, split: str) -> Clip:
+        listed = source if isinstance(source, ClipListing) else annotations.read_line(self.source, source)
         frames, positions, existing, failed = self._frames(listed.frames, _output(split, "frame"))
         return annotations.clip_of(listed, frames, positions, existing, failed)
 
-    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
-        listed = source if isinstance(source, ListedClip) else annotations.read_line(self.source, source)
+    def find_frames(self, source: RowLocation | ClipListing, split: str) -> tuple[Row | ClipListing, list[FoundFrame]]:
+        listed = source if isinstance(source, ClipListing) else annotations.read_line(self.source, source)
         index = self.indices[_output(split, "frame")]
         positions = annotations.stored_positions(len(listed.frames), self.stored_frames)
         names = [name_of(listed.frames[position]) for position in positions]
@@ -220,10 +220,10 @@ def _all_frames(listing: Listing, rows: NDArray[np.int64], run: Run) -> list[NDA
     return list(run(hash_all_frames, tasks, f"{listing.split}: clips with failed downloads", total=len(parts)))
 
 
-def hash_all_frames(layout: Layout, sources: Sequence[Line | ListedClip]) -> NDArray[np.uint64]:
+def hash_all_frames(layout: Layout, sources: Sequence[RowLocation | ClipListing]) -> NDArray[np.uint64]:
     hashes = []
     for source in sources:
-        listed = source if isinstance(source, ListedClip) else annotations.read_line(layout.source, source)
+        listed = source if isinstance(source, ClipListing) else annotations.read_line(layout.source, source)
         hashes.append(hash_names([name_of(text) for text in listed.frames]))
     return np.concatenate(hashes)
 

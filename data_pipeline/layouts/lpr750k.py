@@ -10,7 +10,7 @@ from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import BOXES, NO_IMAGE, SPEECH, TITLES, TRUTH
-from data_pipeline.layouts.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
+from data_pipeline.layouts.listing import ClipListing, FoundFrame, Listing, Row, RowLocation, Run
 from data_pipeline.layouts.pictures import SUFFIXES, PictureFolder
 
 QUERIES, GALLERY = "query_tenframes.json", "gallery_main.txt"
@@ -62,7 +62,7 @@ class Lpr750k:
             )
         return ShopImage(row.image_id, row.image_path, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ClipListing) -> Sequence[str]:
         return ()
 
     def locate(self, listings: Sequence[Listing], run: Run, work: Path) -> list[str]:
@@ -79,7 +79,7 @@ class Lpr750k:
     def truth(self) -> dict[str, tuple[str, ...]]:
         return self._truth
 
-    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
         path = annotations.find_one(self.source, QUERIES, needed_for="the test split")
         entries = annotations.load_json_object(path, self.faults)
         return annotations.queries(self.source, path, entries, _frames_of, self.truth(), self.faults)
@@ -118,7 +118,7 @@ class Lpr750k:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
+    def read_clip(self, source: RowLocation | ClipListing, split: str) -> Clip:
         listed, found = self.find_frames(source, split)
         frames = []
         for each in found:
@@ -128,9 +128,9 @@ class Lpr750k:
                 frames.append(each.picture)
         return annotations.clip_of(listed, tuple(frames), tuple(each.position for each in found), len(listed.frames))
 
-    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
-        if isinstance(source, ListedClip):
-            listed: Row | ListedClip = source
+    def find_frames(self, source: RowLocation | ClipListing, split: str) -> tuple[Row | ClipListing, list[FoundFrame]]:
+        if isinstance(source, ClipListing):
+            listed: Row | ClipListing = source
             paths = [f"query/{frame}" for frame in source.frames]
         else:
             listed = annotations.read_line(self.source, source)

@@ -27,7 +27,7 @@ import google_crc32c
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.layouts.annotations import checked_id, stored_positions
-from data_pipeline.layouts.listing import FoundFrame, Line, ListedClip, Listing, Row, Run
+from data_pipeline.layouts.listing import ClipListing, FoundFrame, Listing, Row, RowLocation, Run
 from data_pipeline.layouts.pictures import PictureFolder
 
 SPLITS = ("train", "val", "test")
@@ -226,12 +226,12 @@ class Folder:
         contents = {"pictures": listing, **tables}
         return {name: [len(data), google_crc32c.value(data)] for name, data in contents.items()}
 
-    def frames_to_locate(self, listed: Row | ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: Row | ClipListing) -> Sequence[str]:
         return ()
 
-    def listed_clips(self, split: str) -> tuple[list[ListedClip], list[Fault]]:
+    def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
         clips = [
-            ListedClip(
+            ClipListing(
                 clip_id=clip.id,
                 livestream=self._livestream(clip.product),
                 frames=clip.frames,
@@ -302,8 +302,8 @@ class Folder:
             same[hashlib.sha256(data).digest()].append(path)
         return [paths for paths in same.values() if len(paths) > 1]
 
-    def read_clip(self, source: Line | ListedClip, split: str) -> Clip:
-        assert isinstance(source, ListedClip)
+    def read_clip(self, source: RowLocation | ClipListing, split: str) -> Clip:
+        assert isinstance(source, ClipListing)
         positions = stored_positions(len(source.frames), self.stored_frames)
         return Clip(
             id=source.clip_id,
@@ -315,8 +315,8 @@ class Folder:
             title=self.titles.get(source.truth[0], ""),
         )
 
-    def find_frames(self, source: Line | ListedClip, split: str) -> tuple[Row | ListedClip, list[FoundFrame]]:
-        assert isinstance(source, ListedClip)
+    def find_frames(self, source: RowLocation | ClipListing, split: str) -> tuple[Row | ClipListing, list[FoundFrame]]:
+        assert isinstance(source, ClipListing)
         positions = stored_positions(len(source.frames), self.stored_frames)
         return source, [FoundFrame(position, self._picture(source.frames[position])) for position in positions]
 

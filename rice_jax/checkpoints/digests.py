@@ -66,7 +66,7 @@ def _program(whole: NamedSharding | None) -> Any:
     return jax.jit(lambda leaves: jnp.stack([digest(leaf) for leaf in leaves]), out_shardings=whole)
 
 
-def described(tree: Any) -> dict[str, str]:
+def shapes_and_dtypes(tree: Any) -> dict[str, str]:
     """{path: '(32, 16) float32'}; Orbax' metadata spells containers otherwise than the state, names are what agrees."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}

@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rice_jax.checkpoints.digests import as_text, described, digests
+from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from rice_jax.checkpoints.seal import seal, sha256_of, unseal, write_whole
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
@@ -231,14 +231,14 @@ class Checkpoints:
         return weights["average"] or weights["params"]
 
     def _restore(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
-        folder, wanted = self.path / str(step), described(parts)
+        folder, wanted = self.path / str(step), shapes_and_dtypes(parts)
         recorded = {name: text for name, text in self._leaves(step).items() if name.partition("/")[0] in parts}
         if recorded:
             self._refuse_other_model(step, {name: text[17:] for name, text in recorded.items()}, wanted)
         else:
             with self._readable(folder):
                 metadata = self._orbax.metadata(folder).item_metadata
-                found = described({name: metadata[name] for name in parts})
+                found = shapes_and_dtypes({name: metadata[name] for name in parts})
                 if not found:
                     raise ValueError("its metadata name no array")
             self._refuse_other_model(step, found, wanted)
@@ -304,7 +304,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # What is on the device is what Orbax writes: the next step would wait to take it over until all is written.
             parts = _copies(parts)
-        mark = {"schema": SCHEMA, "step": step, "meta": sha256_of(meta), "leaves": described(parts)}
+        mark = {"schema": SCHEMA, "step": step, "meta": sha256_of(meta), "leaves": shapes_and_dtypes(parts)}
         begin: Callable[[], object] = functools.partial(self._begin, step, parts, meta)
         self._failure = None
         if jax.default_backend() != "cpu" or jax.process_count() > 1:

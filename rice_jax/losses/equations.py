@@ -17,7 +17,7 @@ def icl_logits(
     return jnp.square(scale) * cosines(anchors, partners)
 
 
-class Everyone(NamedTuple):
+class GlobalBatch(NamedTuple):
     """What a device's rows are compared with: the embeddings of the global batch, and its products."""
 
     images: Float[Array, "G E"]
@@ -28,7 +28,7 @@ class Everyone(NamedTuple):
 def icl_loss(
     clips: Float[Array, "B E"],
     images: Float[Array, "B E"],
-    everyone: Everyone,
+    everyone: GlobalBatch,
     own: Int[Array, " B"],
     scale: Float[Array, ""],
     *,
@@ -48,7 +48,7 @@ def icl_loss(
     def cross_entropy(anchors: Array, partners: Array) -> Array:
         def rows(part: tuple[Array, Array]) -> Array:
             anchors, own = part
-            positive, left_out = relations(own, everyone.product, same_product_is)
+            positive, left_out = positives_and_ignored(own, everyone.product, same_product_is)
             log_p = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, icl_logits(anchors, partners, scale)), axis=-1)
             return -jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1)
 
@@ -59,7 +59,7 @@ def icl_loss(
 
 def sigmoid_icl_loss(
     clips: Float[Array, "B E"],
-    everyone: Everyone,
+    everyone: GlobalBatch,
     own: Int[Array, " B"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
@@ -75,14 +75,14 @@ def sigmoid_icl_loss(
 
     def rows(part: tuple[Array, Array]) -> Array:
         clips, own = part
-        positive, left_out = relations(own, everyone.product, same_product_is)
+        positive, left_out = positives_and_ignored(own, everyone.product, same_product_is)
         logits = icl_logits(clips, everyone.images, scale) + bias
         return -jnp.sum(jnp.where(left_out, 0, jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))), axis=-1)
 
     return jnp.mean(in_chunks(rows, (clips, own), chunk))
 
 
-def relations(
+def positives_and_ignored(
     own: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
 ) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
     """Which partners are a row's positives, and which are neither positive nor negative."""
@@ -107,7 +107,7 @@ def pmd_loss(
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
 
 
-def rebuilt(
+def reconstruct(
     coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
 ) -> Float[Array, "*B R D"]:
     """Image tokens as sums of clip tokens, which carry no gradient; padding is a source of zeros (SPEC 6.5)."""
@@ -127,7 +127,7 @@ def pfr_loss(
     all T, or the patches (SPEC 11, row 29).
     """
     target = jax.lax.stop_gradient(image_tokens)[..., -coefficients.shape[-2] :, :]
-    found = rebuilt(coefficients, clip_tokens, key_mask)
+    found = reconstruct(coefficients, clip_tokens, key_mask)
     return jnp.mean(jnp.square(found - target.astype(found.dtype)))
 
 

@@ -15,19 +15,27 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rice_jax.losses import pairs
-from rice_jax.losses.equations import Everyone, icl_loss, in_chunks, pfr_loss, pmd_loss, relations, sigmoid_icl_loss
-from rice_jax.models.arrays import call, clip_embedding, normalise, unit
+from rice_jax.losses.equations import (
+    GlobalBatch,
+    icl_loss,
+    in_chunks,
+    pfr_loss,
+    pmd_loss,
+    positives_and_ignored,
+    sigmoid_icl_loss,
+)
+from rice_jax.models.arrays import apply, clip_embedding, normalise, unit
 from rice_jax.models.rice import Rice
 from rice_jax.parallel.mesh import (
     BATCH,
     P,
+    all_gather_parameter,
     first_row,
     gather_rows,
     max_over_devices,
     mean_over_devices,
     sum_over_devices,
     varying,
-    whole,
 )
 
 
@@ -53,7 +61,7 @@ def encode_rows(model: Rice, options: Any, params: Any, key: Array, batch: dict[
 
     def encode(rows: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
         pictures, shown, kept = rows
-        return call(model.encoder, params["encoder"], normalise(pictures, shown), kept)
+        return apply(model.encoder, params["encoder"], normalise(pictures, shown), kept)
 
     flat = jax.tree.map(lambda a: a.reshape(n * (slots + 1), *a.shape[2:]), (pictures, shown, kept))
     tokens, pooled = in_chunks(encode, flat, options.micro_batch)
@@ -100,18 +108,18 @@ def decode_positives(
     model: Rice, options: Any, params: Any, key: Array, rows: tuple[Encoded, Int[Array, " B"]]
 ) -> Positives:
     encoded, position = rows
-    decoder = functools.partial(call, model.decoder, params["decoder"])
+    decoder = functools.partial(apply, model.decoder, params["decoder"])
     keys_values = decoder(encoded.clip_tokens, method="keys_values")
     x = decoder(encoded.image_tokens, method="image_tokens")
     scores = decoder(x, keys_values, encoded.key_mask, method="scores")
     weights = jax.nn.softmax(scores[:, :, :1], axis=-1)
     if options.cross_dropout:
         keys = pairs.pair_keys(key, position[:, None], position[:, None])
-        weights = pairs.dropped(weights, keys, options.cross_dropout)
+        weights = pairs.attention_dropout(weights, keys, options.cross_dropout)
     logit = decoder(x[:, :1], weights, keys_values, method="logit")[:, 0]
     pfr = jnp.zeros_like(logit)
     if model.reconstruction is not None:
-        coefficients = call(model.reconstruction, params["reconstruction"], scores, encoded.key_mask)
+        coefficients = apply(model.reconstruction, params["reconstruction"], scores, encoded.key_mask)
         pfr = jax.vmap(pfr_loss)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
     return Positives(logit, keys_values, x[:, 0], pfr)
 
@@ -132,7 +140,7 @@ def hard_pairs(
     key: Array,
     encoded: Encoded,
     positives: Positives,
-    everyone: Everyone,
+    everyone: GlobalBatch,
     own: Int[Array, " B"],
 ) -> list[HardPairs]:
     """Mines and decodes the hard pairs of the global batch (SPEC 4-5), once a direction asked for.
@@ -146,8 +154,8 @@ def hard_pairs(
         def of(part: tuple[Array, Array]) -> tuple[Array, Array]:
             anchors, own = part
             same = "masked" if options.exclude_same_product else "negative"
-            itself, also = relations(own, everyone.product, same)
-            return pairs.hardest(anchors, partners, itself | also)
+            itself, also = positives_and_ignored(own, everyone.product, same)
+            return pairs.mine_hard(anchors, partners, itself | also)
 
         return in_chunks(of, (anchors, own), options.icl_chunk)
 
@@ -157,12 +165,12 @@ def hard_pairs(
 
     def decode(cross: Any, x: Array, keys_values: Array, context: Any, image: Array, clip: Array) -> Array:
         key_mask, first, key_data = context
-        decoder = functools.partial(call, model.decoder, cross)
+        decoder = functools.partial(apply, model.decoder, cross)
         weights = jax.nn.softmax(decoder(x, keys_values, key_mask[clip], method="scores"), axis=-1)
         if options.cross_dropout:
             where = jnp.broadcast_to((first + clip)[:, None], image.shape)
             keys = pairs.pair_keys(jax.random.wrap_key_data(key_data, impl="threefry2x32"), image, where)
-            weights = pairs.dropped(weights, keys, options.cross_dropout)
+            weights = pairs.attention_dropout(weights, keys, options.cross_dropout)
         return decoder(x, weights, keys_values, method="logit")
 
     inputs = (decode, cross, class_tokens, positives.keys_values, context)
@@ -184,14 +192,14 @@ def local_losses(
     model: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Array], key: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The losses of the global batch on one device of the mesh, inside shard_map: (losses, counts), equal on all."""
-    params, key = jax.tree.map(whole, params, specs), varying(key)
+    params, key = jax.tree.map(all_gather_parameter, params, specs), varying(key)
     rows = batch["mask"].shape[0]
     own = first_row(rows) + jnp.arange(rows)
     encoded = encode_rows(model, options, params, key, batch, own)
     product = gather_rows(batch["product"])
 
-    def icl(clips: Array, images: Array) -> tuple[Array, Everyone]:
-        everyone = Everyone(gather_rows(images), gather_rows(clips), product)
+    def icl(clips: Array, images: Array) -> tuple[Array, GlobalBatch]:
+        everyone = GlobalBatch(gather_rows(images), gather_rows(clips), product)
         if options.icl_form == "sigmoid":
             form = functools.partial(sigmoid_icl_loss, clips, everyone, own, bias=params["logit_bias"])
         else:

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from rice_jax.models.arrays import cosines
 from rice_jax.parallel.mesh import first_row, gather_rows, scatter_sum_rows, varying
 
-HARD = 3  # hard partners of an anchor (SPEC 4.3)
+NUM_HARD = 3  # hard partners of an anchor (SPEC 4.3)
 
 
-def hardest(
+def mine_hard(
     anchors: Float[Array, "B E"], partners: Float[Array, "G E"], excluded: Bool[Array, "B G"]
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
     """The most similar partners that are not excluded, hardest first (SPEC 4.1-4.3); no gradient.
@@ -29,7 +29,7 @@ def hardest(
     products that are not the anchor's own).
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
-    value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(HARD, partners.shape[0]))
+    value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
     return position, value > -jnp.inf
 
 
@@ -41,14 +41,14 @@ def pair_keys(key: Array, image: Int[Array, "*n"], clip: Int[Array, "*n"]) -> Ar
     return fold(image, clip)
 
 
-def dropped(weights: Float[Array, "n H r S"], keys: Array, rate: float) -> Float[Array, "n H r S"]:
+def attention_dropout(weights: Float[Array, "n H r S"], keys: Array, rate: float) -> Float[Array, "n H r S"]:
     """Dropout on attention weights, one key a pair [n, r] (SPEC 5.4)."""
     shape = (weights.shape[1], weights.shape[3])
     keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, shape)))(keys)  # [n, r, H, S]
     return jnp.where(keep.swapaxes(1, 2), weights / (1 - rate), 0)
 
 
-class Units(NamedTuple):
+class PairBlocks(NamedTuple):
     """Pairs grouped by clip into units of r slots, so that a clip's keys and values are read once a unit."""
 
     pair: Int[Array, "U r"]  # which of the global 3G pairs; 3G marks an empty slot
@@ -56,7 +56,7 @@ class Units(NamedTuple):
     used: Int[Array, ""]  # units in use; the rest are empty
 
 
-def units_of(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multiple: int) -> Units:
+def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multiple: int) -> PairBlocks:
     """Groups the pairs whose clip is one of this device's `rows`; a clip position of `rows` marks a foreign pair.
 
     However many pairs want one clip, they fit: U is the most units that any assignment can need, a multiple of
@@ -68,7 +68,7 @@ def units_of(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multi
     clip = clip_of_pair[order]
     rank = jnp.arange(pairs) - jnp.searchsorted(clip, clip)  # place among the pairs of the same clip
     unit = jnp.where(clip < rows, jnp.cumsum(rank % slots == 0) - 1, most)
-    return Units(
+    return PairBlocks(
         pair=jnp.full((most, slots), pairs).at[unit, rank % slots].set(order, mode="drop"),
         clip=jnp.zeros(most, jnp.int32).at[unit].set(clip, mode="drop"),
         used=jnp.max(unit, where=clip < rows, initial=-1) + 1,
@@ -79,7 +79,7 @@ def units_of(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multi
 Decode = Callable[[Any, Array, Array, Any, Array, Array], Array]
 
 
-def decode_units(
+def decode_blocks(
     decode: Decode,
     params: Any,
     class_tokens: Float[Array, "G D"],
@@ -157,9 +157,9 @@ def image_to_clip_logits(
     wanted = gather_rows(jnp.where(found, hard_clips, total)).reshape(-1)  # [kG]; clip G belongs to nobody
     first = first_row(rows)
     mine = (wanted >= first) & (wanted < first + rows)
-    units = units_of(jnp.where(mine, wanted - first, rows), rows=rows, slots=slots, multiple=chunk)
+    units = group_pairs_by_clip(jnp.where(mine, wanted - first, rows), rows=rows, slots=slots, multiple=chunk)
     image = jnp.minimum(units.pair, k * total - 1) // k
-    logits = decode_units(
+    logits = decode_blocks(
         decode, params, class_tokens, keys_values, context, image, units.clip, count=units.used, chunk=chunk
     )
     of_pair = varying(jnp.zeros(k * total, jnp.float32)).at[units.pair].set(logits, mode="drop")
@@ -180,7 +180,7 @@ def clip_to_image_logits(
     rows = hard_images.shape[0]
     chunk = -(-rows // -(-rows // chunk))  # as few chunks as it allows, all of one size
     spare = -rows % chunk  # copies of the last clip fill up the last chunk; their logits are dropped
-    logits = decode_units(
+    logits = decode_blocks(
         decode,
         params,
         class_tokens,

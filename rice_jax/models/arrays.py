@@ -32,7 +32,7 @@ def normalise(
     return x if mask is None else jnp.where(mask[..., None, None, None] > 0, x, 0)
 
 
-def call(module: nn.Module | None, params: Any, *inputs: Any, method: str | None = None) -> Any:
+def apply(module: nn.Module | None, params: Any, *inputs: Any, method: str | None = None) -> Any:
     """A module, or one of its methods, on its own part of the parameters."""
     assert module is not None
     return module.apply({"params": params}, *inputs, method=method)

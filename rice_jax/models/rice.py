@@ -61,7 +61,7 @@ class Rice(nn.Module):
         return out
 
 
-def build(config: Any) -> Rice:
+def build_model(config: Any) -> Rice:
     """The model of a config's `model` and `loss` sections (configs/default.py says what each field means)."""
     c, dtype = config.model, jnp.dtype(config.model.dtype)
     encoder = VisionTransformer(

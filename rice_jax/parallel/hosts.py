@@ -189,7 +189,7 @@ def gather(value: Any) -> list[Any]:
     if _line is not None:
         return _line.gather(value)
     if jax.process_count() > 1:
-        raise ValueError("several processes that rice_jax.hosts did not join; start them as docs/training.md says.")
+        raise ValueError("several processes that rice_jax did not join; start them as docs/training.md says.")
     return [value]
 
 

@@ -94,7 +94,7 @@ def parameter_specs(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda sharding: sharding.spec, state_shardings(params, mesh))
 
 
-def table(state: Any, params: Any) -> str:
+def parameter_table(state: Any, params: Any) -> str:
     """Every parameter with its shape, how it is split and the bytes of it, its moments and averages on one device.
 
     Args:
@@ -113,7 +113,7 @@ def table(state: Any, params: Any) -> str:
         split = [f"{axis} (axis {dim})" for dim, axis in enumerate(spec) if axis and leaf.sharding.mesh.shape[axis] > 1]
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         rows.append((name, shape, ", ".join(split) or "-", f"{held / 1e6:.3f}"))
-    total, whole = (
+    total, in_all = (
         sum(map(size, leaves.values())) / 1e6 for size in (on_a_device, lambda x: x.size * x.dtype.itemsize)
     )
     rows.append(("all", "", "", f"{total:.1f}"))
@@ -122,7 +122,7 @@ def table(state: Any, params: Any) -> str:
         f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {split:<{widths[2]}}  {size:>{widths[3]}}"
         for name, shape, split, size in rows
     ]
-    return "\n".join([*lines, f"the state is {whole:.1f} MB in all; the batch is split over {' and '.join(BATCH)}"])
+    return "\n".join([*lines, f"the state is {in_all:.1f} MB in all; the batch is split over {' and '.join(BATCH)}"])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -202,7 +202,7 @@ def first_row(local_rows: int) -> jax.Array:
     return jax.lax.axis_index(BATCH) * local_rows
 
 
-def whole(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
+def all_gather_parameter(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
     """A parameter's shard to the whole of it, varying over the mesh; once a step, outside every loop.
 
     Its transpose is one reduce-scatter a tensor. Were the value left unvarying, each micro-batch would reduce its

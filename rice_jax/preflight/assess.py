@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from rice_jax.config import validate
 from rice_jax.losses import global_batch
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import batch_sharding, check_batches, make_mesh
 from rice_jax.preflight import costs, hlo, topologies
 from rice_jax.preflight.topologies import Topology
@@ -89,7 +89,7 @@ def assess(config: Any, topology: Topology, make_loss: Callable[..., Any] = glob
     devices = topologies.devices(topology)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     check_batches(mesh, batch_size=config.batch_size)
-    net = build(config)
+    net = build_model(config)
     state, batch = abstract_state(net, config, mesh), abstract_batch(config, mesh)
     arguments, next_batch = bytes_on_a_device((state, batch)), bytes_on_a_device(batch)
     available = topology.chip.memory if topology.chip else physical_memory() // topology.size
@@ -178,7 +178,7 @@ def checked(config: Any) -> Any:
 
 
 def abstract_batch(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch as data_pipeline.batches makes it."""
+    """Shapes, dtypes and shardings of a global batch as data_pipeline.input.batches makes it."""
     rows, side, slots = config.batch_size, config.data.image_size, config.data.num_frames
 
     def of(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:

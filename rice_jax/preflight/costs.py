@@ -6,7 +6,7 @@ Letters: T tokens a picture, D width, N frame slots, S = N*T decoder keys, G glo
 
 from typing import Any, NamedTuple
 
-from rice_jax.losses.pairs import HARD
+from rice_jax.losses.pairs import NUM_HARD
 
 
 class Cost(NamedTuple):
@@ -80,7 +80,7 @@ def positive_macs(config: Any) -> int:
 def hard_macs(config: Any) -> int:
     """The hard pairs of an example, forward; a clip's keys and values are there already."""
     keys, d = config.data.num_frames * tokens(config), config.model.width
-    return directions(config) * HARD * (d**2 + keys * d + logit_macs(config))
+    return directions(config) * NUM_HARD * (d**2 + keys * d + logit_macs(config))
 
 
 def example_cost(config: Any, *, devices: int) -> Cost:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.format.reader import Split
 from rice_jax.retrieval.embeddings import EmbeddingStore, embed
-from rice_jax.retrieval.matching import match
+from rice_jax.retrieval.matching import score_galleries
 from rice_jax.retrieval.model import Model
 from rice_jax.retrieval.ranking import NEVER, Ranking, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
@@ -29,7 +29,7 @@ class Result:
     others: dict[str, Ranking]  # by "matching" and by the "sum" of both, where they were asked for
 
 
-def evaluate(
+def evaluate_split(
     m: Model,
     split: Split,
     *,
@@ -88,7 +88,7 @@ def evaluate(
         clips, images = embed(m, split, clip_rows, image_rows, **how)
     else:
         how |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
-        clips, images, matches = match(m, split, clip_rows, image_rows, **how)
+        clips, images, matches = score_galleries(m, split, clip_rows, image_rows, **how)
         cosines = gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
         others = {name: rank_matrix(x, **where) for name, x in (("matching", matches), ("sum", matches + cosines))}
     ranking = rank_queries(clips, images, **where)

@@ -36,7 +36,7 @@ class GalleryScorer:
             NamedSharding(mesh, P()), np.concatenate([class_tokens, nobody])
         )
 
-    def match(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
+    def score(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
         """Embeddings [n, E] of a global batch of clips and their scores [n, width]; gallery -1: none, all -inf."""
         own = process_rows(len(gallery_of), self._mesh)
         shelf = to_global(self._rows[gallery_of[own]], self._mesh)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rice_jax.models.arrays import call, clip_embedding, normalise, unit
+from rice_jax.models.arrays import apply, clip_embedding, normalise, unit
 from rice_jax.models.rice import Rice
 
 
@@ -31,7 +31,7 @@ def encode_clips(net: Rice, flip: bool, params: Any, frames: Array, mask: Array)
 def image_queries(net: Rice, flip: bool, params: Any, images: Array) -> tuple[Float[Array, "n E"], Float[Array, "n D"]]:
     """Embeddings of shop images, and their class tokens after the decoder's self layer (never of mirror images)."""
     tokens, pooled = _encode(net, flip, params, normalise(images))
-    class_tokens = call(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
+    class_tokens = apply(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
     return unit(pooled), class_tokens.astype(jnp.float32)
 
 
@@ -41,7 +41,7 @@ def clip_keys(
     """Embeddings of clips, the decoder's keys and values of their frames (DD = 2*D), and which are no padding."""
     tokens, pooled = _encode_frames(net, flip, params, frames, mask)
     n, slots, per_frame, width = tokens.shape
-    keys_values = call(
+    keys_values = apply(
         net.decoder, params["decoder"], tokens.reshape(n, slots * per_frame, width), method="keys_values"
     )
     return clip_embedding(pooled, mask), keys_values, jnp.repeat(mask > 0, per_frame, axis=1)
@@ -57,7 +57,7 @@ def pair_scores(
 ) -> Float[Array, "n r"]:
     """How well each clip matches its r images: cos(h, w), or with `raw` h . w (SPEC 5.5, 5.6, 10.4). Float32."""
     assert net.decoder is not None
-    decoder = functools.partial(call, net.decoder, params["decoder"])
+    decoder = functools.partial(apply, net.decoder, params["decoder"])
     x = class_tokens.astype(net.decoder.dtype)
     weights = jax.nn.softmax(decoder(x, keys_values, key_mask, method="scores"), axis=-1)
     pooled = decoder(decoder(x, weights, keys_values, method="cross_tokens"), method="pooled")
@@ -126,9 +126,9 @@ def match_clips(
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:
     """Tokens [n, T, D] and pooled vectors [n, E] of normalised pictures; `flip` adds their mirror images' vectors."""
-    tokens, pooled = call(net.encoder, params["encoder"], pictures)
+    tokens, pooled = apply(net.encoder, params["encoder"], pictures)
     if flip:
-        pooled = pooled + call(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
+        pooled = pooled + apply(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
     return tokens, pooled
 
 

@@ -11,7 +11,7 @@ from rice_jax.retrieval.galleries import GalleryScorer
 from rice_jax.retrieval.model import Model, check_decoder
 
 
-def match(
+def score_galleries(
     m: Model,
     split: Split,
     clip_rows: np.ndarray,
@@ -43,6 +43,6 @@ def match(
         clips, scores = store.blocks(
             {"clips": width, "raw-matches" if raw else "matches": shelves.width},
             clip_rows,
-            lambda rows: over.clips(rows, lambda batch, *x: shelves.match(place[batch], *x)),
+            lambda rows: over.clips(rows, lambda batch, *x: shelves.score(place[batch], *x)),
         )
     return clips, images, scores

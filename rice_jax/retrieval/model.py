@@ -18,7 +18,7 @@ from data_pipeline.input.options import FrameOptions
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import EVALUATED, from_json, override
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import P, make_mesh, on_host, path_name, process_rows, to_global
 from rice_jax.retrieval import inference
@@ -131,10 +131,10 @@ class Model:
         class_tokens = self._batched(functools.partial(self.run, inference.image_queries), images)[1]
         shelves = GalleryScorer(self.run, self.mesh, class_tokens, [np.arange(len(images))], raw=raw)
         everyone = np.zeros(self.batch_size, np.int64)
-        return self._batched(functools.partial(shelves.match, everyone), frames, mask)[1][:, : len(images)]
+        return self._batched(functools.partial(shelves.score, everyone), frames, mask)[1][:, : len(images)]
 
     def run(self, function: Callable[..., Any], *arrays: Any, more: tuple[Any, ...] = ()) -> list[Array]:
-        """A function of rice_jax.inference, compiled, on arrays that lie on the devices; `more`: its options."""
+        """Applies a function of rice_jax.retrieval.inference, compiled, to arrays on devices; `more`: its options."""
         return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *more), self.params, *arrays)
 
     @property
@@ -221,7 +221,7 @@ def load(
             raise ValueError(f"--config.{name}: the model was trained with it, so it cannot be changed now.")
         override(config, name, value)
     mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
-    net = build(config)
+    net = build_model(config)
     abstract = abstract_state(net, config, mesh)
     if step is None:
         step, params = checkpoints.newest_params(abstract)

@@ -24,7 +24,7 @@ from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.training.step import State
 from rice_jax.weights import naming
 from rice_jax.weights.card import departures, model_card
-from rice_jax.weights.inspect import look
+from rice_jax.weights.inspect import inspect_weights
 from rice_jax.weights.readers import RUN, is_run, load_on_one_device, measure, read_source, read_unused, save_unused
 from rice_jax.weights.writers import FORMATS, check_equal, sizes
 
@@ -80,7 +80,7 @@ def show(arguments: argparse.Namespace) -> None:
         kind, file, config = RUN, path, m.config
         rows = [(name, x.shape, str(x.dtype), name) for name, x in naming.flattened(m.params).items()]
     else:
-        found = look(path)
+        found = inspect_weights(path)
         kind, file = found.kind, found.file
         config, faults = measure(found)
         rows = [(name, x.shape, x.dtype, _goal(name, found.table)) for name, x in found.tensors.items()]
@@ -99,7 +99,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 def _goal(name: str, table: naming.Table) -> str:
     try:
-        rule, found = naming.match(name, table)
+        rule, found = naming.find_rule(name, table)
     except ValueError as error:
         return str(error).rpartition(": ")[2]
     if rule.path is None:

@@ -47,7 +47,7 @@ class Contents(NamedTuple):
     description: Mapping[str, Any]  # the JSON beside the file; empty when there is none
 
 
-def look(path: Path) -> Contents:
+def inspect_weights(path: Path) -> Contents:
     """What is in a file or folder.
 
     Raises:

@@ -22,7 +22,7 @@ class Axes(NamedTuple):
     theirs: Callable[[Tensor], Tensor]
 
 
-SAME = Axes(lambda x: x, lambda x: x)
+AS_IS = Axes(lambda x: x, lambda x: x)
 LINEAR = Axes(lambda x: x.T, lambda x: x.T)  # torch's linear layers are [out, in]
 PATCHES = Axes(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # convolutions [out, in, h, w]
 ROW = Axes(lambda x: np.asarray(x[0]), lambda x: x[None])  # a linear layer of one output
@@ -33,7 +33,7 @@ POINT = Axes(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # and o
 class Rule(NamedTuple):
     name: str
     path: str | None  # None: known, and not used
-    axes: Axes = SAME
+    axes: Axes = AS_IS
     part: int | None = None
 
     @property
@@ -145,7 +145,7 @@ HUGGING_FACE: Table = (  # SPEC 15.4
         for part, letter in enumerate("qkv")
         for rule in (
             Rule(f"{_LAYER}.self_attn.{letter}_proj.weight", f"{_OURS}/attn/in_proj_kernel", LINEAR, part),
-            Rule(f"{_LAYER}.self_attn.{letter}_proj.bias", f"{_OURS}/attn/in_proj_bias", SAME, part),
+            Rule(f"{_LAYER}.self_attn.{letter}_proj.bias", f"{_OURS}/attn/in_proj_bias", AS_IS, part),
         )
     ),
     *_linear(f"{_LAYER}.self_attn.out_proj", f"{_OURS}/attn/out_proj"),
@@ -159,7 +159,7 @@ HUGGING_FACE: Table = (  # SPEC 15.4
 
 
 @functools.cache
-def match(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
+def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
     """The one rule for a source's tensor; ValueError when there is none or more than one."""
     matches = [(rule, found) for rule in table if (found := re.fullmatch(rule.pattern, name))]
     if len(matches) != 1:
@@ -178,7 +178,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str,
     stacked, joined = set(), set()
     for name, tensor in tensors.items():
         try:
-            rule, found = match(name, table)
+            rule, found = find_rule(name, table)
         except ValueError as error:
             faults.append(f"{error} (shape {tensor.shape})")
             continue

@@ -22,14 +22,14 @@ from safetensors.numpy import load_file, save_file
 from configs import default
 from rice_jax.config import from_json
 from rice_jax.models.arrays import MEAN, STD
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import make_mesh
 from rice_jax.retrieval.model import Model, load
 from rice_jax.training.step import State, init_params
 from rice_jax.weights import archives, naming
-from rice_jax.weights.inspect import HUGGING_FACE, OFFICIAL, OPENAI, Contents, look, read_json
+from rice_jax.weights.inspect import HUGGING_FACE, OFFICIAL, OPENAI, Contents, inspect_weights, read_json
 
 RUN = "rice_jax run"
 UNUSED = "unused.safetensors"  # in a run's folder: the source's tensors that only an export writes back (SPEC 5.8)
@@ -81,7 +81,7 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
         run = load_on_one_device(path)
         params, resized = _resized(jax.device_get(run.params), run.config, image_size)
         return Source(RUN, run.config, params, read_unused(path), (f"after {run.step} updates of its own", *resized))
-    found = look(path)
+    found = inspect_weights(path)
     config, faults = measure(found, activation)
     tensors = {}
     for name, tensor in found.tensors.items():
@@ -101,7 +101,7 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
         raise ValueError(
             f"{found.file} ({found.kind}): {len(faults)} fault(s), nothing was converted:\n  " + "\n  ".join(shown)
         )
-    unused = {name: tensors.pop(name) for name in list(tensors) if naming.match(name, found.table)[0].path is None}
+    unused = {name: tensors.pop(name) for name in list(tensors) if naming.find_rule(name, found.table)[0].path is None}
     dtypes = ", ".join(sorted({found.tensors[name].dtype for name in tensors}))
     notes = [f"{len(tensors)} tensors ({dtypes}) converted to float32"]
     if len(tensors) < len(found.tensors):
@@ -231,7 +231,7 @@ def _sizes(found: Contents) -> dict[str, int]:
         if rule is not None and rule.path is not None:
             shapes.setdefault(rule.path, tensor.shape)
             if "*" in rule.name:
-                layers.add(naming.match(name, found.table)[1][1])
+                layers.add(naming.find_rule(name, found.table)[1][1])
 
     def length(path: str, axis: int = 0) -> int:
         shape = shapes.get(path, ())
@@ -337,20 +337,20 @@ def _of_open_clip(said: Mapping[str, Any]) -> Stated:
 
 def _rule(name: str, table: naming.Table) -> naming.Rule | None:
     try:
-        return naming.match(name, table)[0]
+        return naming.find_rule(name, table)[0]
     except ValueError:
         return None
 
 
 def _check(found: Contents, config: Any) -> list[str]:
     """Tensors that are missing, unexpected, or of another shape or dtype than the model's sizes ask for."""
-    shapes = jax.eval_shape(lambda: init_params(build(config), config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(build_model(config), config, jax.random.key(0)))
     nothing = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in naming.flattened(shapes).items()}
     wanted = {name: array.shape for name, array in naming.invert(nothing, found.table).items()}
     faults = []
     for name, tensor in found.tensors.items():
         try:
-            rule, _ = naming.match(name, found.table)
+            rule, _ = naming.find_rule(name, found.table)
         except ValueError as error:
             faults.append(f"{error}: unexpected (shape {tensor.shape})")
             continue

@@ -12,7 +12,7 @@ from rice_jax.config import to_json
 from rice_jax.models.arrays import MEAN, STD
 from rice_jax.retrieval.model import Model
 from rice_jax.weights import exports, naming
-from rice_jax.weights.inspect import look
+from rice_jax.weights.inspect import inspect_weights
 from rice_jax.weights.readers import read_source, write_safetensors
 
 Tensors = dict[str, np.ndarray]
@@ -111,7 +111,7 @@ def write_pth(m: Model, unused: Tensors, folder: Path) -> None:
 def _describe_and_read_back(m: Model, tensors: Tensors, folder: Path) -> None:
     """Our config beside the official names, so that a reader of ours need not guess what no tensor shows."""
     write_config(folder, to_json(m.config))
-    check_equal(tensors, {name: tensor.read() for name, tensor in look(folder).tensors.items()}, str(folder))
+    check_equal(tensors, {name: tensor.read() for name, tensor in inspect_weights(folder).tensors.items()}, str(folder))
     check_equal(jax.device_get(m.params), read_source(folder).params, str(folder))
 
 

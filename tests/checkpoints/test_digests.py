@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rice_jax.checkpoints.digests import as_text, described, digests
+from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from tests import official
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "bool", "uint32", "int16"]
@@ -80,4 +80,4 @@ def test_scalars_empty_arrays_and_keys_have_digests() -> None:
 
 
 def test_a_leaf_is_described_by_path_shape_and_dtype() -> None:
-    assert described({"a": {"b": jnp.zeros((2, 3), jnp.bfloat16)}}) == {"a/b": "(2, 3) bfloat16"}
+    assert shapes_and_dtypes({"a": {"b": jnp.zeros((2, 3), jnp.bfloat16)}}) == {"a/b": "(2, 3) bfloat16"}

@@ -15,7 +15,7 @@ from configs import smoke
 from rice_jax.checkpoints import store as module
 from rice_jax.checkpoints.seal import seal
 from rice_jax.checkpoints.store import SCHEMA, Checkpoints, DamagedError
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.training import step
 from tests import official
 
@@ -24,7 +24,7 @@ def configured(**changes: Any) -> tuple[Rice, Any]:
     config = smoke.get_config()
     config.optimizer.ema_decay = 0.9
     config.model.update(changes)
-    return build(config), config
+    return build_model(config), config
 
 
 CONFIGURED = configured()

@@ -469,16 +469,16 @@ def test_training_batches_equal_pillow_on_the_files_of_the_download(source, conv
         for place, row in enumerate(plan.batch(step).tolist()):
             fields = listed[split.clip_ids[row]]
             paths = json.loads(fields[1].replace("'", '"'))
-            gate, fraction = (int(word) * 10 >> 64 for word in augment.words(5, epoch, row, WHOLE_CLIP, 2))
+            gate, fraction = (int(word) * 10 >> 64 for word in augment.draw_words(5, epoch, row, WHOLE_CLIP, 2))
             chosen = np.linspace(0, len(paths) - 1, min(10, len(paths))).astype(int)
             if len(chosen) == 10 and gate >= 5:
                 chosen = chosen[: 10 - fraction]
             assert batch["mask"][place].tolist() == [1] * len(chosen) + [0] * (10 - len(chosen))
             for slot, position in enumerate(chosen):
-                words = augment.words(5, epoch, row, FIRST_FRAME + slot)
+                words = augment.draw_words(5, epoch, row, FIRST_FRAME + slot)
                 expected = by_hand(source / paths[position], options, words)
                 np.testing.assert_array_equal(batch["frames"][place, slot], expected)
-            expected = by_hand(source / fields[4], options, augment.words(5, epoch, row, SHOP_IMAGE))
+            expected = by_hand(source / fields[4], options, augment.draw_words(5, epoch, row, SHOP_IMAGE))
             np.testing.assert_array_equal(batch["image"][place], expected)
 
 
@@ -528,9 +528,9 @@ PROGRAM = textwrap.dedent(
     """
     import multiprocessing, os, sys
     import jax
-    from data_pipeline.batches import train_batches
-    from data_pipeline.plan import Plan
-    from tests.test_batches import NUM_CLIPS, OPTIONS, TinySplit
+    from data_pipeline.input.batches import train_batches
+    from data_pipeline.input.plan import Plan
+    from tests.input.test_batches import NUM_CLIPS, OPTIONS, TinySplit
     from jax._src import xla_bridge
 
     class NoBackend(TinySplit):

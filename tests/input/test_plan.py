@@ -83,7 +83,7 @@ def test_batch_is_a_function_of_the_step_alone():
     forward = [Plan(50, 8, 1).batch(step).tolist() for step in range(20)]
     plan = Plan(50, 8, 1)
     assert [plan.batch(step).tolist() for step in reversed(range(20))] == forward[::-1]
-    code = "from data_pipeline.plan import Plan; print([Plan(50, 8, 1).batch(s).tolist() for s in range(20)])"
+    code = "from data_pipeline.input.plan import Plan; print([Plan(50, 8, 1).batch(s).tolist() for s in range(20)])"
     fresh = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

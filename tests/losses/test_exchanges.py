@@ -13,7 +13,7 @@ import pytest
 from benchmarks import official_formulation
 from configs import smoke
 from rice_jax.losses import global_batch
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.parallel import mesh as sharding
 from rice_jax.parallel.mesh import parameter_specs
 from rice_jax.preflight import costs, hlo
@@ -44,7 +44,7 @@ Found = tuple[list[hlo.Collective], set[tuple[int, ...]]]
 
 def exchanges(config: Any, mesh: jax.sharding.Mesh, make_loss: Callable[..., Any] = global_batch.make_loss) -> Found:
     """Those of the compiled step, and the shapes that parameters and their shards have."""
-    net = build(config)
+    net = build_model(config)
     state = step.abstract_state(net, config, mesh)
     train_step: Any = step.make_train_step(net, config, mesh, state, make_loss=make_loss)
     leaves = jax.tree.leaves(state.params)
@@ -118,7 +118,7 @@ def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytes
 )
 def test_the_official_formulation_gives_our_losses_and_gradients(options: dict[str, Any]) -> None:
     config, mesh = config_of(2, **options), official.mesh_of(4, 2)
-    net = build(config)
+    net = build_model(config)
     params = step.init_params(net, config, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rice_jax.losses.equations import Everyone, icl_loss, pmd_loss, sigmoid_icl_loss
+from rice_jax.losses.equations import GlobalBatch, icl_loss, pmd_loss, sigmoid_icl_loss
 from rice_jax.losses.global_batch import kept_patches, make_loss
 from rice_jax.models.decoder import MatchingDecoder, PatchReconstruction
 from rice_jax.models.rice import Rice
@@ -221,7 +221,7 @@ def test_a_batch_of_one_product_has_no_matching_loss() -> None:
 def test_two_same_products_of_two_by_hand() -> None:
     """Two pairs of one product: as negatives the loss is log 2 for equal embeddings; masked, nothing is left."""
     e = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    everyone = Everyone(images=e, clips=e, product=jnp.zeros(2, jnp.int32))
+    everyone = GlobalBatch(images=e, clips=e, product=jnp.zeros(2, jnp.int32))
     icl = functools.partial(icl_loss, e, e, everyone, jnp.arange(2), jnp.float32(4.0))
     assert float(icl()) == pytest.approx(np.log(2), abs=1e-6)
     assert float(icl(same_product_is="masked")) == pytest.approx(0, abs=1e-6)
@@ -230,7 +230,7 @@ def test_two_same_products_of_two_by_hand() -> None:
 
 def test_the_sigmoid_form_of_two_by_hand() -> None:
     """Unit vectors at right angles, s^2 = 16, b = -8: a right pair has 8, a wrong one -8; a row has one of each."""
-    everyone = Everyone(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
+    everyone = GlobalBatch(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
     loss = sigmoid_icl_loss(jnp.eye(2), everyone, jnp.arange(2), jnp.float32(4.0), jnp.float32(-8.0))
     assert float(loss) == pytest.approx(2 * np.log1p(np.exp(-8.0)), rel=1e-5)
 

@@ -20,9 +20,9 @@ from rice_jax.config import differences, override, validate
 from rice_jax.losses import pairs
 from rice_jax.losses.equations import icl_logits, pfr_loss
 from rice_jax.losses.global_batch import make_loss
-from rice_jax.models.arrays import call, clip_embedding, cosines
+from rice_jax.models.arrays import apply, clip_embedding, cosines
 from rice_jax.models.decoder import PatchReconstruction
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel.mesh import path_name
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training import optimizer, step
@@ -82,7 +82,7 @@ def pictures(count: int = len(PRODUCTS), products: tuple[int, ...] = PRODUCTS) -
 def check_losses(changes: dict[str, Any], batch: dict[str, np.ndarray], key: jax.Array) -> dict[str, jax.Array]:
     """The training path's losses for a config's options equal the plain ones."""
     config = config_of(changes)
-    net = build(config)
+    net = build_model(config)
     params = moved(net, config)
     mesh = official.one_device()
     loss = make_loss(net, config.loss, mesh, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), params))
@@ -119,14 +119,14 @@ def test_a_batch_of_three_has_two_negatives() -> None:
 def test_a_clip_without_frames_spoils_nothing() -> None:
     """Row 30: the official code gives NaN."""
     config = config_of({})
-    net = build(config)
+    net = build_model(config)
     params = moved(net, config)["decoder"]
     tokens = jnp.ones((1, 5, 32))
 
     @jax.jit
     @jax.value_and_grad
     def whole(x: jax.Array) -> jax.Array:
-        logit, scores = call(net.decoder, params, x, x, jnp.zeros((1, 5), bool))
+        logit, scores = apply(net.decoder, params, x, x, jnp.zeros((1, 5), bool))
         embedding = clip_embedding(x[:, :3], jnp.zeros((1, 3), jnp.int32))
         return jnp.sum(logit) + jnp.sum(embedding) + jnp.sum(jax.nn.softmax(scores))
 
@@ -148,7 +148,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
             "loss.pfr_with_class_token": with_class_token,
         }
     )
-    net = build(config)
+    net = build_model(config)
     params = moved(net, config)
     random = np.random.default_rng(0)
     heads, tokens, slots, width = net.decoder.heads, 5, 3, net.decoder.width
@@ -160,7 +160,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
     image_tokens, clip_tokens = (jnp.asarray(random.normal(size=(2, n, width)), jnp.float32) for n in (5, 15))
 
     def ours(rec: Any, scores: jax.Array) -> jax.Array:
-        coefficients = call(net.reconstruction, rec, scores, key_mask)
+        coefficients = apply(net.reconstruction, rec, scores, key_mask)
         return pfr_loss(coefficients, image_tokens, clip_tokens, key_mask)
 
     def plain(rec: Any, scores: jax.Array) -> jax.Array:
@@ -189,10 +189,10 @@ def test_a_class_token_that_takes_all_the_weight_leaves_a_finite_share_to_the_pa
 def decoder_of(changes: dict[str, Any]) -> tuple[Any, Any, np.ndarray]:
     """A decoder's methods, its parameters and tokens [2, 5, 32] as small as makes an epsilon show."""
     config = config_of(changes)
-    net = build(config)
+    net = build_model(config)
     params = moved(net, config)
     tokens = 2e-3 * np.random.default_rng(3).normal(size=(2, 5, net.decoder.width))
-    return functools.partial(call, net.decoder, params["decoder"]), params, tokens
+    return functools.partial(apply, net.decoder, params["decoder"]), params, tokens
 
 
 def layer_norm(x: np.ndarray, eps: float, p: Any) -> np.ndarray:
@@ -231,7 +231,7 @@ def test_keys_and_values_are_of_raw_tokens_or_of_normalised_ones(kv_norm: bool) 
 def test_epsilon_of_the_self_layer_is_its_own(eps: float) -> None:
     """Row 6: 1e-12 in both LayerNorms of the self layer, 1e-5 in the cross layer and the pooler; or one for all."""
     config = config_of({"model.decoder_self_eps": eps})
-    net = build(config)
+    net = build_model(config)
     params = moved(net, config)["decoder"]
     x = 2e-3 * np.random.default_rng(3).normal(size=(4, 32))
     norms = {
@@ -257,7 +257,7 @@ def test_a_clip_of_the_same_product_is_mined_unless_excluded(exclude: bool) -> N
     same = np.eye(5, dtype=bool)
     if exclude:
         same[0, 1] = same[1, 0] = True
-    partner, found = pairs.hardest(e, e, jnp.asarray(same))
+    partner, found = pairs.mine_hard(e, e, jnp.asarray(same))
     assert partner[0].tolist() == ([2, 3, 4] if exclude else [1, 2, 3]) and bool(found.all())
 
 
@@ -265,7 +265,7 @@ def test_a_clip_of_the_same_product_is_mined_unless_excluded(exclude: bool) -> N
 def test_the_temperature_starts_and_moves_as_the_config_says(scale: float, multiplier: float) -> None:
     """Row 10: official 4 (logits 16 cos) at the encoder's rate; CLIP's 100 cos is 10."""
     config = config_of({"model.logit_scale_init": scale, "optimizer.logit_scale_lr_multiplier": multiplier})
-    net = build(config)
+    net = build_model(config)
     params = jax.jit(lambda: step.init_params(net, config, jax.random.key(0)))()
     assert float(params["logit_scale"]) == scale
     e = jnp.eye(2)
@@ -284,7 +284,7 @@ def test_similarities_are_float32_whatever_computes_the_embeddings() -> None:
     found = cosines(a, b)
     assert found.dtype == jnp.float32 and found[0].tolist() == pytest.approx([0.9997, 1.0], abs=1e-7)
     config = config_of({"model.dtype": "bfloat16"})
-    net = build(config)
+    net = build_model(config)
     pooled = jax.eval_shape(lambda x: net.encoder.init_with_output(jax.random.key(0), x), jnp.zeros((1, 32, 32, 3)))
     assert pooled[0][1].dtype == jnp.float32  # hence unit vectors, logits and mining
 

@@ -11,7 +11,7 @@ from rice_jax.losses import pairs
 
 
 def test_the_docstrings_example() -> None:
-    units = pairs.units_of(jnp.array([2, 0, 3, 0, 0]), rows=3, slots=2, multiple=1)
+    units = pairs.group_pairs_by_clip(jnp.array([2, 0, 3, 0, 0]), rows=3, slots=2, multiple=1)
     count = int(units.used)
     assert count == 3
     assert units.pair[:count].tolist() == [[1, 3], [4, 5], [0, 5]]  # 5 = none
@@ -24,7 +24,7 @@ def test_every_pair_of_ours_gets_one_slot_of_its_clip_whatever_the_hubs(data: st
     rows = data.draw(st.integers(1, 5))
     slots = data.draw(st.integers(1, 4))
     clips = data.draw(st.lists(st.integers(0, rows), min_size=12, max_size=12))  # `rows` is foreign
-    units = pairs.units_of(jnp.array(clips), rows=rows, slots=slots, multiple=3)
+    units = pairs.group_pairs_by_clip(jnp.array(clips), rows=rows, slots=slots, multiple=3)
     assert units.pair.shape[0] % 3 == 0
     seen = []
     for unit, (members, clip) in enumerate(zip(units.pair.tolist(), units.clip.tolist(), strict=True)):
@@ -40,21 +40,21 @@ def test_every_pair_of_ours_gets_one_slot_of_its_clip_whatever_the_hubs(data: st
 def test_the_hardest_partners_come_first_without_those_excluded() -> None:
     anchors, partners = jnp.eye(3)[:1], jnp.array([[0.9, 0, 0], [0.1, 0, 0], [0.5, 0, 0], [0.7, 0, 0], [0.5, 0, 0]])
     excluded = jnp.array([[True, False, False, False, False]])
-    position, found = pairs.hardest(anchors, partners, excluded)
+    position, found = pairs.mine_hard(anchors, partners, excluded)
     assert position.tolist() == [[3, 2, 4]] and found.all()
 
 
 def test_missing_partners_are_told() -> None:
     anchors, partners = jnp.eye(2)[:1], jnp.ones((4, 2))
-    _, found = pairs.hardest(anchors, partners, jnp.array([[True, True, False, True]]))
+    _, found = pairs.mine_hard(anchors, partners, jnp.array([[True, True, False, True]]))
     assert found.tolist() == [[True, False, False]]
-    _, found = pairs.hardest(anchors, partners[:2], jnp.array([[True, False]]))
+    _, found = pairs.mine_hard(anchors, partners[:2], jnp.array([[True, False]]))
     assert found.tolist() == [[True, False]]
 
 
 def test_dropout_keeps_the_mean_and_differs_between_pairs() -> None:
     keys = pairs.pair_keys(jax.random.key(0), jnp.array([[0, 1]]), jnp.array([[5, 5]]))
-    weights = pairs.dropped(jnp.ones((1, 8, 2, 4000)), keys, 0.25)
+    weights = pairs.attention_dropout(jnp.ones((1, 8, 2, 4000)), keys, 0.25)
     np.testing.assert_allclose(np.unique(weights), [0, 4 / 3], rtol=1e-6)
     assert float(weights.mean()) == pytest.approx(1, abs=0.02)
     assert not bool((weights[:, :, 0] == weights[:, :, 1]).all())

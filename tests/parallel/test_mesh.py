@@ -7,13 +7,13 @@ import pytest
 
 from rice_jax.parallel.mesh import (
     P,
+    all_gather_parameter,
     make_mesh,
     mean_over_devices,
     parameter_spec,
+    parameter_table,
     process_rows,
     state_shardings,
-    table,
-    whole,
 )
 from tests import official
 
@@ -58,7 +58,7 @@ def test_a_whole_parameter_is_its_shards_in_order() -> None:
     mesh, spec = official.mesh_of(2, 4), P(None, "fsdp")
     x = jnp.arange(24.0).reshape(3, 8)
     f = jax.shard_map(
-        lambda shard: mean_over_devices(whole(shard, spec)),
+        lambda shard: mean_over_devices(all_gather_parameter(shard, spec)),
         mesh=mesh,
         in_specs=spec,
         out_specs=P(),
@@ -72,7 +72,7 @@ def test_the_table_says_how_each_parameter_lies_and_what_a_device_holds_of_it() 
     params = {"resblocks": {"c_fc": {"kernel": jnp.zeros((2, 8, 16)), "bias": jnp.zeros(16)}}}
     state = {"params": params, "opt_state": [{"mu": params, "nu": params}], "step": jnp.int32(0)}
     state = jax.device_put(state, state_shardings(state, mesh))
-    lines = table(state, state["params"]).splitlines()
+    lines = parameter_table(state, state["params"]).splitlines()
     assert lines[1].split() == ["resblocks/c_fc/bias", "16", "-", "0.000"]
     assert lines[2].split() == ["resblocks/c_fc/kernel", "2x8x16", "fsdp", "(axis", "2)", "0.001"]
     assert lines[3].split() == ["all", "0.0"]

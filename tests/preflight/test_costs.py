@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pod, smoke
-from rice_jax.models.arrays import call
-from rice_jax.models.rice import build
+from rice_jax.models.arrays import apply
+from rice_jax.models.rice import build_model
 from rice_jax.preflight import costs
 from rice_jax.preflight.advice import with_changes
 from rice_jax.training import step
@@ -34,10 +34,10 @@ def test_the_compiler_counts_about_as_many_in_one_layer(stem: bool) -> None:
     config = with_changes(smoke.get_config(), {"model.layers": 1, "model.width": 128, "model.hidden": 512})
     if stem:
         config = with_changes(config, {"model.stem_channels": (16, 16, 32, 64), "model.stem_blocks": (1, 0, 1, 0)})
-    net = build(config)
+    net = build_model(config)
     params = jax.eval_shape(lambda: step.init_params(net, config, jax.random.key(0)))
     pictures = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
-    encode = jax.jit(lambda p, x: call(net.encoder, p["encoder"], x))
+    encode = jax.jit(lambda p, x: apply(net.encoder, p["encoder"], x))
     analysis: Any = encode.lower(params, pictures).compile().cost_analysis()
     # It also counts additions, norms and activations, which are a few percent, and no products with a picture's border.
     assert analysis["flops"] == pytest.approx(2 * 8 * costs.encoder_macs(config), rel=0.15)

@@ -19,7 +19,7 @@ from rice_jax.checkpoints.run_folder import write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import to_json
 from rice_jax.models.arrays import normalise
-from rice_jax.models.rice import Rice, build
+from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel.mesh import path_name
 from rice_jax.retrieval import evaluation, galleries, inference, matching, recall
 from rice_jax.retrieval.embeddings import EmbeddingStore
@@ -34,7 +34,7 @@ def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any
     config = smoke.get_config()
     config.unlock()
     config.update_from_flattened_dict(changes)
-    net, rng = build(config), np.random.default_rng(0)
+    net, rng = build_model(config), np.random.default_rng(0)
 
     def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         about_one = path_name(path).endswith("/scale")
@@ -93,7 +93,7 @@ def shop(converted: Path) -> Shop:
 
 
 def scores_of(m: Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
-    return matching.match(
+    return matching.score_galleries(
         m, shop.split, np.arange(shop.split.num_clips), np.arange(shop.split.num_images), galleries=shop.galleries,
         gallery_of=shop.gallery_of, raw=raw, store=EmbeddingStore(store), show_progress=False,
     )[2]  # fmt: skip
@@ -235,7 +235,7 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "whole"), "--score", "matching")
     monkeypatch.setattr(EmbeddingStore, "BLOCK", 1)
-    once = GalleryScorer.match
+    once = GalleryScorer.score
     left = [2]
 
     def interrupted(self: Any, *inputs: Any) -> Any:
@@ -245,7 +245,7 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
         return once(self, *inputs)
 
     arguments = (run, converted, "--output", str(tmp_path / "blocks"), "--score", "matching")
-    monkeypatch.setattr(GalleryScorer, "match", interrupted)
+    monkeypatch.setattr(GalleryScorer, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call(*arguments)
     assert not (tmp_path / "blocks" / "metrics.json").exists()
@@ -270,12 +270,12 @@ def test_matching_compiles_once_whatever_the_batch_and_the_longest_shelf(shop: S
 def test_a_model_of_icl_alone_is_refused_before_anything_is_encoded(shop: Shop, tmp_path: Path) -> None:
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
     with pytest.raises(ValueError, match="this model has no decoder"):
-        evaluation.evaluate(m, shop.split, score="matching", store=EmbeddingStore(tmp_path))
+        evaluation.evaluate_split(m, shop.split, score="matching", store=EmbeddingStore(tmp_path))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="this model has no decoder"):
         m.match(shop.frames, shop.mask, shop.images)
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder learned to rebuild, not to match
     with pytest.raises(ValueError, match=r"this model has not learned it \(loss.pmd is 0 in its config\)"):
-        evaluation.evaluate(m, shop.split, score="matching")
+        evaluation.evaluate_split(m, shop.split, score="matching")
     with pytest.raises(ValueError, match="needs one of embedding, matching, raw-matching"):
-        evaluation.evaluate(m, shop.split, score="cosine")
+        evaluation.evaluate_split(m, shop.split, score="cosine")

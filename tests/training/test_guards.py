@@ -59,7 +59,7 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
     """The main thread is in C, as in a collective that hangs."""
     status, said = program("""
         import ctypes, os, signal, threading, time
-        from rice_jax import guards
+        from rice_jax.training import guards
         stop = guards.Stop()
         def twice():
             time.sleep(1)
@@ -82,7 +82,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish() -> None:
     """As timeout(1) sends it: to the process and to its group."""
     status, said = program("""
         import os, signal, time
-        from rice_jax import guards
+        from rice_jax.training import guards
         stop = guards.Stop()
         with stop.listening():
             for _ in range(3):
@@ -126,7 +126,7 @@ def test_zero_seconds_watch_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_run_that_stands_still_ends_where_that_is_the_policy() -> None:
     status, said = program("""
         import time
-        from rice_jax import guards
+        from rice_jax.training import guards
         with guards.Watch(0.3, ends=True) as watch:
             watch.waits_for("input", 7)
             time.sleep(30)
@@ -162,7 +162,7 @@ def test_the_limit_is_the_smallest_that_applies(tmp_path: Path, monkeypatch: pyt
 def test_children_count() -> None:
     status, said = program("""
         import subprocess, sys
-        from rice_jax import guards
+        from rice_jax.training import guards
         before = guards.resident_bytes()
         child = subprocess.Popen(
             [sys.executable, "-c", "x = b'1' * 200_000_000; print(1, flush=True); input()"],

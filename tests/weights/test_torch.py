@@ -19,7 +19,7 @@ from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import to_json
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 from rice_jax.weights import archives
@@ -201,7 +201,7 @@ def test_the_official_model_comes_in_and_goes_out_and_computes_the_same(batch: B
 def test_a_run_of_ours_goes_out_and_computes_the_same_in_torch(batch: Batch, tmp_path: Path) -> None:
     """Random weights of our own initialisation, at step 5, with fresh unused embeddings."""
     config = default.get_config()
-    net = build(config)
+    net = build_model(config)
     params = jax.jit(lambda: step.init_params(net, config, jax.random.key(0)))()
     write_config(tmp_path / "run", to_json(config))
     with Checkpoints(tmp_path / "run", kept=1) as checkpoints:

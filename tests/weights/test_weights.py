@@ -21,7 +21,7 @@ from rice_jax.checkpoints.run_folder import write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import to_json
 from rice_jax.models.arrays import MEAN, STD, unit
-from rice_jax.models.rice import build
+from rice_jax.models.rice import build_model
 from rice_jax.training import step
 from rice_jax.weights import archives, exports, naming, writers
 from rice_jax.weights.__main__ import main, parse
@@ -182,7 +182,7 @@ def _bicubic_middle(grid: np.ndarray) -> np.ndarray:
 def test_every_tensor_of_the_official_model_has_its_place_and_shape() -> None:
     """golden/parameters.csv: names and shapes of the full ViT-B/32 model."""
     config = default.get_config()
-    shapes = jax.eval_shape(lambda: step.init_params(build(config), config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: step.init_params(build_model(config), config, jax.random.key(0)))
     nothing = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in naming.flattened(shapes).items()}
     ours = {name: array.shape for name, array in naming.invert(nothing).items()}
     lines = (HERE / "golden/parameters.csv").read_text().splitlines()[1:]
@@ -311,7 +311,7 @@ def test_one_of_q_k_v_missing_is_told(tower: clip_files.Tensors, tmp_path: Path)
 
 def test_a_tensor_that_two_rules_match_is_refused() -> None:
     with pytest.raises(ValueError, match="x: several rules match"):
-        naming.match("x", (naming.Rule("x", "a"), naming.Rule("**", None)))
+        naming.find_rule("x", (naming.Rule("x", "a"), naming.Rule("**", None)))
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def smoke_sized(data: Path, **changes: Any) -> Any:
 
 def empty_state(config: Any, mesh: jax.sharding.Mesh) -> step.State:
     """A state of a config with ones everywhere, which no initialiser gives."""
-    abstract = step.abstract_state(build(config), config, mesh)
+    abstract = step.abstract_state(build_model(config), config, mesh)
     return jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), abstract)
 
 
@@ -484,7 +484,7 @@ def trained(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """Imported official weights of the smoke config's size, and a run that started from them."""
     folder = tmp_path_factory.mktemp("trained")
     config = trained_config(converted)
-    shapes = step.abstract_state(build(config), config, official.mesh_of(1, 1)).params
+    shapes = step.abstract_state(build_model(config), config, official.mesh_of(1, 1)).params
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     embeddings = {
@@ -620,7 +620,7 @@ def test_stablehlo_is_exported_with_a_card(
 def test_a_stem_cannot_be_exported(tmp_path: Path) -> None:
     config = smoke_config(tmp_path)
     config.model.stem_channels, config.model.stem_blocks = (8, 8, 8, 8), (0, 0, 0, 0)
-    net = build(config)
+    net = build_model(config)
     params = empty_state(config, official.mesh_of(1, 1)).params
     m = rice_jax.Model(config, net, params, official.mesh_of(1, 1), batch_size=8)
     with pytest.raises(ValueError, match=r"no place in the official code: encoder/stem"):
