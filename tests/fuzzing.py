@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import frames, records, schema
+from data_pipeline import example, frames, records, schema
 from data_pipeline.checkup import looks
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.frames import FrameOptions
@@ -364,7 +364,7 @@ def be_target(name: str, arguments: list[str]) -> None:
     """The process of a target: instruments what is fuzzed, and hands over to libFuzzer."""
     import atheris
 
-    for module in (annotations, schema, records, looks):
+    for module in (annotations, example, schema, records, looks):
         for key, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"):
                 setattr(module, key, atheris.instrument_func(value))

@@ -14,8 +14,8 @@ from tests import official
 ROOT = Path(__file__).parent.parent
 
 ORDER = {
-    "data_pipeline": "faults processes shell tfrecord folders schema records plan frames examples batches histogram "
-    "pictures listing layouts sources survey shards workers columns report convert checkup doctor "
+    "data_pipeline": "faults processes shell tfrecord folders example schema records plan frames examples batches "
+    "histogram pictures listing layouts sources survey shards workers columns report convert checkup doctor "
     "drawing synthetic",
     "rice_jax": "version config line hosts sharding model pairs losses optimizer step programs costs topologies "
     "digests checkpoints guards metrics inference retrieval archives naming contents sources exports weights logs show "
