@@ -1,7 +1,8 @@
 """Encoding and decoding of `tf.train.Example` messages by protobuf, without TensorFlow.
 
 The messages' descriptor is built here and lives in a private pool. TensorFlow registers messages of the same names in
-protobuf's default pool, and a process may use both.
+protobuf's default pool, and a process may use both. All implementations of protobuf give the same bytes: upb, which its
+wheels contain, and pure Python, which is only slower.
 """
 
 import math
