@@ -19,6 +19,7 @@ CORE = [
     "absl-py>=2.1",
     "pillow>=11",
     "google-crc32c>=1.6",
+    "protobuf>=5.28.3",  # the codec of tf.train.Example; the version that grain needs, for Python 3.11 to 3.13
     "tqdm>=4.66",
     "tensorboardX>=2.6.2",  # writes event files without TensorFlow
     "jaxtyping>=0.3",

@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.faults import BadInputError, Fault
+from data_pipeline.format import example, schema
 from data_pipeline.format import reader as records
-from data_pipeline.format import schema
 from data_pipeline.format.manifest import MANIFEST, content_hash, shard_name
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.format.schema import Clip, Picture, ShopImage
@@ -372,7 +372,7 @@ def be_target(name: str, arguments: list[str]) -> None:
     """The process of a target: instruments what is fuzzed, and hands over to libFuzzer."""
     import atheris
 
-    for module in (annotations, schema, records, looks):
+    for module in (annotations, example, schema, records, looks):
         for key, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"):
                 setattr(module, key, atheris.instrument_func(value))
