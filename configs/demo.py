@@ -3,12 +3,10 @@
 ARG names the losses: icl, icl_pmd, or icl_pmd_pfr (default).
 """
 
-import ml_collections
-
 from configs import default, grocery
 
 
-def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
+def get_config(arg: str = "icl_pmd_pfr") -> default.Config:
     c = grocery.get_config(arg)
     c.unlock()
     c.num_updates = 320

@@ -4,12 +4,11 @@ The recipe of grocery.py, which starts from random weights; ARG names the losses
 to it: the batch, and whether there are clips for validation.
 """
 
-import ml_collections
-
 from configs import grocery
+from configs.default import Config
 
 
-def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
+def get_config(arg: str = "icl_pmd_pfr") -> Config:
     c = grocery.get_config(arg)
     c.unlock()
     c.batch_size = 0

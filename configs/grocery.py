@@ -5,12 +5,10 @@ chosen, and what was not told apart. Without CLIP's weights the danger is not a 
 heart, and the departures from the official recipe below are there for that.
 """
 
-import ml_collections
-
 from configs import default
 
 
-def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
+def get_config(arg: str = "icl_pmd_pfr") -> default.Config:
     c = default.get_config()
     c.unlock()
     c.batch_size = 64

@@ -1,11 +1,9 @@
 """The official recipe on LPR750K: --config lpr750k:STAGE with STAGE icl, icl_pmd or icl_pmd_pfr (SPEC 7.7)."""
 
-import ml_collections
-
 from configs import default
 
 
-def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
+def get_config(arg: str = "icl_pmd_pfr") -> default.Config:
     c = default.get_config()
     c.unlock()
     c.batch_size = 128  # the README's figures; the config files say 96

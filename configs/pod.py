@@ -4,8 +4,6 @@ What fits where, and what a step needs at least: docs/scaling.md, by `python -m 
 defaults', made for batches of 96: nobody has tuned them for batches of this size.
 """
 
-import ml_collections
-
 from configs import default
 
 SIZES = {
@@ -15,7 +13,7 @@ SIZES = {
 }
 
 
-def get_config(arg: str = "b32") -> ml_collections.ConfigDict:
+def get_config(arg: str = "b32") -> default.Config:
     if arg not in SIZES:
         raise ValueError(f"--config pod:{arg}: no such size; sizes are {', '.join(SIZES)}.")
     c = default.get_config()

@@ -4,12 +4,11 @@ Each departure from the official recipe has its reason beside it. They are reaso
 stands behind them. Numbers in brackets are rows of SPEC 11.
 """
 
-import ml_collections
-
 from configs import lpr750k
+from configs.default import Config
 
 
-def get_config(arg: str = "icl_pmd_pfr") -> ml_collections.ConfigDict:
+def get_config(arg: str = "icl_pmd_pfr") -> Config:
     c = lpr750k.get_config(arg)
     c.unlock()
     c.data.test_tail_cut = False  # all frames, so that two evaluations of one model agree [15]
