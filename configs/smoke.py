@@ -1,4 +1,4 @@
-"""The smallest RICE that has every part: what tests and a first try on any machine run. Set data.path."""
+"""The smallest RICE that has every part, for tests and a first try on any machine. Set data.path."""
 
 from configs import default
 

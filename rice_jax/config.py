@@ -24,7 +24,7 @@ from configs.default import FIELDS
 
 if TYPE_CHECKING:
     from configs.default import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, Section
-else:  # the classes are types for mypy only; these names let run-time checks of annotations see what there is
+else:  # when the code runs, a config is a ConfigDict; tests check annotations then
     Config = DataConfig = LossConfig = MeshConfig = ModelConfig = OptimizerConfig = Section = ml_collections.ConfigDict
 
 SHIPPED = Path(default.__file__).parent
