@@ -1,4 +1,4 @@
-"""The official recipe on LPR750K (docs/official.md 7.7): --config lpr750k:STAGE, STAGE is icl, icl_pmd or icl_pmd_pfr."""
+"""The official recipe on LPR750K: --config lpr750k:STAGE, a stage of configs/default.py (docs/official.md 7.7)."""
 
 from configs import default
 
