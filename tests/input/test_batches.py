@@ -20,9 +20,8 @@ from PIL import Image
 from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record
-from data_pipeline.input import augment
-from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP
-from data_pipeline.input.batches import ELEMENT_EXAMPLES, Batches, clip_batches, image_batches, train_batches
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment_words
+from data_pipeline.input.batches import PART_EXAMPLES, Batches, clip_batches, image_batches, train_batches
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan, rows_without
 from data_pipeline.input.sampling import sample_frames
@@ -136,7 +135,7 @@ def test_a_clip_longer_than_the_slots_shows_sampled_frames_from_both_ends(split)
 def test_batches_are_the_same_for_any_number_of_threads_and_workers(split, threads, workers):
     plan = Plan(NUM_CLIPS, 23, 1)
     rows = np.tile(np.arange(23), 4)[:80]  # three elements a batch
-    assert len(rows) > 2 * ELEMENT_EXAMPLES
+    assert len(rows) > 2 * PART_EXAMPLES
     expected = take(train_batches(split, plan, rows, OPTIONS, threads=0), 3)
     actual = take(train_batches(split, plan, rows, OPTIONS, threads=threads, workers=workers), 3)
     assert_same(actual, expected)
@@ -445,7 +444,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
 
 
 def by_hand(path: Path, options: FrameOptions, words: np.ndarray | None) -> np.ndarray:
-    """One picture by Pillow alone, in the words of SPEC 9.5; without words: in evaluation."""
+    """One picture by Pillow alone, as docs/official.md 9.5 says. words None: as in evaluation."""
     image = Image.open(path).convert("RGB").resize((options.resize, options.resize), Image.Resampling.BILINEAR)
     spare = options.resize - options.image_size
     y = x = spare // 2
@@ -469,16 +468,16 @@ def test_training_batches_equal_pillow_on_the_files_of_the_download(source, conv
         for place, row in enumerate(plan.batch(step).tolist()):
             fields = listed[split.clip_ids[row]]
             paths = json.loads(fields[1].replace("'", '"'))
-            gate, fraction = (int(word) * 10 >> 64 for word in augment.draw_words(5, epoch, row, WHOLE_CLIP, 2))
+            gate, fraction = (int(word) * 10 >> 64 for word in augment_words(5, epoch, row, WHOLE_CLIP, 2))
             chosen = np.linspace(0, len(paths) - 1, min(10, len(paths))).astype(int)
             if len(chosen) == 10 and gate >= 5:
                 chosen = chosen[: 10 - fraction]
             assert batch["mask"][place].tolist() == [1] * len(chosen) + [0] * (10 - len(chosen))
             for slot, position in enumerate(chosen):
-                words = augment.draw_words(5, epoch, row, FIRST_FRAME + slot)
+                words = augment_words(5, epoch, row, FIRST_FRAME + slot)
                 expected = by_hand(source / paths[position], options, words)
                 np.testing.assert_array_equal(batch["frames"][place, slot], expected)
-            expected = by_hand(source / fields[4], options, augment.draw_words(5, epoch, row, SHOP_IMAGE))
+            expected = by_hand(source / fields[4], options, augment_words(5, epoch, row, SHOP_IMAGE))
             np.testing.assert_array_equal(batch["image"][place], expected)
 
 
