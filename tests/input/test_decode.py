@@ -155,7 +155,7 @@ def test_damaged_bytes_give_pillows_pixels_or_a_value_error(seed, damages):
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A PNG that only declares its size."""
+    """A PNG that declares a size and has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -209,7 +209,7 @@ def test_keep_ratio_resizes_the_shorter_side_with_clips_filter(size, resized):
 
 def test_a_hair_is_not_blown_up_to_gigabytes():
     hair = np.zeros((1, 20_000, 3), np.uint8)
-    with pytest.raises(ValueError, match="is 20000 x 1, too narrow"):
+    with pytest.raises(ValueError, match="is 20000 x 1, too hair"):
         resize(hair, FrameOptions(resize_mode="keep_ratio"))
 
 
