@@ -95,7 +95,7 @@ def _json(report: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text with the bytes of file names that are not UTF-8 as escapes, which JSON reads back."""
+    """Returns the text with bytes that are not UTF-8, as in file names, as escapes, which JSON reads back."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -166,7 +166,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def _is_converted(path: Path) -> bool:
-    """Whether PATH is a converted set, even if it is unfinished or its manifest is lost."""
+    """Returns whether PATH is a converted set, even if it is unfinished or its manifest is lost."""
     return (path / MANIFEST).exists() or any(path.glob("*.tfrecord")) or (path / WORK).is_dir()
 
 

@@ -127,7 +127,7 @@ class Studio:
         return [scene.box(second) for second in range(clip.length)]
 
     def scene(self, clip: Clip) -> Scene:
-        """Returns the scene of a clip. The sprites of its products must have been drawn."""
+        """Returns the scene of a clip. Raises FileNotFoundError if a sprite of its products is not drawn yet."""
         seed, dice = self.shop.seed, Dice(self.shop.seed, "scene", clip.index)
         product, *others = (_sprite(self, index) for index in (clip.product, *clip.others))
         room, palm, fingers, overlay = _stage(self, clip.livestream)
@@ -148,7 +148,7 @@ def _sprite(studio: Studio, index: int) -> Sprite:
 
 @functools.lru_cache(maxsize=2)
 def _stage(studio: Studio, livestream: int) -> tuple[Room, Sprite, Sprite, Image.Image]:
-    """The livestream's room, hand and overlay."""
+    """Returns the livestream's room, the palm and the fingers of its host, and its overlay."""
     dice = Dice(studio.shop.seed, "room", livestream)
     shelf = studio.shop.livestreams[livestream].shelf
     room = draw_room(dice, [_sprite(studio, index).picture for index in shelf[:SHELF]])
@@ -214,7 +214,7 @@ def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
 
 
 def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
-    """Thirteen columns: ten of docs/official.md 8.3, and the last three of 8.4."""
+    """Returns a line of thirteen columns: ten of docs/official.md 8.3, and the last three of 8.4."""
     frames = [f"{clip.folder}/{frame}.jpg" for frame in clip.frame_ids]
     category = str(list(CATEGORIES).index(product.category))
     cells = [

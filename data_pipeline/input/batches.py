@@ -96,17 +96,10 @@ def _fill_evaluation(
 
 
 class Batches(Iterator[Arrays]):
-    """An iterator of batches (dicts of arrays by name) that owns threads and processes.
+    """An iterator of batches (dicts of arrays by name) that owns threads and processes; num_batches is their number.
 
-    Use it in a `with` statement, or call close(). It closes itself at its end and after an error.
-
-    Attributes:
-      num_batches: number of batches from the start.
-
-    Raises:
-      ValueError: threads or workers below 0, or prefetch_batches below 1. From next(): a record or picture that cannot
-        be read (the message names it), or batches that were closed before their end.
-      RuntimeError: from next(), a worker process died.
+    Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
+    threads or workers below 0 or prefetch_batches below 1.
     """
 
     def __init__(self, parts: _BatchParts, *, threads: int, workers: int, prefetch_batches: int) -> None:
@@ -179,7 +172,7 @@ def _close(iterators: list[grain.DatasetIterator[Arrays]], workers: int) -> None
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in each worker: keeps it off accelerators, and makes it end with its parent, however that ends."""
+    """Runs first in each worker: keeps it off accelerators, and makes it end with its parent, even a killed one."""
     import jax  # here, not above: only a worker sets jax's options
 
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -275,7 +268,7 @@ def clip_batches(
 
     Args:
       split: a split of a converted data set.
-      rows: rows of its clips. -1 stands for no clip: a host whose part of a batch is short may fill it up with -1.
+      rows: rows of its clips. -1 means no clip: a host with too few clips for its part of a batch fills it up with -1.
       options: how pictures become arrays; N = options.num_frames, px = options.image_size.
       batch_size: examples of a batch, b.
       seed: of the random tail cut, used only with options.test_tail_cut.
@@ -321,16 +314,11 @@ def image_batches(
     """Returns an iterator of evaluation batches: the shop images `rows`, in this order, each exactly once.
 
     Args:
-      split: a split of a converted data set.
-      rows: rows of its shop images; -1 stands for no image.
-      options: how pictures become arrays; px = options.image_size.
-      batch_size: images of a batch, b.
-      threads: decoding threads of this process, or of each worker. 0 decodes in the calling thread.
-      workers: worker processes, of 200 MB each. 0 starts none.
+      split, rows, options, batch_size, threads, workers: as for `clip_batches`, with rows of shop images.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
-        image: uint8 [b, px, px, 3], RGB, the centre crop.
+        image: uint8 [b, px, px, 3], RGB, the centre crop; px = options.image_size, b = batch_size.
         row: int32 [b], the image's row in the split.
         valid: bool [b], False for black images that fill up a batch: their row is -1.
 
@@ -363,7 +351,10 @@ def _evaluation_batches(
 
 
 def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDArray[np.int32]:
-    """The rows as [batches, batch_size], filled up with PADDING."""
+    """Returns the rows as int32 [batches, batch_size], filled up with PADDING.
+
+    Raises ValueError for rows outside PADDING to num_rows - 1, or a batch_size below 1.
+    """
     wanted = np.asarray(rows, np.int64)
     if wanted.ndim != 1 or np.any((wanted < PADDING) | (wanted >= num_rows)):
         raise ValueError(f"rows: found some outside split {split_name}, needs 0 to {num_rows - 1}.")

@@ -104,7 +104,7 @@ class ClipLoader:
         return augment(pixels, self.options, augment_words(self.seed, epoch, example, picture))
 
     def _load(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
-        """The record's pictures at `positions`, decoded and resized. Reads the record only if the cache lacks one."""
+        """Returns the record's pictures at `positions`, loaded. Reads the record only if the cache lacks one."""
         encoded: Sequence[bytes] = ()
         loaded = []
         for position in positions:
@@ -121,7 +121,7 @@ class ClipLoader:
         return loaded
 
     def _read(self, kind: Kind, row: int) -> Sequence[bytes]:
-        """The encoded pictures of a record."""
+        """Returns the encoded pictures of a record. Raises ValueError if it cannot be read or lacks frames."""
         try:
             encoded = self.split.clip(row).frames if kind == "clip" else [self.split.image(row).encoded]
         except ValueError as err:  # its message names shard and record, and ends with what to do

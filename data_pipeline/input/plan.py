@@ -151,7 +151,7 @@ def _epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=2)
 def _spread_order(plan: Plan, epoch: int) -> NDArray[np.int64]:
-    """The epoch's permutation after spreading: clip k of a product's c clips moves to (u + k) / c of the epoch.
+    """Returns the epoch's permutation after spreading: clip k of a product's c clips moves to (u + k) / c of the epoch.
 
     u is uniform in [0, 1), one for each product and epoch. A product's clips stay in the permutation's order.
     """

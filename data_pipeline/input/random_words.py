@@ -1,8 +1,8 @@
 """Random words: uniform 64-bit numbers, each fixed by the seed, its use, the epoch, the example and the picture.
 
 Every random decision of the input reads one word, drawn by the counter-based generator Philox. So any host, worker or
-thread finds the same word, in whatever order words are drawn. NumPy may change `Generator.permutation` and the like
-between versions; `Philox.random_raw` it may not.
+thread finds the same word, and the order of drawing does not matter. NumPy keeps `Philox.random_raw` the same in all
+versions, but not `Generator.permutation` and the like.
 """
 
 import numpy as np

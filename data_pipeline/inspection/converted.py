@@ -132,7 +132,7 @@ class InspectedSet:
 
 
 def _where(split: Split, kind: str, row: int) -> str:
-    """Shard and record of a row, without the set's folder."""
+    """Returns "SHARD record N" for a row; SHARD is relative to the set's folder."""
     return split.where(kind, row).removeprefix(f"{split.path}/")
 
 
@@ -154,9 +154,10 @@ def shard_crc(context: ConvertedContext, name: str) -> int:
 def inspect_shard(
     context: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool
 ) -> PartResult:
-    """Reads the records of a shard, rows begin to end - 1, compares them with the columns and inspects their pictures.
+    """Returns the result for a shard, rows begin to end - 1: its records are read and compared with the columns.
 
-    sound: whether the shard has the manifest's checksum, so that its known fingerprints still hold.
+    Their pictures are inspected unless their fingerprints are known. sound: whether the shard has the manifest's
+    checksum; otherwise its known fingerprints are not used.
     """
     split = context.splits[split_name]
     fingerprints: list[Fingerprints] = []
@@ -183,7 +184,7 @@ def inspect_shard(
 def _inspect_record(
     context: ConvertedContext, split: Split, kind: str, row: int, keys: Sequence[int]
 ) -> tuple[list[Fingerprints], list[Fault]]:
-    """One fingerprint per key, NO_FINGERPRINT where there is no sound picture, and the faults of the record."""
+    """Returns one fingerprint per key, NO_FINGERPRINT where no picture is sound, and the faults of the record."""
     place, where = split.where(kind, row), _where(split, kind, row)
     subject = f"{kind} {(split.clip_ids if kind == 'clip' else split.image_ids)[row]}"
     fingerprints: list[Fingerprints] = len(keys) * [NO_FINGERPRINT]
@@ -211,7 +212,7 @@ def _inspect_record(
 
 
 def _key(split: Split, kind: str, row: int, frame: int) -> int:
-    """The key of a picture in a shard: it changes with the shard's checksum, which is verified at every start."""
+    """Returns the key of a picture, which changes with its shard's checksum; that is verified at every start."""
     place = _where(split, kind, row)
     size, crc = split.manifest["files"][_shard(split, kind, row)]
     return key_of(f"{VERSION}\0{place}\0{size}\0{crc}\0{frame}")
@@ -220,7 +221,7 @@ def _key(split: Split, kind: str, row: int, frame: int) -> int:
 def _disagreements(
     context: ConvertedContext, split: Split, row: int, record: ClipRecord | ImageRecord
 ) -> Iterator[BadInputError]:
-    """What a record says otherwise than the columns."""
+    """Yields an error for each value in which a record differs from the columns."""
     pairs: dict[str, tuple[str | int, str | int]]
     if isinstance(record, ImageRecord):
         pairs = {"id": (record.id, split.image_ids[row])}
@@ -245,7 +246,7 @@ def _disagreements(
 
 
 def _split_faults(split: Split) -> Iterator[Fault]:
-    """Galleries with rows outside the split, clips without shop image, queries without gallery or true image in it."""
+    """Yields faults of gallery rows outside the split, of clips without shop image, of queries without true image."""
     galleries = split.galleries
     for name, rows in galleries.items():
         if np.any((rows < 0) | (rows >= split.num_images)):

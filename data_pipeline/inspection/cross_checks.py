@@ -44,7 +44,7 @@ def _clips_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumma
 
 
 def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
-    """Frames in both splits: an evaluation on frames of the training proves nothing."""
+    """Yields a fault for each frame in both splits: an evaluation on frames of the training proves nothing."""
     frames, other_frames = summary.frame_fingerprints, other.frame_fingerprints
     read = lambda row: data.frame(summary, *summary.clip_of(row))
     read_other = lambda row: data.frame(other, *other.clip_of(row))
@@ -63,7 +63,10 @@ def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumm
 
 
 def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
-    """Frames with two labels: a livestream may show both products, but in a batch each is a negative of the other."""
+    """Yields a fault for each frame in clips of two products, which are negatives of each other in a batch.
+
+    A livestream may well show both.
+    """
     for one, two in same_bytes(summary.frame_fingerprints):
         (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
         image, other_image = (summary.clip_images[row] for row in (clip, other_clip))
@@ -86,7 +89,7 @@ def _product(summary: SplitSummary, image: int) -> object:
 
 
 def _shop_images(data: InspectedData) -> Iterator[Fault]:
-    """Pictures under two products, and ids of two pictures, over all splits."""
+    """Yields the faults of shop images over all splits: one picture under two products, two pictures under one id."""
     images = [(summary, row) for summary in data.summaries for row in range(len(summary.image_ids))]
     if not images:
         return
@@ -114,7 +117,7 @@ def _shop_images(data: InspectedData) -> Iterator[Fault]:
 
 
 def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
-    """Image id -> the galleries (split, livestream) that show it."""
+    """Returns, by image id, the galleries (split, livestream) that show it."""
     galleries: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
     for summary in summaries:
         for livestream, images in summary.galleries.items():
@@ -125,7 +128,7 @@ def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tupl
 
 
 def _two_products(data: InspectedData, one: ImageRow, two: ImageRow, what: str, shared: set[tuple[str, str]]) -> Fault:
-    """shared: the galleries that show both images."""
+    """Returns the fault of two shop images with the same bytes or picture. shared: the galleries that show both."""
     ids = [summary.image_ids[image] for summary, image in (one, two)]
     products = [int(summary.image_products[image]) for summary, image in (one, two)]
     names = [data.tables["product"][product] if product != NONE else "not known" for product in products]
@@ -161,7 +164,7 @@ def _doubles_in_galleries(data: InspectedData, summary: SplitSummary) -> Iterato
 
 
 def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
-    """Clips of the truth file that the split does not have: Recall divides by them, so they count as misses."""
+    """Yields a fault for each clip of the truth file that the split does not have: Recall counts it as a miss."""
     for clip_id in sorted(set(summary.truth) - set(summary.clip_ids)):
         detail = "found no clip for this entry of the truth, needs one: it counts as missed in every Recall; "
         detail += "add the clip, or remove the entry."
@@ -169,7 +172,7 @@ def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
 
 
 def _alike_ids(data: InspectedData) -> Iterator[Fault]:
-    """Ids that differ in case, width or space only: most are one id, mistyped."""
+    """Yields a fault for each group of ids that differ in case, width or space only: most are one id, mistyped."""
     kinds: list[tuple[str, Iterable[str]]] = [
         ("clip", {clip_id for summary in data.summaries for clip_id in summary.clip_ids}),
         ("image", {image_id for summary in data.summaries for image_id in summary.image_ids}),

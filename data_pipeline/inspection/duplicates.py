@@ -75,7 +75,7 @@ def same_picture(
 
 
 def _proposed(pictures: Fingerprints, others: Fingerprints, side: int, *, within: bool) -> Iterator[Pair]:
-    """Pairs with similar hashes and thumbnails. side -1 compares with the mirror images of `others`."""
+    """Yields pairs with similar hashes and thumbnails. side -1 compares with the mirror images of `others`."""
     comparable, other_comparable = is_comparable(pictures), is_comparable(others)
     search = _all_pairs if len(pictures) * len(others) <= ALL_PAIRS else _pairs_by_quarters
     for ones, twos in search(pictures["hash"], others["hash" if side == 1 else "mirror"]):

@@ -114,7 +114,7 @@ def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[st
 
 
 def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
-    """How many values a column has, the most frequent ones, and a sample of all counts from most to least frequent."""
+    """Returns how many values a column has, the most frequent ones, and a sample of the counts in falling order."""
     numbers, counts = np.unique(column[column != NONE], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     ranked = counts[order]

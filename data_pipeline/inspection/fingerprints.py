@@ -1,4 +1,4 @@
-"""Fingerprints of pictures: their size, hashes and a thumbnail, made once from the decoded pixels.
+"""Fingerprints of pictures: their size, hashes and a thumbnail, made from the decoded pixels.
 
 Fingerprints of sound pictures are appended to a file in blocks, each with its checksum. So a run after a kill decodes a
 picture again only if its file has another size or modification time.
@@ -87,7 +87,7 @@ def _rises(brightness: NDArray[np.int16]) -> np.uint64:
 
 
 def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], data: bytes) -> list[tuple[str, str]]:
-    """Reasons and details of the problems that a conversion accepts."""
+    """Returns (reason, detail) for each problem that a conversion accepts."""
     found = []
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
@@ -110,13 +110,13 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
     if picture.format == "JPEG" and picture.mode == "RGB":
         found += _damage(rgb, data)
     if picture.format != "MPO" and _has_second(picture):
-        detail = "is animated or has several pages, of which training takes the first; split it."
+        detail = "is animated or has several pages, and training takes only the first; split it."
         found.append(("several pictures in a file", detail))
     return found
 
 
 def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
-    """Damage that Pillow ignores: where an end mark is there, it shows the lost part of a JPEG as grey or stripes."""
+    """Returns (reason, detail) of damage that Pillow ignores: it shows a lost part of a JPEG as grey or stripes."""
     remedy = "look at it, and restore the file."
     if simplejpeg:
         try:

@@ -124,7 +124,7 @@ def _bars(items: Iterable[tuple[str, int]]) -> str:
 
 
 def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
-    """Those of the pictures that faults name that can be decoded."""
+    """Returns the HTML of those pictures named by faults that can be decoded."""
     shown = []
     for fault in faults[:SHOWN_PICTURES]:
         encoded = data.faulty_picture(fault["file"])
@@ -138,7 +138,7 @@ def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
 
 
 def _sheet(data: InspectedData, summary: SplitSummary) -> str:
-    """Clips evenly spaced over the split, two in a row: the shop image, then frames from the first to the last."""
+    """Returns the HTML of a picture of clips, evenly spaced over the split: each its shop image, then some frames."""
     if not len(summary.frame_counts):
         return "<p>None.</p>"
     clips = np.unique(np.linspace(0, len(summary.frame_counts) - 1, SHEET_CLIPS).astype(int)).tolist()
@@ -153,7 +153,7 @@ def _sheet(data: InspectedData, summary: SplitSummary) -> str:
 
 
 def _pictures(data: InspectedData, summary: SplitSummary, clip: int) -> Iterator[bytes | None]:
-    """The encoded bytes of a clip's shop image and of some of its frames; None for one that is not sound."""
+    """Yields the encoded bytes of a clip's shop image, then of some of its frames; None for one that is not sound."""
     image, count = int(summary.clip_images[clip]), int(summary.frame_counts[clip])
     yield data.image(summary, image) if image != NONE and summary.image_fingerprints["key"][image] else None
     begin = int(summary.ends[clip]) - count

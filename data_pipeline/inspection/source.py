@@ -89,9 +89,9 @@ class InspectedSource:
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """Reads all items together. If that fails, reads each alone: one that fails becomes a fault.
+        """Reads all items together. If that raises, reads each alone: one that raises becomes a fault.
 
-        The others are then read together.
+        The others are then read together, and an error of that is raised.
         """
         try:
             read(items)
@@ -137,7 +137,7 @@ class InspectedSource:
                 run(inspect_unlisted, tasks, "not listed", len(others), "picture")
 
     def _unlisted(self, listed: NDArray[np.uint64]) -> list[str]:
-        """The paths of the folder's pictures that no list names: training does not use them, bad ones are warnings."""
+        """Returns the paths of pictures that no list names: training does not use them, so bad ones are warnings."""
         paths = list(_pictures_below(self.layout.source))
         others: list[str] = np.array(paths)[~np.isin(hash_names(paths), listed)].tolist() if paths else []
         if others:
@@ -184,7 +184,7 @@ class InspectedSource:
 
 
 def _empty_lists(listing: Listing) -> Iterator[Fault]:
-    """Files of a list without a line, as an interrupted download leaves them."""
+    """Yields a fault for each file of a list without a line, as an interrupted download leaves it."""
     reported = {fault.file for fault in listing.faults}
     for number, file in enumerate(listing.files):
         if file not in reported and not np.any(listing.lines["file"] == number):
@@ -198,7 +198,7 @@ def _split_fault(error: BadInputError | WrongUseError, layout: Layout, split: st
 
 
 def _pictures_below(root: Path) -> Iterator[str]:
-    """Paths, relative to root, of all files with the suffix of a picture; links to folders are not followed."""
+    """Yields the paths, relative to root, of files with a picture's suffix; links to folders are not followed."""
     for folder, inner, files in os.walk(root):
         inner.sort()
         for name in sorted(files):
@@ -289,7 +289,7 @@ def inspect_images(context: SourceContext, split: str, images: Sequence[ShopImag
 def inspect_clips(
     context: SourceContext, split: str, clips: Sequence[tuple[str, RowLocation | ClipListing]]
 ) -> PartResult:
-    """Inspects the texts, frames and boxes of clips, given as (clip id, where it is listed)."""
+    """Returns the result for clips, given as (clip id, where it is listed): their texts, frames and boxes."""
     part = _Part(context)
     for clip_id, source in clips:
         number = source.number if isinstance(source, RowLocation) else 0

@@ -33,7 +33,7 @@ class SplitSummary:
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
-        """Of each clip, the row in frame_fingerprints after its last frame."""
+        """The row of frame_fingerprints after each clip's last frame, int64 [clips]."""
         return np.cumsum(self.frame_counts)
 
     def clip_of(self, row: int) -> tuple[int, int]:
@@ -43,7 +43,10 @@ class SplitSummary:
 
 
 class InspectedData(Protocol):
-    """A source folder or a converted set after its inspection: the results, and access to its pictures."""
+    """A source folder or a converted set after its inspection: the results, and access to its pictures.
+
+    Access to a picture raises ValueError if it cannot be read any more.
+    """
 
     summaries: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns

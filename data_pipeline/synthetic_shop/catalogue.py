@@ -164,9 +164,10 @@ def share_out(total: int, weights: Sequence[float], least: int) -> list[int]:
 
 
 def _plan_livestreams(products: list[Product], counts: dict[str, int], seed: int) -> Shop:
-    """Spreads a product's training clips over livestreams, so that rooms do not give products away.
+    """Returns the shop, with `counts` clips by split.
 
-    A test clip comes to a livestream with its product's siblings on the shelf.
+    A product's training clips are spread over livestreams, so that rooms do not give products away. A test clip is in a
+    livestream with its product's siblings on the shelf.
     """
     dice = Dice(seed, "streams")
     seen = dice.shuffled([product for product in products if product.seen])

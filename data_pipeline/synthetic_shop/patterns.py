@@ -28,7 +28,7 @@ def levels(field: Field, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 def _wave(place: Field, period: float) -> Field:
-    """1 at multiples of the period, -1 half-way between them, linear in between."""
+    """Returns 1 at multiples of the period, -1 half-way between them, linear in between."""
     phase = place / period
     return 1 - 4 * np.abs(phase - np.round(phase))
 
@@ -39,7 +39,7 @@ def _turned(x: Field, y: Field, degrees: float) -> tuple[Field, Field]:
 
 
 def _lattice(x: Field, y: Field, period: float) -> tuple[Field, Field]:
-    """The position of each point within its cell of a brick lattice, -1 to 1 on both axes."""
+    """Returns the position of each point within its cell of a brick lattice, -1 to 1 on both axes."""
     row = np.floor(y / period)
     return _saw(x / period + row / 2), 2 * (y / period - row) - 1
 
@@ -98,7 +98,7 @@ def _blobs(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _spots(x: Field, y: Field, dice: Dice) -> Field:
-    """A handful of large discs."""
+    """A field of seven large discs."""
     discs = [
         -np.hypot(x - dice.uniform(-1, 1), y - dice.uniform(-1.3, 1.3)) / dice.uniform(0.25, 0.6) for _ in range(7)
     ]
@@ -121,7 +121,7 @@ def _crosses(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _printed(x: Field, y: Field, dice: Dice) -> Field:
-    """Bars like printed text: rows of words of different lengths, ragged at the right."""
+    """A field of bars like printed text: rows of words of different lengths, ragged at the right."""
     field = np.full_like(x, -1.0)
     for row in range(-3, 4):
         middle, left, ragged = 0.5 * row, -0.92, dice.uniform(0.3, 0.95)
@@ -133,7 +133,7 @@ def _printed(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _halves(degrees: float) -> Callable[[Field, Field, Dice], Field]:
-    """Blocks of colour side by side."""
+    """Returns a pattern of blocks of colour side by side."""
     return lambda x, y, dice: _turned(x, y, degrees + dice.uniform(-8, 8))[0]
 
 

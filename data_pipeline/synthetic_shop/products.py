@@ -41,7 +41,7 @@ PALETTES = tuple(
 
 
 def draw_product(category: str, palette: Sequence[Colour], pattern: str, shape: Dice, own: Dice) -> Image.Image:
-    """Returns the product's sprite, RGBA [SPRITE, SPRITE]. shape: dice of the product's group; own: of its pattern."""
+    """Returns a product's sprite, RGBA [SPRITE, SPRITE]. shape: dice of the product's group; own: of its pattern."""
     parts = CATEGORIES[category](shape)
     named = PAINTS | dict(zip(("ground", "figure", "core"), palette, strict=True))
     return sprite(*paint(parts, named, CANVAS, body=functools.partial(_body, parts, palette, pattern, own)))
@@ -50,7 +50,7 @@ def draw_product(category: str, palette: Sequence[Colour], pattern: str, shape: 
 def _body(
     parts: Sequence[Part], palette: Sequence[Colour], pattern: str, own: Dice, stencils: Sequence[Stencil]
 ) -> Pixels:
-    """The pattern's colours on the whole canvas. On the visible body each colour has its share."""
+    """Returns the pattern's colours, float32 [CANVAS, CANVAS, 3]. On the visible body each colour has its share."""
     body = np.zeros((CANVAS, CANVAS), bool)
     for part, where in zip(parts, stencils, strict=True):
         covered = where.alpha > 0.5

@@ -90,7 +90,7 @@ def stand(picture: Image.Image, product: Image.Image, x: float, y: float, size: 
 
 
 def _lamplight(dice: Dice, pixels: Pixels) -> Pixels:
-    """A warm or cool pool of light somewhere in the room."""
+    """Returns the pixels with a warm or cool pool of light somewhere in the room."""
     y, x = np.linspace(0, 1, ROOM, dtype=np.float32)[:, None], np.linspace(0, 1, ROOM, dtype=np.float32)[None]
     far = np.hypot(x - dice.uniform(0.1, 0.9), y - dice.uniform(0.0, 0.6))
     tint = np.array(dice.pick(((1.0, 0.92, 0.78), (0.88, 0.95, 1.0), (1.0, 0.86, 0.9))), np.float32)
@@ -138,7 +138,7 @@ def _decoration(dice: Dice, shelf_left: bool) -> list[Part]:
 
 
 def _shelf(dice: Dice, left: bool) -> tuple[list[Part], list[tuple[float, float, float]]]:
-    """The boards, and places for nine products: (x, y of the foot, size)."""
+    """Returns the boards, and places for nine products: (x, y of the foot, size)."""
     begin = dice.uniform(0.01, 0.06) if left else dice.uniform(0.5, 0.55)
     end, size = begin + 0.44, dice.uniform(0.125, 0.15)
     heights = [0.2 + 0.175 * k + dice.uniform(-0.01, 0.01) for k in range(3)]
@@ -171,7 +171,7 @@ def _host(dice: Dice) -> list[Part]:
     wide = dice.uniform(0.17, 0.2)
 
     def about(*right: Point) -> Points:
-        """A symmetrical outline from (half width, distance below the middle of the face)."""
+        """Returns a symmetrical outline from (half width, distance below the middle of the face)."""
         return _about(x, curve([(half, y + below) for half, below in right], closed=False))
 
     cap, bun = (
@@ -201,7 +201,7 @@ def _table(dice: Dice) -> list[Part]:
 
 
 def _hand() -> tuple[list[Part], list[Part]]:
-    """A hand that grips an edge from the right: the parts behind the product, and those in front of it."""
+    """Returns a hand that grips an edge from the right: the parts behind the product, and those in front of it."""
     palm = [
         Part([(0.86, 1.05), (0.5, 0.42)], "skin", "round", 0.15),
         Part([(1.0, 1.2), (0.69, 0.74)], "cloth", "cloth", 0.21),

@@ -112,7 +112,7 @@ def _shadow(picture: Image.Image, box: Box | None) -> None:
 
 
 def _exposed(gains: Sequence[float], gamma: float) -> list[int]:
-    """A table for Image.point that sets exposure, white balance and contrast of an RGB picture."""
+    """Returns a table for Image.point that sets exposure, white balance and contrast of an RGB picture."""
     levels = np.arange(256) / 255
     return np.concatenate([np.clip(255 * (gain * levels) ** gamma, 0, 255).astype(int) for gain in gains]).tolist()
 

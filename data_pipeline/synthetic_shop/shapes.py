@@ -145,7 +145,7 @@ def sprite(pixels: Pixels, cover: Pixels) -> Image.Image:
 
 
 def _light(relief: Relief, height: int, width: int) -> NDArray[np.float32]:
-    """The factor of light that a surface reflects, [height, width], from a lamp at the upper left."""
+    """Returns the factor of light that a surface reflects, [height, width], from a lamp at the upper left."""
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     if relief == "round":
         light = 1.04 - 0.3 * (x + 0.2) ** 2 + 0.14 * np.exp(-(((x + 0.5) / 0.13) ** 2))

@@ -135,7 +135,7 @@ class Take:
         self.yaw, self.pitch, self.roll, self.tremble = (Drift(dice) for _ in range(4))
 
     def _size(self, share: float) -> float:
-        """The sprite's side, in pixels, with which its box fits into the frame and covers about `share` of it."""
+        """Returns the sprite's side, in pixels, with which its box fits the frame and covers about `share` of it."""
         width, height = np.ptp(self.product.hull, axis=0)
         return min(math.sqrt(share * WIDTH * HEIGHT / (width * height)), 0.92 * HEIGHT / height, 1.02 * WIDTH / width)
 
@@ -167,7 +167,7 @@ class Take:
         )
 
     def _presented(self, second: int, side: float) -> tuple[Numbers, float]:
-        """The product's quad, on the table or in a hand, and its roll."""
+        """Returns the product's quad, on the table or in a hand, and its roll in radians."""
         x = self.place[0] + 0.13 * WIDTH * self.sway.at(second)
         if not self.hands:
             y = 0.8 * HEIGHT - 0.46 * side + 12 * self.tilt.at(second)
@@ -185,7 +185,7 @@ class Take:
         return tuple(hand_at(grip, size, angle, right=right) for grip, right in zip(grips, self.hands, strict=True))
 
     def _view(self, second: int) -> tuple[float, ...]:
-        """Pillow's affine transform from the frame to the room; the view stays within the room."""
+        """Returns Pillow's affine transform from the frame to the room; the view stays within the room."""
         span = self.zoom * ROOM * (1 + 0.12 * self.near.at(second))  # of the room, across the frame
         centre = ROOM * (self.aim + (0.09 * self.pan.at(second), 0.05 * self.tilt.at(second)))
         half = np.array((span, span * HEIGHT / WIDTH)) * 0.55

@@ -209,7 +209,7 @@ def test_keep_ratio_resizes_the_shorter_side_with_clips_filter(size, resized):
 
 def test_a_hair_is_not_blown_up_to_gigabytes():
     hair = np.zeros((1, 20_000, 3), np.uint8)
-    with pytest.raises(ValueError, match="is 20000 x 1, too hair"):
+    with pytest.raises(ValueError, match="is 20000 x 1, too narrow"):
         resize(hair, FrameOptions(resize_mode="keep_ratio"))
 
 
