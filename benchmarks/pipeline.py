@@ -21,7 +21,7 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input import decode
 from data_pipeline.input.batches import train_batches
-from data_pipeline.input.decode import load
+from data_pipeline.input.decode import load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.input.sampling import sample_frames
@@ -98,7 +98,7 @@ def level_difference(files: dict[int, tuple[list[Path], Path]]) -> int:
     for path in [paths[0] for paths, _ in files.values()][:20]:
         with Image.open(path) as opened:
             theirs = np.asarray(opened.convert("RGB").resize((OPTIONS.resize,) * 2, Image.Resampling.BILINEAR), int)
-        largest = max(largest, int(np.abs(load(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
+        largest = max(largest, int(np.abs(load_picture(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
     return largest
 
 
