@@ -264,7 +264,7 @@ def integer(value: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
-WIDE = b"(" + b"N" * 100_000 + b"tq\x00"
+WIDE = b"(" + b"K\x01" * 100_000 + b"tq\x00"
 VECTOR = tensor(b"K\x04\x85", b"K\x01\x85") + b"q\x00"
 COUNT = 20_000
 HOSTILE = {
@@ -325,10 +325,10 @@ SAME_STATE = b"".join(text(str(k)) + b"c__torch__\nX\n)\x81h\x00b" for k in rang
     "content",
     [
         b"r\xff\xff\xff\x0f",
-        text("x") + b"(" + b"N" * COUNT + b"tq\x00" + SAME_LIST,
-        text("x") + b"}q\x00(" + b"".join(text(str(k)) + b"N" for k in range(COUNT)) + b"u" + SAME_STATE,
-        text("x") + b"(" + b"N" * COUNT + b"(t" * COUNT + b"t",
-        text("x") + b"](" * COUNT + b"e" * COUNT,
+        text("x") + b"(" + b"N" * 5000 + b"tq\x00" + SAME_LIST,
+        text("x") + b"}q\x00(" + b"".join(text(str(k)) + b"N" for k in range(300)) + b"u" + SAME_STATE,
+        text("x") + b"(" + b"N" * 5000 + b"(t" * 5000 + b"t",
+        text("x") + b"](" * 5000 + b"e" * 5000,
     ],
     ids=["memo index", "one list in many calls", "one state of many objects", "many marks", "nested lists"],
 )
@@ -383,6 +383,10 @@ def test_build_changes_nothing_that_outlives_the_pickle(target: str, tmp_path: P
     torch_files.write_torchscript(tmp_path / "script.pt", state_dict)
     for name in ("good.pt", "script.pt"):
         assert archives.read(tmp_path / name).tensors["y"].read().tolist() == [0, 1, 2]
+    unpickler = archives._Unpickler(b"", archives._TorchArchive(tmp_path / "good.pt"), script=True)
+    for module, name in (("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2")):
+        function = unpickler.find_class(module, name)
+        assert not vars(function) and function.__defaults__ is None
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
