@@ -1,9 +1,9 @@
 """Fuzzes parsers and readers: python -m tests.fuzzing [--minutes M] [--only NAME ...]
 
-Hypothesis builds annotations, boxes, records, lists, pictures and frame options; atheris, where it has a wheel for this
-Python, mutates bytes under coverage: records, indices, manifests, lines, tables, files of fingerprints. Each engine has
-its minutes, shared by its targets. A target fails if it raises another error than its users catch, or if something that
-was read is wrong. Then the exit status is 1, and OUTPUT/report.json has the input.
+Hypothesis builds annotations, boxes, records, lists, pictures, frame options and torch's pickles; atheris, where it
+has a wheel for this Python, mutates bytes under coverage: records, indices, manifests, lines, tables, files of
+fingerprints. Each engine has its minutes, shared by its targets. A target fails if it raises another error than its
+users catch, or if something that was read is wrong. Then the exit status is 1, and OUTPUT/report.json has the input.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
+import pickletools
 import re
 import subprocess
 import sys
@@ -176,6 +178,14 @@ def check_clip(given_clip: tuple[Clip, list[bytes]], place: int, change: int) ->
     check_record(bytes(changed))
 
 
+def check_archive(pickle: bytes, folder: Path, script: bool) -> None:
+    """An archive with this pickle: refused, or its tensors are read in the shapes that it states."""
+    torch_files.write_archive(folder / "archive.pt", pickle, [np.arange(6, dtype=np.float32)] * 2, script=script)
+    with contextlib.suppress(ValueError):
+        for tensor in archives.read(folder / "archive.pt").tensors.values():
+            assert tensor.read().shape == tensor.shape
+
+
 # --- hypothesis -------------------------------------------------------------------------------------------------------
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -231,6 +241,26 @@ def pictures(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 
+def opcodes(pickle: bytes) -> list[bytes]:
+    places = [place for _, _, place in pickletools.genops(pickle)] + [len(pickle)]
+    return [pickle[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+SIX = torch_files.pickled(np.arange(6, dtype=np.float32).reshape(2, 3), [])
+A, B = torch_files.text("a"), torch_files.text("b")
+SEED = opcodes(b"\x80\x02}q\0(" + A + b"q\1" + SIX + b"q\2" + B + b"c__torch__\nX\n)\x81}h\1h\2sbu.")
+OTHERS = opcodes(b"\x85\x86\x87(t]aeNh\0\x94j\2\0\0\0\x9302\x8a\5\0\0\0\0\x7f\x95" + bytes(8) + b"ctorch\nSize\n.")
+
+
+@st.composite
+def pickles(draw: st.DrawFn) -> bytes:
+    """A state dict's pickle with some of its opcodes removed, replaced or followed by others."""
+    found, several = list(SEED), st.lists(st.sampled_from(SEED + OTHERS), max_size=3)
+    for place in draw(st.lists(st.integers(0, len(SEED) - 1), max_size=5)):
+        found[place : place + draw(st.integers(0, 3))] = draw(several)
+    return b"".join(found)
+
+
 def picture_seeds() -> list[bytes]:
     seeds = [path.read_bytes() for path in (FRAMES[0], SHOP_IMAGES[0])]
     with Image.open(FRAMES[0]) as image:
@@ -274,6 +304,7 @@ def hypothesis_targets(folder: Path) -> dict[str, tuple[Any, Callable[..., None]
         "records": (st.tuples(clips(), st.integers(0, 10**6), st.integers(1, 255)), check_clip),
         "options": (st.tuples(OPTIONS, st.integers(1, 40), st.integers(0, 2**64 - 1), st.booleans()), check_options),
         "pictures": (st.tuples(pictures()), check_picture),
+        "archives": (st.tuples(pickles(), st.booleans()), lambda data, script: check_archive(data, folder, script)),
     }
 
 

@@ -42,7 +42,7 @@ class Contents(NamedTuple):
     file: Path
     container: str  # archives.Archive's
     kind: str  # one of the four above
-    tensors: Mapping[str, archives.Tensor]
+    tensors: Mapping[str, archives.StoredTensor]
     table: naming.Table
     description: Mapping[str, Any]  # the JSON beside the file; empty when there is none
 
@@ -53,7 +53,7 @@ def inspect_weights(path: Path) -> Contents:
     Raises:
       FileNotFoundError: nothing there. ValueError: a damaged file, or no model of a known kind, which is named.
     """
-    tensors: dict[str, archives.Tensor] = {}
+    tensors: dict[str, archives.StoredTensor] = {}
     files = _files(path)
     for file in files:
         archive = archives.read(file)

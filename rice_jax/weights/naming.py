@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Tensor = np.ndarray
-
 
 class Axes(NamedTuple):
     """A change of axes, from theirs to ours and back."""
 
-    ours: Callable[[Tensor], Tensor]
-    theirs: Callable[[Tensor], Tensor]
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
 
 
 AS_IS = Axes(lambda x: x, lambda x: x)
@@ -167,7 +165,7 @@ def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
     return matches[0]
 
 
-def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Any]:
+def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, Any]:
     """Another program's tensors as our parameters: nested dicts of NumPy arrays.
 
     Raises:
@@ -198,13 +196,13 @@ def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str,
     if faults:
         raise ValueError("these tensors are not of the model:\n  " + "\n  ".join(faults))
 
-    def layer(path: str, number: int) -> Tensor:
+    def layer(path: str, number: int) -> np.ndarray:
         names = places[path]
         parts = [names[number, part] for part in range(3 if path in joined else 1)]
         arrays = [axes.ours(tensors[name]) for name, axes in parts]
         return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
 
-    flat: dict[str, Tensor] = {}
+    flat: dict[str, np.ndarray] = {}
     for path, names in places.items():
         if path not in stacked:
             flat[path] = layer(path, 0)
@@ -216,7 +214,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str,
     return nested(flat)
 
 
-def invert(flat: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Tensor]:
+def invert(flat: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, np.ndarray]:
     """Our parameters, by path, as another program's tensors; paths that the table lacks are left out."""
     tensors = {}
     for rule in table:
