@@ -17,9 +17,9 @@ ORDER = {
     "data_pipeline": "faults processes shell tfrecord folders schema records plan frames examples batches histogram "
     "pictures listing layouts sources survey shards workers columns report convert checkup doctor "
     "drawing synthetic",
-    "rice_jax": "version config line hosts sharding model pairs losses optimizer step programs costs topologies "
-    "digests checkpoints guards metrics inference retrieval archives naming contents sources exports weights logs show "
-    "order explain preflight train evaluate demo",
+    "rice_jax": "version config cluster line hosts sharding model pairs losses optimizer step programs costs "
+    "topologies digests checkpoints guards metrics inference retrieval archives naming contents sources exports "
+    "weights logs show order explain preflight train evaluate demo",
 }
 # Nobody imports a command.
 COMMANDS = {"convert", "doctor", "synthetic", "show", "explain", "preflight", "train", "evaluate", "demo"}
