@@ -825,6 +825,24 @@ def test_launch_commands_are_understood_and_their_batches_divide() -> None:
         assert config.batch_size % devices == config.eval_batch_size % devices == 0
 
 
+def test_each_launched_job_has_a_secret_of_its_own() -> None:
+    """SLURM's tasks get it from the environment, a JobSet's pods from a Secret, the TPU VMs from a file."""
+    files = {name: (ROOT / "launch" / name).read_text() for name in ("slurm.sbatch", "kubernetes.yaml", "tpu_pod.sh")}
+    (line,) = re.findall(r"^export RICE_JAX_SECRET=.*$", files["slurm.sbatch"], re.M)
+    script = ["bash", "-c", f"{line}\nprintenv RICE_JAX_SECRET"]
+    made = [subprocess.run(script, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert made[0] != made[1] and len(base64.b64decode(made[0])) == 32
+    assert files["slurm.sbatch"].index(line) < files["slurm.sbatch"].index("\nsrun ")
+    job = yaml.safe_load(files["kubernetes.yaml"])["spec"]["replicatedJobs"][0]["template"]
+    (variable,) = [e for e in job["spec"]["template"]["spec"]["containers"][0]["env"] if "valueFrom" in e]
+    key = variable["valueFrom"]["secretKeyRef"]
+    assert variable["name"] == "RICE_JAX_SECRET"
+    assert f"kubectl create secret generic {key['name']} --from-literal={key['key']}=" in files["kubernetes.yaml"]
+    (command,) = shell_commands(ROOT / "launch" / "tpu_pod.sh")
+    copied = re.findall(r'scp "\$secret" "\$NAME:(\S+)"', files["tpu_pod.sh"])
+    assert [name.replace("$NAME", "rice") for name in copied] == [str(train.parse(command).secret_file)]
+
+
 def test_the_jobset_numbers_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     jobset = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
     (job,) = jobset["spec"]["replicatedJobs"]
