@@ -312,7 +312,7 @@ def test_a_hostile_pickle_is_refused_at_once(name: str, tmp_path: Path) -> None:
 def test_a_key_of_a_million_nested_tuples_does_not_crash_the_interpreter(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     torch_files.write_archive(path, b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.", [])
-    script = f"from pathlib import Path; from rice_jax import archives; archives.read(Path({str(path)!r}))"
+    script = f"from pathlib import Path; from rice_jax.weights import archives; archives.read(Path({str(path)!r}))"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "nests objects more than 50 deep" in ended.stderr
 
