@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
-from rice_jax.config import split_override, to_json
+from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
@@ -66,7 +66,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "data": Dataset(arguments.data).content_hash,
         "--subset": read_ids(arguments.subset) if arguments.subset else None,
         **{f"--{name}": getattr(arguments, name) for name in ("split", "score", "step")},
-        **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in hosts.MAY_DIFFER},
+        **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in PER_HOST},
     }
 
 

@@ -28,7 +28,7 @@ from jax._src import distributed
 import configs
 import data_pipeline
 from rice_jax import errors
-from rice_jax.config import flat
+from rice_jax.config import PER_HOST, flat
 from rice_jax.parallel.channel import Channel, Coordinator, Facts, disagreement, end_process
 from rice_jax.parallel.cluster import ProcessInfo, find_process
 
@@ -37,7 +37,6 @@ PACKAGES = (
     "numpy", "pillow",
 )  # fmt: skip
 SETTINGS = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # of jax, that change its results
-MAY_DIFFER = ("data.path", "data.threads", "data.workers", "data.cache_bytes")  # between hosts; the data must not
 NOT_TOGETHER = "the processes wait for different decisions; call what decides (rice_jax.load) in all. Which, on which"
 
 _channel: Channel | None = None  # None: one process
@@ -254,4 +253,4 @@ def code() -> Facts:
 def of_config(config: Any) -> Facts:
     """Returns a config's fields as facts, without those that may differ between hosts."""
     fields = flat(config).items()
-    return {f"--config.{name}": value for name, value in fields if name not in MAY_DIFFER}
+    return {f"--config.{name}": value for name, value in fields if name not in PER_HOST}

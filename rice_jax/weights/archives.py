@@ -232,6 +232,7 @@ def _check(content: bytes) -> None:
     stack: list[int] = []
     marks: list[int] = []
     memo: list[int] = []
+    argument: Any
     for opcode, argument, _ in pickletools.genops(content):
         name, taken = opcode.name, opcode.stack_before
         if name not in OPCODES:

@@ -30,7 +30,8 @@ import yaml
 
 from data_pipeline.convert import Options, convert
 from rice_jax import evaluate, train
-from rice_jax.parallel import channel, cluster, hosts
+from rice_jax.parallel import channel as channel_module
+from rice_jax.parallel import cluster, hosts
 from rice_jax.parallel.channel import Channel, Coordinator, JoinRequest
 from rice_jax.parallel.cluster import ProcessInfo
 from tests.test_train import lines_of, smoke_config
@@ -252,9 +253,9 @@ def test_who_ignores_that_the_secret_is_wrong_is_not_admitted() -> None:
     address = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(start, {}, count=2, address=address, wait=3.0)
-        peer = channel._connect(ProcessInfo(address, 2, 1), 60.0)
-        assert not channel._same_secret(peer, b"wrong", b"process", b"coordinator", 60.0)
-        channel._send(dataclasses.asdict(JoinRequest(1, 2, "process 1 of 2 (intruder)", {}, None)), peer)
+        peer = channel_module._connect(ProcessInfo(address, 2, 1), 60.0)
+        assert not channel_module._same_secret(peer, b"wrong", b"process", b"coordinator", 60.0)
+        channel_module._send(dataclasses.asdict(JoinRequest(1, 2, "process 1 of 2 (intruder)", {}, None)), peer)
         (text,) = first.result(60)
         assert "1 of 2 processes did not come within 3 s: 1." in str(text) and "intruder" not in str(text)
 
@@ -297,7 +298,7 @@ def test_the_secret_is_never_sent_and_no_proof_is_sent_twice() -> None:
         address = f"127.0.0.1:{free_port()}"
         with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(2) as pool:
             first = pool.submit(start, {}, count=2, address=address)
-            pool.submit(channel._connect, ProcessInfo(address, 2, 0), 60.0).result(60)  # process 0 listens
+            pool.submit(channel_module._connect, ProcessInfo(address, 2, 0), 60.0).result(60)  # process 0 listens
             threading.Thread(target=relay, args=(server, ProcessInfo(address, 2, 0).target), daemon=True).start()
             through = ProcessInfo(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
             second = Channel(through, SECRET, 60.0, {})
@@ -536,7 +537,7 @@ def test_what_was_not_started_alike_never_starts(converted: Path, tmp_path: Path
     """Other code, other data and another config on one host; each is named, and all processes end."""
     for package in ("rice_jax", "data_pipeline", "configs"):
         shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "code" / "rice_jax" / "losses.py").open("a") as file:
+    with (tmp_path / "code" / "rice_jax" / "losses" / "global_batch.py").open("a") as file:
         file.write("\n")
     data = tmp_path / "data"
     source = converted.parent / "lpr750k"
