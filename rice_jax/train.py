@@ -69,7 +69,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
                 if evaluation_is_due(start, config) and not log.has_evaluation(start, held_out.name):
                     with stop.at_once():  # killed between save and evaluation
                         evaluate_held_out(config, net, state, mesh, held_out, log, start)
-                checkpoints.figures = log.recalls(held_out.name)
+                checkpoints.recall = log.recalls(held_out.name)
             for step in range(start, config.num_updates):
                 watch.waits_for("input", step)
                 batch = to_global(next(batches), mesh)
@@ -98,7 +98,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
                     watch.waits_for("", done)
                     with stop.at_once():
                         evaluate_held_out(config, net, state, mesh, held_out, log, done)  # waits
-                    checkpoints.figures = log.recalls(held_out.name)
+                    checkpoints.recall = log.recalls(held_out.name)
                     progress.pause(done)
             watch.waits_for("", done)
             if done > start:
