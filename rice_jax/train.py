@@ -242,9 +242,9 @@ def main(arguments: argparse.Namespace) -> None:
     train_and_evaluate(arguments.config, arguments.workdir)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
@@ -253,5 +253,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return config_module.parse(parser, argv)
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> None:
+    hosts.run(main, parse(argv, prog), facts, stops_together=True)
+
+
 if __name__ == "__main__":
-    hosts.run(main, parse(), facts, stops_together=True)
+    command()
