@@ -16,8 +16,8 @@ from data_pipeline.input.plan import Plan
 from rice_jax import explain
 from rice_jax.checkpoints.run_folder import write_config
 from rice_jax.config import to_json
+from rice_jax.training import ledger as order
 from rice_jax.training import logs, step
-from rice_jax.training.ledger import check_epoch, digest, make_plan, read_ledger
 
 
 def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Plan:
@@ -26,39 +26,39 @@ def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Pl
     config.data.path, config.batch_size = str(data), 5
     config.data.update(fields)
     write_config(folder, to_json(config))
-    plan = make_plan(config, open_dataset(data))
+    plan = order.make_plan(config, open_dataset(data))
     with logs.Log(folder, step=0) as log:
         for update in range(1, updates + 1):
             rows = jnp.asarray(plan.batch(update - 1), jnp.int32)
             log.write(update, {"ledger": step.ledger(rows)})
-        log.write(2, {"val/queries": 3})  # a line of an evaluation
+        log.write(2, {"val/queries": 3})  # a line that is none of an update
     return plan
 
 
-def test_the_digest_in_numpy_equals_that_of_the_training_step() -> None:
+def test_the_digest_is_that_of_the_step() -> None:
     rows = np.random.default_rng(0).permutation(4_000_000)[:300]
-    assert digest(rows) == logs.plain(step.ledger(jnp.asarray(rows, jnp.int32)))
+    assert order.digest(rows) == logs.plain(step.ledger(jnp.asarray(rows, jnp.int32)))
     swapped = rows.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    assert digest(swapped) != digest(rows)
+    assert order.digest(swapped) != order.digest(rows)
 
 
 def test_an_epoch_is_proved_to_show_no_clip_twice(converted: Path, tmp_path: Path) -> None:
     """24 clips in batches of 5: four batches an epoch, 20 clips once, 4 left out."""
     plan = make_run(tmp_path, converted)
-    ledger = read_ledger(tmp_path)
-    epoch = check_epoch(plan, ledger, 0, last_update=6)
+    ledger = order.read_ledger(tmp_path)
+    epoch = order.check_epoch(plan, ledger, 0, last_update=6)
     assert (epoch.shown, epoch.twice, epoch.wrong, epoch.checked) == (20, [], [], [1, 2, 3, 4])
     shown = np.concatenate([plan.batch(i) for i in range(4)])
     assert sorted(shown.tolist() + epoch.left_out) == list(range(24)) and len(epoch.left_out) == 4
-    to_come = check_epoch(plan, ledger, 1, last_update=6)
+    to_come = order.check_epoch(plan, ledger, 1, last_update=6)
     assert (to_come.shown, to_come.checked, to_come.updates) == (0, [], range(5, 7))
 
 
 def test_an_update_that_saw_other_clips_is_found(converted: Path, tmp_path: Path) -> None:
     plan = make_run(tmp_path, converted)
-    ledger = read_ledger(tmp_path) | {3: digest(plan.batch(7))}
-    assert check_epoch(plan, ledger, 0, last_update=6).wrong == [3]
+    ledger = order.read_ledger(tmp_path) | {3: order.digest(plan.batch(7))}
+    assert order.check_epoch(plan, ledger, 0, last_update=6).wrong == [3]
 
 
 def run(*words: str) -> None:
@@ -70,12 +70,10 @@ def test_the_command_names_draws_and_proves(
 ) -> None:
     plan = make_run(tmp_path, converted)
     run("--workdir", str(tmp_path), "--step", "2", "--examples", "3")
-    printed, split = capsys.readouterr().out, open_dataset(converted).split("train")
-    assert (
-        "batch 2 of 4 of epoch 0" in printed and "(the plan's)" in printed and "20 clips shown, none twice" in printed
-    )
-    assert all(split.clip_ids[row] in printed for row in plan.batch(1).tolist())
-    assert "leaves out 4 of 24 clips" in printed
+    text, split = capsys.readouterr().out, open_dataset(converted).split("train")
+    assert "batch 2 of 4 of epoch 0" in text and "(the plan's)" in text and "20 clips shown, none twice" in text
+    assert all(split.clip_ids[row] in text for row in plan.batch(1).tolist())
+    assert "leaves out 4 of 24 clips" in text
     with Image.open(tmp_path / "update-2.png") as sheet:  # three lines, a shop image and three slots each
         assert sheet.width > 4 * 78 + 18 and sheet.height == 3 * 94 + 6
         right = np.asarray(sheet.convert("L"))[6:22, 4 * 78 + 18 :]
@@ -95,9 +93,9 @@ def test_the_plan_follows_the_config(
     skipped = open_dataset(converted).split("train").clip_ids[3]
     make_run(tmp_path, converted, **{field: True if field == "spread_products" else (skipped,)})
     run("--workdir", str(tmp_path), "--step", "1")
-    printed = capsys.readouterr().out
-    assert "4 with the plan's ledger; 20 clips shown, none twice" in printed
-    assert ("leaves out 3 of 23 clips" in printed and skipped not in printed) == (field == "skip_clips")
+    text = capsys.readouterr().out
+    assert "4 with the plan's ledger; 20 clips shown, none twice" in text
+    assert ("leaves out 3 of 23 clips" in text and skipped not in text) == (field == "skip_clips")
 
 
 def test_another_data_set_and_a_moved_one_without_data_are_refused(
@@ -128,7 +126,7 @@ def test_wrong_use_is_exit_status_2(words: tuple[str, ...], capsys: pytest.Captu
     assert end.value.code == 2 and "needs" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_run_a_wrong_step_and_a_wrong_ledger_are_refused(
+def test_no_run_a_wrong_step_and_a_wrong_ledger_are_refused(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
@@ -144,4 +142,4 @@ def test_a_folder_without_a_run_a_wrong_step_and_a_wrong_ledger_are_refused(
     assert "2 with the plan's ledger" in capsys.readouterr().out
     path.write_text("no json\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 1"):
-        read_ledger(tmp_path)
+        order.read_ledger(tmp_path)
