@@ -32,12 +32,32 @@ from rice_jax.weights.readers import initialise
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
-    """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
+    """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one, and evaluates.
 
-    Of several processes (rice_jax.parallel.hosts) all run this; the first decides what was there, and writes.
+    With several processes (rice_jax.parallel.hosts) all of them must call it; process 0 writes.
+
+    Args:
+      config: a locked or unlocked config, such as configs.grocery.get_config(); docs/config.md lists its fields.
+      workdir: the run's folder, made if missing: checkpoints, config.json, metrics.jsonl and TensorBoard.
+
+    Returns:
+      The figures of the last evaluation, as Result.figures of rice_jax.retrieval.evaluation: "recall@1" and others in
+      percent, "queries" and so on. Empty if config.data.eval_split is "".
 
     Raises:
-      ValueError: as set_up, a damaged record, or a loss that stays not finite.
+      ValueError: the config is invalid or does not fit the data, `workdir` has another run, a checkpoint or record is
+        damaged, or the loss was not finite for too many updates in a row.
+      OSError: a file is missing or cannot be written.
+      SystemExit: a signal stopped the run, after a checkpoint was saved.
+
+    Example:
+      from pathlib import Path
+      from configs import smoke
+
+      config = smoke.get_config()
+      config.data.path = "records"  # made by data_pipeline.convert
+      figures = rice_jax.train_and_evaluate(config, Path("runs/smoke"))
+      print(figures["recall@1"])  # percent, of the validation split
     """
     run, start, state = set_up(config, workdir)
     config, net, mesh, train, held_out, plan, abstract, checkpoints, meta, log = run
