@@ -8,7 +8,6 @@ it prints the clips that the epoch leaves out. Exit status 1: an update saw othe
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +17,7 @@ from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import from_json
+from rice_jax.config import Config, from_json
 from rice_jax.errors import run
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training.ledger import Epoch, check_epoch, make_plan, read_ledger
@@ -27,7 +26,7 @@ SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
 SHOWN = 5  # ids or numbers in a message
 
 
-def draw_update(split: Split, plan: Plan, config: Any, update: int, *, examples: int) -> Image.Image:
+def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
     """Returns a picture of an update's first `examples` pairs, one a line: the shop image, then the clip's frames.
 
     Args:
@@ -89,7 +88,7 @@ def explain(arguments: argparse.Namespace) -> None:
         )
 
 
-def _open(data: Path | None, config: Any, workdir: Path) -> Dataset:
+def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
     """Returns the data set at `data`, or else at the config's path.
 
     Raises:
@@ -142,9 +141,7 @@ def _report(
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument(
         "--step", type=int, required=True, help="number of the update, as in metrics.jsonl: 1 is the first"

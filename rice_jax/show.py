@@ -128,9 +128,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.show") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", type=Path, required=True, help="folder that rice_jax.evaluate wrote")
     parser.add_argument("--data", type=Path, required=True, help="the converted set that was evaluated")
     parser.add_argument("--split", default="test", help="the split that was evaluated (default: test)")

@@ -186,7 +186,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
         start, state = 0, init_state(net, config, abstract)
         state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
     else:
-        (start, state), notes = checkpoints.newest_state(abstract), []
+        (start, state), notes = checkpoints.restore(abstract), []
     log = Log(workdir, step=start)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
     for note in notes:
@@ -263,9 +263,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
     )

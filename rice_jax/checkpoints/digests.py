@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from rice_jax.parallel.mesh import path_name
+
 GOLDEN, MIX = np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B)  # odd, hence one to one modulo 2^32
 
 
@@ -72,11 +74,7 @@ def shapes_and_dtypes(tree: Any) -> dict[str, str]:
     Orbax' metadata have other containers than the state, but the names in the paths are the same.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
-    return {_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
 
 
 def as_text(words: np.ndarray) -> list[str]:

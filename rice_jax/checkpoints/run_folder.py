@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from rice_jax.checkpoints.seal import write_whole
+from data_pipeline.format.tfrecord import write_file
 
 
 def write_config(workdir: Path, text: str) -> None:
     """Writes config.json, which describes the run before its first checkpoint exists. Makes the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.json", text)
+    write_file(workdir / "config.json", text.encode())
 
 
 def read_config(workdir: Path) -> str | None:

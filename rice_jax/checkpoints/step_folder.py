@@ -49,11 +49,7 @@ def make_checkpointer() -> ocp.AsyncCheckpointer:
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
-    """Returns the dict that the step was saved with.
-
-    Raises:
-      DamagedError: the file is missing, or is no JSON object.
-    """
+    """Returns the dict that the step was saved with. Raises DamagedError if the file is no JSON object."""
     path = folder / "meta" / "metadata"  # the file name of Orbax' JSON handler
     with _damage_in(path):
         meta = json.loads(path.read_text())

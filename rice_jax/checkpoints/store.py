@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from data_pipeline.format.tfrecord import write_file
 from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from rice_jax.checkpoints.retention import steps_to_keep
-from rice_jax.checkpoints.seal import seal, sha256_of, write_whole
+from rice_jax.checkpoints.seal import seal, sha256_of
 from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, DamagedError
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
@@ -39,8 +40,6 @@ DAMAGED, DELETED = ".damaged", ".deleted"
 RETRY_SECONDS = 60.0
 FINAL_PAUSES = (0.0, 1.0, 5.0)  # seconds before each attempt at the last save
 UNWRITABLE = (ValueError, OSError, RuntimeError)
-
-Restored = TypeVar("Restored")
 
 
 class Checkpoints:
@@ -121,58 +120,47 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the dict that `step` was saved with, and "step", "version" and "schema".
-
-        Raises:
-          DamagedError: it cannot be read.
-        """
+        """Returns the dict that the step was saved with, its version and schema. Raises DamagedError if unreadable."""
         return step_folder.read_meta(self.path / str(step))
 
     # --- Restoring ---
 
-    def newest_state(self, abstract: State) -> tuple[int, State]:
-        """Returns the newest undamaged step and its state, as `restore`. It warns about damaged steps and skips them.
+    def restore(self, abstract: State, step: int | None = None) -> tuple[int, State]:
+        """Returns a step and its state in the shardings of `abstract`, whatever mesh it was saved from.
+
+        step: the newest undamaged one unless given; it warns about damaged steps and skips them.
 
         Raises:
-          ValueError: no undamaged step is left, or the step is of another model.
+          ValueError: no undamaged step is left; or leaves of the step are missing, unexpected, or of another shape or
+            dtype than in `abstract`, each of them named.
+          DamagedError, a ValueError: the given step cannot be read, or contains other numbers than were saved.
         """
-        return self._newest(lambda step: self.restore(step, abstract))
+        step, items = self._restore(step, _split(abstract))
+        return step, State(**items["weights"], **items["optimizer"])
 
-    def newest_params(self, abstract: State) -> tuple[int, Any]:
-        """Returns the newest undamaged step and its parameters, as `restore_params`. Raises as `newest_state`."""
-        return self._newest(lambda step: self.restore_params(step, abstract))
-
-    def _newest(self, restore: Callable[[int], Restored]) -> tuple[int, Restored]:
-        for step in reversed(hosts.ask_first(self.steps)):
-            found: list[Restored] = []
-            try:
-                found.append(restore(step))
-            except DamagedError as error:
-                self._skip(step, error)
-            if all(hosts.gather(bool(found))):
-                return step, found[0]
-            self._complete.pop(step, None)  # another process found it damaged
-        raise self._none_left()
-
-    def restore(self, step: int, abstract: State) -> State:
-        """Returns the state of a step in the shardings of `abstract`, whatever mesh it was saved from.
-
-        Raises:
-          DamagedError: files cannot be read, or contain other numbers than were saved.
-          ValueError: leaves are missing, unexpected, or of another shape or dtype; names each.
-        """
-        items = self._restore(step, _split(abstract))
-        return State(**items["weights"], **items["optimizer"])
-
-    def restore_params(self, step: int, abstract: State) -> Any:
-        """Returns the parameters to use: their moving average if the run keeps one. Raises as `restore`.
+    def restore_params(self, abstract: State, step: int | None = None) -> tuple[int, Any]:
+        """Returns a step and its parameters: their moving average if the run keeps one. Arguments, errors: `restore`.
 
         The optimiser's state is not read, and may be damaged.
         """
-        weights = self._restore(step, {"weights": _split(abstract)["weights"]})["weights"]
-        return weights["average"] or weights["params"]
+        step, items = self._restore(step, {"weights": _split(abstract)["weights"]})
+        return step, items["weights"]["average"] or items["weights"]["params"]
 
-    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    def _restore(self, step: int | None, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if step is not None:
+            return step, self._restore_step(step, items)
+        for newest in reversed(hosts.ask_first(self.steps)):
+            restored = None
+            try:
+                restored = self._restore_step(newest, items)
+            except DamagedError as error:
+                self._skip(newest, error)
+            if all(hosts.gather(restored is not None)) and restored is not None:
+                return newest, restored
+            self._complete.pop(newest, None)  # another process found it damaged
+        raise self._none_left()
+
+    def _restore_step(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         saved = self._complete.get(step, {}).get("leaves", {})
         return step_folder.restore_items(self._orbax, self.path / str(step), saved, items)
 
@@ -226,7 +214,8 @@ class Checkpoints:
             leaves = zip(as_text(np.asarray(words)), digest_file["leaves"].items(), strict=True)
             digest_file["leaves"] = {name: f"{text} {about}" for text, (name, about) in leaves}
             if hosts.is_first():
-                write_whole(self.path / str(step) / DIGEST_FILE, json.dumps(seal(digest_file), indent=1))
+                path = Path(self.path / str(step) / DIGEST_FILE)
+                write_file(path, json.dumps(seal(digest_file), indent=1).encode())
         except UNWRITABLE as error:
             self._fail(step, error)
             return

@@ -116,14 +116,8 @@ def embed(
     """Returns the embeddings of clips [Q, E] and of shop images [I, E], in the order of the split's rows given."""
     width, total = model.config.model.embedding, len(clip_rows) + len(image_rows)
     with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
-        (clips,) = store.blocks(
-            {"clips": width},
-            clip_rows,
-            lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x)),
-        )
-        (images,) = store.blocks(
-            {"images": width},
-            image_rows,
-            lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images, *x)),
-        )
+        clips_of = lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x))
+        images_of = lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images, *x))
+        (clips,) = store.blocks({"clips": width}, clip_rows, clips_of)
+        (images,) = store.blocks({"images": width}, image_rows, images_of)
     return clips, images

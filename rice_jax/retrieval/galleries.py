@@ -14,7 +14,7 @@ AT_ONCE = 32  # shop images scored at once for each clip: more take more memory,
 
 
 class GalleryScorer:
-    """Scores batches of clips. It keeps each shop image's class token on the devices, once for all galleries.
+    """Scores batches of clips; it keeps the class token of each shop image on the devices, once for all galleries.
 
     width: the number of scores a clip, the size of the largest gallery rounded up to a multiple of AT_ONCE.
     """
@@ -28,13 +28,7 @@ class GalleryScorer:
         *,
         raw: bool,
     ) -> None:
-        """
-        Args:
-          run: Model.run.
-          class_tokens: float32 [I, D], from inference.encode_images_to_match.
-          galleries: rows of `class_tokens`, for each gallery.
-          raw: as in Model.match.
-        """
+        """`run` and `raw` are as in Model; class_tokens float32 [I, D]; each gallery is its rows of `class_tokens`."""
         self._run, self._mesh, self._raw = run, mesh, raw
         self._sizes = np.array([*map(len, galleries), 0])  # the last one, -1, is for rows that fill up a batch
         self.width = max(1, -(-int(self._sizes.max()) // AT_ONCE)) * AT_ONCE

@@ -42,15 +42,11 @@ def score_galleries(
     gallery_of_row[clip_rows] = gallery_of
     total = len(clip_rows) + len(image_rows)
     with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
-        images, class_tokens = store.blocks(
-            {"images": width, "class-tokens": model.config.model.width},
-            image_rows,
-            lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images_to_match, *x)),
-        )
+        images_of = lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images_to_match, *x))
+        kinds = {"images": width, "class-tokens": model.config.model.width}
+        images, class_tokens = store.blocks(kinds, image_rows, images_of)
         scorer = GalleryScorer(model.run, model.mesh, class_tokens, galleries, raw=raw)
-        clips, scores = store.blocks(
-            {"clips": width, "raw-matches" if raw else "matches": scorer.width},
-            clip_rows,
-            lambda rows: encode.clips(rows, lambda batch_rows, *x: scorer.score(gallery_of_row[batch_rows], *x)),
-        )
+        clips_of = lambda rows: encode.clips(rows, lambda batch, *x: scorer.score(gallery_of_row[batch], *x))
+        kinds = {"clips": width, "raw-matches" if raw else "matches": scorer.width}
+        clips, scores = store.blocks(kinds, clip_rows, clips_of)
     return clips, images, scores

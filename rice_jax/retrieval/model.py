@@ -34,8 +34,10 @@ def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
 
 
 def _prepare_one(picture: str | Path | bytes, ordinal: int, options: FrameOptions) -> UInt8[np.ndarray, "px px 3"]:
-    is_bytes = isinstance(picture, bytes)
-    data, name = (picture, f"picture {ordinal}") if is_bytes else (Path(picture).read_bytes(), picture)
+    if isinstance(picture, bytes):
+        data, name = picture, f"picture {ordinal}"
+    else:
+        data, name = Path(picture).read_bytes(), str(picture)
     try:
         return centre_crop(load_picture(data, options, train=False), options)
     except ValueError as error:
@@ -114,11 +116,8 @@ class Model:
     def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
         """Returns the embeddings of shop images: float32, unit length.
 
-        Args:
-          images: uint8, RGB levels, px = config.data.image_size.
-
         Raises:
-          ValueError: images of another shape or dtype.
+          ValueError: `images` have another shape or dtype than pictures in encode_clips.
         """
         images = self._check(images, axes=4)
         return self._in_batches(functools.partial(self.run, inference.encode_images), images)[0]
@@ -136,12 +135,8 @@ class Model:
         Each picture is encoded once a call, but the decoder runs for each of the n * m pairs.
 
         Args:
-          frames, mask: clips as in encode_clips.
-          images: shop images as in encode_images.
-          raw: return h . w, which may have any size, instead of its cosine.
-
-        Returns:
-          float32; cosines from -1 to 1 unless `raw`.
+          frames, mask, images: as in encode_clips and encode_images.
+          raw: return h . w, of any size, instead of its cosine, from -1 to 1. Both are float32.
 
         Raises:
           ValueError: as in encode_clips and encode_images, or the model was not trained to match.
@@ -155,11 +150,9 @@ class Model:
         return self._in_batches(functools.partial(scorer.score, gallery_of), frames, mask)[1][:, : len(images)]
 
     def run(self, function: Callable[..., Any], *arrays: Any, options: tuple[Any, ...] = ()) -> list[Array]:
-        """Returns the results of a compiled function of rice_jax.retrieval.inference, replicated.
+        """Returns the arrays function(net, eval_flip, *options, params, *arrays), compiled and replicated.
 
-        Args:
-          function: called with the net, eval_flip, `options`, the parameters and `arrays`.
-          arrays: arrays on the devices.
+        `function` is one of rice_jax.retrieval.inference, and `arrays` are on the devices.
         """
         return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *options), self.params, *arrays)
 
@@ -258,9 +251,6 @@ def load(
     mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = build_model(config)
     abstract = abstract_state(net, config, mesh)
-    if step is None:
-        step, params = checkpoints.newest_params(abstract)
-    else:
-        params = checkpoints.restore_params(step, abstract)
+    step, params = checkpoints.restore_params(abstract, step)
     batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
     return Model(config, net, params, mesh, batch_size=batch_size, step=step)

@@ -86,15 +86,8 @@ def rank_queries(
     size_s = np.array([len(rows) for rows in galleries], np.int32)
     gallery_size = size_s[gallery_of] if num_queries else np.zeros(0, np.int32)
     if num_queries == 0 or num_images == 0:
-        never, top = np.full(num_queries, NEVER, np.int32), (num_queries, top_k)
-        return Ranking(
-            rank=never,
-            strict_rank=never,
-            top_images=np.full(top, -1, np.int32),
-            top_scores=np.full(top, -np.inf, np.float32),
-            true_entries=true_entries,
-            gallery_size=gallery_size,
-        )
+        never, top = np.full(num_queries, NEVER, np.int32), np.full((num_queries, top_k), -1, np.int32)
+        return Ranking(never, never, top, np.full(top.shape, -np.inf, np.float32), true_entries, gallery_size)
 
     # Sort the queries by gallery, and galleries in the order of the compiled loop.
     count_s = np.bincount(gallery_of, minlength=len(galleries)).astype(np.int32)
@@ -112,18 +105,10 @@ def rank_queries(
             row_l[: size_s[gallery]] = galleries[gallery]
         padded_classes.append(_SizeClass(row_sl, size_s[members], first_s[members], count_s[members]))
 
-    rank, strict_rank, top_images, top_scores = jax.device_get(
-        _rank_galleries(query_qe[order_q], true_qm[order_q], image_ie, tuple(padded_classes), top_k=top_k)
-    )
+    results = _rank_galleries(query_qe[order_q], true_qm[order_q], image_ie, tuple(padded_classes), top_k=top_k)
     back_q = np.argsort(order_q)
-    return Ranking(
-        rank=rank[back_q],
-        strict_rank=strict_rank[back_q],
-        top_images=top_images[back_q],
-        top_scores=top_scores[back_q],
-        true_entries=true_entries,
-        gallery_size=gallery_size,
-    )
+    rank, strict_rank, top_images, top_scores = (array[back_q] for array in jax.device_get(results))
+    return Ranking(rank, strict_rank, top_images, top_scores, true_entries, gallery_size)
 
 
 def rank_matrix(
@@ -167,11 +152,7 @@ def _rank_rows(
 
 
 def rank_scores(
-    score_ql: Float32[Array, "Q L"],
-    is_real_l: Bool[Array, " L"],
-    true_qm: Int32[Array, "Q M"],
-    *,
-    top_k: int,
+    score_ql: Float32[Array, "Q L"], is_real_l: Bool[Array, " L"], true_qm: Int32[Array, "Q M"], *, top_k: int
 ) -> tuple[Int32[Array, " Q"], Int32[Array, " Q"], Int32[Array, "Q K"], Float32[Array, "Q K"]]:
     """Returns the ranks of each row's best true entry, and the best entries (docs/official.md 10.1); for jit.
 
@@ -262,12 +243,8 @@ def _rank_galleries(
 
         def rank_block(block: Array, results: _Results) -> _Results:
             start = first + block * _BLOCK
-            score_ql = jnp.einsum(
-                "qe,le->ql",
-                lax.dynamic_slice_in_dim(query_qe, start, _BLOCK),
-                image_le,
-                precision=lax.Precision.HIGHEST,
-            )
+            block_qe = lax.dynamic_slice_in_dim(query_qe, start, _BLOCK)
+            score_ql = jnp.einsum("qe,le->ql", block_qe, image_le, precision=lax.Precision.HIGHEST)
             block_true_qm = lax.dynamic_slice_in_dim(true_qm, start, _BLOCK)
             rank_q, strict_q, position_qk, top_score_qk = rank_scores(score_ql, is_real_l, block_true_qm, top_k=top_k)
             top_image_qk = jnp.where(position_qk >= 0, row_l[position_qk], -1)
@@ -282,8 +259,7 @@ def _rank_galleries(
 
     for size_class in classes:
         results, _ = lax.scan(rank_gallery, results, size_class)
-    rank_q, strict_q, top_image_qk, top_score_qk = (whole[:num_queries] for whole in results)
-    return rank_q, strict_q, top_image_qk, top_score_qk
+    return jax.tree.map(lambda whole: whole[:num_queries], results)
 
 
 def _size_classes(
@@ -293,8 +269,7 @@ def _size_classes(
     members_s = np.flatnonzero(count_s)
     members_s = members_s[np.argsort(-size_s[members_s], kind="stable")]
 
-    classes = []
-    start = 0
+    classes, start = [], 0
     while start < len(members_s):
         largest = max(int(size_s[members_s[start]]), at_least)
         smallest = 0 if largest <= _SMALLEST_SIZE else math.ceil(largest * _SIZE_RATIO)
@@ -310,10 +285,8 @@ def _true_positions(
     image_ids: Sequence[Hashable],
     truth: Sequence[Collection[Hashable]],
 ) -> tuple[Int32[np.ndarray, "Q M"], Int32[np.ndarray, " Q"]]:
-    """Returns the positions of each query's true entries in its gallery, padded with -1, and their number.
-
-    It is a join on the pair (gallery, id).
-    """
+    """Returns the positions of each query's true entries in its gallery, padded with -1, and their number."""
+    # A join of entries and truth on the pair (gallery, id).
     code_of_id: dict[Hashable, int] = {}
     code_i = np.array([code_of_id.setdefault(image_id, len(code_of_id)) for image_id in image_ids], np.int64)
     codes = max(len(code_of_id), 1)

@@ -8,15 +8,14 @@ from jaxtyping import Int
 
 
 def recall_at(rank_q: Int[np.ndarray, " Q"], ks: Sequence[int], *, denominator: int) -> dict[int, float]:
-    """Returns Recall@k in percent: the share of the truth list with a rank of at most k (docs/official.md 10.2).
+    """Returns {k: Recall@k in percent, not rounded}: the share of the truth list of rank k or better.
+
+    docs/official.md 10.2.
 
     Args:
         rank_q: int [Q], 1-based ranks, NEVER for a miss.
         ks: the values of k.
         denominator: the number of entries of the truth list, with or without a prediction; at least Q.
-
-    Returns:
-        {k: percent}, not rounded.
 
     Raises:
         ValueError: the denominator is 0 or less than Q.
@@ -32,7 +31,7 @@ def chance_recall(
     *,
     denominator: int,
 ) -> dict[int, float]:
-    """Returns the exact expectation of Recall@k, in percent, when each gallery is ranked at random.
+    """Returns {k: Recall@k in percent, not rounded} to be expected of random rankings, exactly.
 
     With t true among n entries, the first k contain none of them with probability C(n - t, k) / C(n, k).
 
@@ -41,9 +40,6 @@ def chance_recall(
         gallery_size: int [Q], number of entries in each query's gallery.
         ks: the values of k.
         denominator: as in `recall_at`; entries without a prediction are misses.
-
-    Returns:
-        {k: percent}, not rounded.
 
     Raises:
         ValueError: the denominator is 0 or less than Q.

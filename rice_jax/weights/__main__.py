@@ -114,9 +114,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="weights of others as a folder that rice_jax opens")
     command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")

@@ -82,7 +82,7 @@ def test_a_state_comes_back_exactly_on_other_meshes(
         mesh = official.mesh_of(*sizes)
         found = Checkpoints(tmp_path)
         assert found.latest() == 3 and found.meta(3)["plan"] == "p" and found.meta(3)["step"] == 3
-        number, restored = found.newest_state(step.abstract_state(*CONFIGURED, mesh))
+        number, restored = found.restore(step.abstract_state(*CONFIGURED, mesh))
         assert number == 3 and same(restored, state)
         assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(restored))
 
@@ -118,7 +118,7 @@ def test_another_model_is_refused_leaf_by_leaf(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"weights/params/encoder/proj: checkpoint \(32, 16\) float32, config \(32, 8\) float32"
     ):
-        Checkpoints(tmp_path).restore_params(1, abstract)
+        Checkpoints(tmp_path).restore_params(abstract, 1)
 
 
 def test_the_moving_average_is_restored_as_the_parameters(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_moving_average_is_restored_as_the_parameters(tmp_path: Path) -> Non
     state = state._replace(average=jax.tree.map(lambda x: x + 1, state.average))
     with Checkpoints(tmp_path, kept=1) as checkpoints:
         checkpoints.save(1, state, {})
-    params = Checkpoints(tmp_path).restore_params(1, abstract)
+    _, params = Checkpoints(tmp_path).restore_params(abstract)
     np.testing.assert_array_equal(params["logit_scale"], state.params["logit_scale"] + 1)
 
 
@@ -210,7 +210,7 @@ def test_one_line_warns_about_a_damaged_step_and_the_step_before_is_used(
     DAMAGE[damage](tmp_path / "checkpoints" / "6")
     with Checkpoints(tmp_path, kept=2) as checkpoints:
         assert checkpoints.latest() is not None
-        number, restored = checkpoints.newest_state(abstract)
+        number, restored = checkpoints.restore(abstract)
         assert number == 3 and same(restored, state)
         printed = capfd.readouterr().err
         one_line = r"warning: .*/checkpoints/6.*; it is skipped and becomes 6\.damaged at the next save\.\n"
@@ -218,7 +218,7 @@ def test_one_line_warns_about_a_damaged_step_and_the_step_before_is_used(
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]  # not renamed yet
         checkpoints.save(6, state, {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "6.damaged"]
-    number, restored = Checkpoints(tmp_path).newest_state(abstract)
+    number, restored = Checkpoints(tmp_path).restore(abstract)
     assert number == 6 and same(restored, state)
     assert capfd.readouterr().err == ""
 
@@ -239,7 +239,7 @@ def test_random_flips_are_found_or_harmless(
         path = files[trial % len(files)]
         if path.stat().st_size:
             flip(path, int(rng.integers(path.stat().st_size)), bit=int(rng.integers(8)))
-        number, restored = Checkpoints(folder).newest_state(abstract)
+        number, restored = Checkpoints(folder).restore(abstract)
         assert same(restored, state if number == 3 else after), path
         outcomes.append(number)
         shutil.rmtree(folder)
@@ -267,7 +267,7 @@ def test_without_an_undamaged_step_restoring_is_an_error(
         flip_data(tmp_path / "checkpoints" / number / "weights")
     checkpoints = Checkpoints(tmp_path, kept=2)
     with pytest.raises(ValueError, match=r"no undamaged checkpoint is left \(damaged: 3, 6\); restore one from a copy"):
-        checkpoints.newest_state(abstract)
+        checkpoints.restore(abstract)
     with pytest.raises(ValueError, match="no undamaged checkpoint is left"):
         checkpoints.latest()
 
@@ -295,7 +295,7 @@ def test_a_step_without_digests_is_restored_with_a_warning(
     (tmp_path / "checkpoints" / "3" / "meta" / "metadata").write_text('{"step": 3, "version": "0.1.0", "plan": "p"}')
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.meta(3)["plan"] == "p"
-    number, restored = checkpoints.newest_state(abstract)
+    number, restored = checkpoints.restore(abstract)
     assert number == 3 and same(restored, state)
     assert "is of a version without digests" in capsys.readouterr().err
 
@@ -358,9 +358,9 @@ def test_weights_beside_damaged_moments_are_restored(
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     flip_data(tmp_path / "checkpoints" / "6" / "optimizer")
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.restore_params(6, abstract)["logit_scale"] is not None
+    assert checkpoints.restore_params(abstract, 6)[1]["logit_scale"] is not None
     with pytest.raises(DamagedError, match=r"checkpoints/6 is damaged \("):
-        checkpoints.restore(6, abstract)
+        checkpoints.restore(abstract, 6)
 
 
 def test_a_library_call_changes_no_hook_and_a_command_prints_one_line_for_a_damaged_step(
