@@ -96,7 +96,9 @@ def main() -> None:
     def match(params: Any, tokens: jax.Array, mask: jax.Array, gallery: jax.Array, count: jax.Array) -> Any:
         keys_values = arrays.apply(net.decoder, params["decoder"], tokens, method="keys_values")
         key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
-        return inference.shelf_scores(net, False, at_once, params, class_tokens, gallery, count, keys_values, key_mask)
+        return inference.gallery_scores(
+            net, False, at_once, params, class_tokens, gallery, count, keys_values, key_mask
+        )
 
     rows = np.linspace(0, split.num_clips - 1, arguments.clips).astype(int)
     rows = rows[: len(rows) // size * size]

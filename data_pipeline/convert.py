@@ -227,8 +227,8 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse_options(arguments: Sequence[str] | None) -> Options:
-    parser = make_parser("data_pipeline.convert", __doc__)
+def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
+    parser = make_parser(prog, __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="how the source is laid out on disk")
     parser.add_argument(
         "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
@@ -270,8 +270,8 @@ def _rate(text: str) -> float:
     return rate
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.convert") -> int:
+    options = parse_options(arguments, prog)
     return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 
 

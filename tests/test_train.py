@@ -173,7 +173,7 @@ def test_evaluation_takes_the_step_before_a_damaged_one_and_changes_nothing(
     before = there()
     assert rice_jax.load(tmp_path / "run").step == 3
     assert there() == before
-    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is passed over\.\n", capsys.readouterr().err)
+    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is skipped\.\n", capsys.readouterr().err)
     with pytest.raises(ValueError, match="checkpoints/6 is damaged"):
         rice_jax.load(tmp_path / "run", step=6)
 

@@ -14,9 +14,9 @@ from data_pipeline.system.processes import cores
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
+def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        f"python -m {module}",
+        prog,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

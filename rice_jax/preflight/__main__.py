@@ -57,10 +57,8 @@ def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_b
     raise SystemExit(0 if report.fits else 1)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:..., or cpu:8")
     parser.add_argument("--search", action="store_true", help="find the largest batch_size that fits")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report as JSON, too")
@@ -72,5 +70,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> None:
+    run(main, parse(argv, prog))
+
+
 if __name__ == "__main__":
-    run(main, parse())
+    command()

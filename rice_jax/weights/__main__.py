@@ -113,10 +113,8 @@ def main(arguments: argparse.Namespace) -> None:
     {"import": import_weights, "export": export, "show": show}[arguments.command](arguments)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="weights of others as a folder that rice_jax opens")
     command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
@@ -134,5 +132,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> None:
+    run(main, parse(argv, prog))
+
+
 if __name__ == "__main__":
-    run(main, parse())
+    command()

@@ -115,7 +115,7 @@ def _export(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export
     }
     if model.can_match:
         images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
-        programs["match"] = (functools.partial(inference.match, model.net, False), (frames, mask, images))
+        programs["match"] = (functools.partial(inference.score_all_pairs, model.net, False), (frames, mask, images))
 
     for name, (function, inputs) in programs.items():
 
