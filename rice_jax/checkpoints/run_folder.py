@@ -14,3 +14,8 @@ def write_config(workdir: Path, text: str) -> None:
 def read_config(workdir: Path) -> str | None:
     path = workdir / "config.json"
     return path.read_text() if path.exists() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder contains checkpoints: those of a training run, or imported weights."""
+    return (folder / "checkpoints").is_dir()
