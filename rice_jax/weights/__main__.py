@@ -17,11 +17,10 @@ from rice_jax.errors import run, warn
 from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.weights import naming
 from rice_jax.weights.card import describe_model
-from rice_jax.weights.import_export import export_run, import_weights
 from rice_jax.weights.inspect import Kind, inspect_weights
 from rice_jax.weights.model_config import infer_config
 from rice_jax.weights.readers import load_on_one_device
-from rice_jax.weights.writers import FORMATS
+from rice_jax.weights.writers import FORMATS, export_run, import_weights
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -57,11 +57,7 @@ def differences_from_official(config: Config) -> list[str]:
 def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -> str:
     """Returns the README.md of an export: sizes, how to open it, origin, warnings, metrics, licence and config.
 
-    Args:
-      format_name: a key of writers.FORMATS.
-
-    Raises:
-      ValueError: the meta data of the checkpoint, the figures of an evaluation or the log are damaged.
+    Raises ValueError if the checkpoint's meta data, the figures of an evaluation or the log are damaged.
     """
     meta = Checkpoints(run).meta(model.step)
     count = sum(x.size for x in jax.tree.leaves(model.params))
@@ -104,7 +100,7 @@ def _origin(config: Config, meta: Mapping[str, Any]) -> str:
 
 
 def _metrics(run: Path, model: Model) -> list[str]:
-    """Returns the lines of a table: figures of this model's evaluations in the run's folder and during the training."""
+    """Returns the lines of a table of this model's figures: evaluations in the run's folder and during training."""
     found = []
     for path in sorted(run.glob("evaluation-*/metrics.json")):
         figures = json.loads(path.read_text())

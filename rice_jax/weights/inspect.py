@@ -59,9 +59,8 @@ class WeightsFile(NamedTuple):
 def inspect_weights(path: Path) -> WeightsFile:
     """Returns the kind, the tensors, the table of names and the JSON description of a file or folder of weights.
 
-    Raises:
-      FileNotFoundError: there is no such file or folder.
-      ValueError: a damaged file, a folder without exactly one model, or a model of another kind, which is named.
+    Raises FileNotFoundError if there is none, and ValueError for a damaged file, a folder that does not have exactly
+    one model, and a model of another kind, which is named.
     """
     tensors: dict[str, archives.Tensor] = {}
     files = _files(path)

@@ -145,7 +145,6 @@ def _sizes_of_tensors(weights: WeightsFile) -> dict[str, int]:
 
 
 def _tensor_faults(weights: WeightsFile, config: Config) -> list[str]:
-    """Returns a text for each tensor that is missing, unexpected, or of another shape or dtype than the model's."""
     shapes = jax.eval_shape(lambda: init_params(build_model(config), config, jax.random.key(0)))
     zeros = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in naming.flattened(shapes).items()}
     needed = {name: array.shape for name, array in naming.invert(zeros, weights.table).items()}
@@ -176,7 +175,6 @@ def _is_count(value: Any) -> bool:
 
 
 def _faults_of_json(stated: StatedModel) -> list[str]:
-    """Returns a text for each stated fact that our model cannot have."""
     faults = []
     if stated.activation not in (None, *ACTIVATIONS):
         faults.append(f"activation: {JSON} says {stated.activation}, needs one of {', '.join(ACTIVATIONS)}")
@@ -196,7 +194,6 @@ def _faults_of_json(stated: StatedModel) -> list[str]:
 
 
 def _stated_model(weights: WeightsFile, exported: Config | None) -> StatedModel:
-    """Returns the stated facts; `exported` is the config of an export of ours."""
     if exported is not None:
         names = ("width", "layers", "heads", "hidden", "embedding", "patch_size", "decoder_heads")
         sizes = {name: exported.model[name] for name in names}
@@ -212,9 +209,9 @@ def _stated_model(weights: WeightsFile, exported: Config | None) -> StatedModel:
 
 
 def hugging_face_model(description: Mapping[str, Any], prepared: Mapping[str, Any]) -> StatedModel:
-    """Returns the facts in config.json and preprocessor_config.json of Hugging Face (docs/official.md 15.4).
+    """Returns the facts in config.json and preprocessor_config.json of a CLIPModel or CLIPVisionModelWithProjection.
 
-    The description is of a CLIPModel or a CLIPVisionModelWithProjection. Absent fields have ViT-B/32's values.
+    Fields that are absent have ViT-B/32's values (docs/official.md 15.4).
     """
     vision = description.get("vision_config") or description
     sizes = {
@@ -235,7 +232,7 @@ def hugging_face_model(description: Mapping[str, Any], prepared: Mapping[str, An
 
 
 def _open_clip_model(description: Mapping[str, Any]) -> StatedModel:
-    """Returns the facts in open_clip_config.json (docs/official.md 15.5)."""
+    # docs/official.md 15.5
     model, prepared = description.get("model_cfg", description), description.get("preprocess_cfg", {})
     vision = model.get("vision_cfg", {})
     sizes = {name: vision[name] for name in ("width", "layers", "patch_size", "image_size") if name in vision}

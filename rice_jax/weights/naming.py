@@ -6,6 +6,7 @@ stack the layers on a leading axis. `**` stands for any text, in the rules of te
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,14 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-Tensor = np.ndarray
-
 
 class Axes(NamedTuple):
     """A change of axes: `ours` makes our array of theirs, and `theirs` makes theirs of ours."""
 
-    ours: Callable[[Tensor], Tensor]
-    theirs: Callable[[Tensor], Tensor]
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
 
 
 AS_IS = Axes(lambda x: x, lambda x: x)
@@ -32,8 +31,6 @@ POINT = Axes(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # a 1x1
 
 
 class Rule(NamedTuple):
-    """A row of a table."""
-
     name: str  # theirs
     path: str | None  # ours; None: the tensor is known and not used
     axes: Axes = AS_IS
@@ -41,7 +38,7 @@ class Rule(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """The regular expression of the names that the rule matches. Its group 1, if any, is the layer's number."""
+        """A regular expression that matches the name. Its group 1 is the layer's number, if the name has one."""
         return re.escape(self.name).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
 
 
@@ -164,68 +161,52 @@ HUGGING_FACE: Table = (  # docs/official.md 15.4
 
 @functools.cache
 def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
-    """Returns the rule for a tensor's name and the match; group 1 of the match is the layer's number, if it has one.
-
-    Raises:
-      ValueError: no rule of the table matches, or several do.
-    """
-    matches = [(rule, found) for rule in table if (found := re.fullmatch(rule.pattern, name))]
+    """Returns the rule for a tensor's name, and the match. Raises ValueError if no rule matches, or several do."""
+    matches = [(rule, match) for rule in table if (match := re.fullmatch(rule.pattern, name))]
     if len(matches) != 1:
         raise ValueError(f"{name}: {'several rules match' if matches else 'no rule matches'}")
     return matches[0]
 
 
-def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Any]:
+def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, Any]:
     """Returns another program's tensors as our parameters: nested dicts of NumPy arrays, without the unused tensors.
 
-    Raises:
-      ValueError: tensors without a rule or with several, and parameters that lack a layer or one of q, k and v. One
-        message names all of them.
+    Raises ValueError, naming all, for tensors without one rule and parameters that lack a layer or one of q, k and v.
     """
     faults = []
-    places: dict[str, dict[tuple[int, int], tuple[str, Axes]]] = {}  # path -> (layer, part) -> their name
-    stacked, joined = set(), set()
+    found: dict[str, dict[tuple[int | None, int | None], tuple[Axes, np.ndarray]]] = {}  # path -> (layer, part)
     for name, tensor in tensors.items():
         try:
-            rule, found = find_rule(name, table)
+            rule, match = find_rule(name, table)
         except ValueError as error:
             faults.append(f"{error} (shape {tensor.shape})")
             continue
-        if rule.path is None:
+        if rule.path is not None:
+            layer = int(match[1]) if match.groups() else None
+            found.setdefault(rule.path, {})[layer, rule.part] = rule.axes, tensor
+    flat = {}
+    for path, arrays in found.items():
+        numbers = sorted({layer for layer, _ in arrays if layer is not None})
+        layers = range(len(numbers)) or [None]
+        parts = range(3) if any(part is not None for _, part in arrays) else [None]
+        if arrays.keys() != set(itertools.product(layers, parts)):
+            faults.append(f"{path}: layers {numbers} are not 0 to {len(numbers) - 1}, or lack one of q, k, v")
             continue
-        if found.groups():
-            stacked.add(rule.path)
-        if rule.part is not None:
-            joined.add(rule.path)
-        place = (int(found[1]) if found.groups() else 0, rule.part or 0)
-        places.setdefault(rule.path, {})[place] = name, rule.axes
-    for path, names in places.items():
-        layers = sorted({layer for layer, _ in names})
-        wanted = {(layer, part) for layer in range(len(layers)) for part in range(3 if path in joined else 1)}
-        if names.keys() != wanted:
-            faults.append(f"{path}: layers {layers} are not 0 to {len(layers) - 1}, or lack one of q, k, v")
+        for layer in layers:
+            ours = [axes.ours(tensor) for axes, tensor in (arrays[layer, part] for part in parts)]
+            array = np.concatenate(ours, axis=-1) if len(ours) > 1 else ours[0]
+            if layer is None:
+                flat[path] = array
+                continue
+            if layer == 0:  # the stack is filled layer by layer: half of np.stack's memory
+                flat[path] = np.empty((len(numbers), *array.shape), array.dtype)
+            flat[path][layer] = array
     if faults:
         raise ValueError("these tensors are not of the model:\n  " + "\n  ".join(faults))
-
-    def layer(path: str, number: int) -> Tensor:
-        names = places[path]
-        parts = [names[number, part] for part in range(3 if path in joined else 1)]
-        arrays = [axes.ours(tensors[name]) for name, axes in parts]
-        return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
-
-    flat: dict[str, Tensor] = {}
-    for path, names in places.items():
-        if path not in stacked:
-            flat[path] = layer(path, 0)
-            continue
-        count, first = max(number for number, _ in names) + 1, layer(path, 0)
-        flat[path] = np.empty((count, *first.shape), first.dtype)  # filled layer by layer: half of np.stack's memory
-        for number in range(count):
-            flat[path][number] = layer(path, number)
     return nested(flat)
 
 
-def invert(flat: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Tensor]:
+def invert(flat: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, np.ndarray]:
     """Returns our parameters, given by path, as another program's tensors. Paths without a rule are left out."""
     tensors = {}
     for rule in table:

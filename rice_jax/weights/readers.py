@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.config import Config
@@ -20,9 +21,9 @@ from rice_jax.retrieval.model import Model, load
 from rice_jax.weights import archives, naming
 from rice_jax.weights.inspect import Kind, WeightsFile, inspect_weights
 from rice_jax.weights.model_config import infer_config
-from rice_jax.weights.tensor_files import read_unused
 
 MAX_LISTED_FAULTS = 100
+UNUSED = "unused.safetensors"  # in a run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,7 @@ class Source:
 
 
 def load_on_one_device(run: Path, step: int | None = None) -> Model:
-    """Returns a run's model with its parameters on one device, where they need memory only once.
-
-    Args:
-      step: a checkpoint's number of updates; None: the newest.
-
-    Raises:
-      FileNotFoundError, ValueError: as rice_jax.load.
-    """
+    """Returns the model of rice_jax.load with its parameters on one device, where they need memory only once."""
     mesh = make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1])
     return load(run, step=step, mesh=mesh)
 
@@ -62,7 +56,7 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
 
     Args:
       activation: "quick_gelu" or "gelu", for a file that does not state it.
-      image_size: px; position embeddings of another size are resized to it.
+      image_size: px, to which position embeddings are resized; None: the source's.
 
     Raises:
       FileNotFoundError: there is no such file or folder, or the run has no checkpoint.
@@ -98,15 +92,17 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
 
 
 def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarray]:
-    """Returns the tensors of floating dtypes as float32, and appends those that are damaged or not finite to `faults`.
+    """Returns tensors of floating dtypes as float32, unused ones of the official model too, for its exports.
 
-    Unused tensors are left out, but for the official model's, which an export writes back.
+    A text for each tensor that is damaged or not finite is appended to `faults`.
     """
     tensors = {}
     for name, tensor in weights.tensors.items():
-        rule = _rule_or_none(name, weights.table)
-        unread = rule is None or (rule.path is None and weights.kind != Kind.OFFICIAL)
-        if unread or tensor.dtype not in archives.FLOATS:
+        try:
+            rule, _ = naming.find_rule(name, weights.table)
+        except ValueError:
+            continue  # one of the faults already
+        if tensor.dtype not in archives.FLOATS or (rule.path is None and weights.kind != Kind.OFFICIAL):
             continue
         try:
             tensors[name] = tensor.read()
@@ -118,25 +114,18 @@ def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarr
     return tensors
 
 
-def _rule_or_none(name: str, table: naming.Table) -> naming.Rule | None:
-    try:
-        return naming.find_rule(name, table)[0]
-    except ValueError:
-        return None
+def read_unused(run: Path) -> dict[str, np.ndarray]:
+    """Returns the official tensors that a run keeps only for its exports, by their official names; {} if none."""
+    return load_file(run / UNUSED) if (run / UNUSED).exists() else {}
 
 
 def resize_positions(
     params: dict[str, Any], config: Config, image_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns parameters with position embeddings for another image size, and a note on it: () if the size is the same.
+    """Returns parameters with position embeddings for an image size in px (None: no change), and a note of a change.
 
-    The filter is bicubic with anti-aliasing, as in open_clip. The image size and the resize of `config` are changed.
-
-    Args:
-      image_size: px; None: no change.
-
-    Raises:
-      ValueError: the image size is below the patch size.
+    The filter is bicubic with anti-aliasing, as in open_clip. Sets data.image_size and data.resize of the config.
+    Raises ValueError for an image size below the patch size.
     """
     old, patch = config.data.image_size, config.model.patch_size
     if image_size is None or image_size == old:

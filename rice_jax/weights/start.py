@@ -14,7 +14,7 @@ from rice_jax.training.step import State
 from rice_jax.weights import naming
 from rice_jax.weights.inspect import Kind
 from rice_jax.weights.readers import Source, read_source
-from rice_jax.weights.tensor_files import save_unused
+from rice_jax.weights.writers import save_unused
 
 ENCODER_FIELDS = (  # of config.model, which must be the same in the source and in the new run
     "patch_size", "stem_channels", "stem_blocks", "pool", "width", "layers", "heads", "hidden", "embedding",
@@ -23,18 +23,22 @@ ENCODER_FIELDS = (  # of config.model, which must be the same in the source and 
 
 
 def initialise(state: State, config: Config, workdir: Path) -> tuple[State, list[str]]:
-    """Returns a new run's state with the weights of config.init_from, and notes on them for the user.
+    """Returns a new run's state with the weights of config.init_from in place of random ones, and notes for the user.
 
-    The official model's unused tensors are written to the workdir.
+    The encoder always comes from there, and the decoder and its heads come from there if it has them. If not, the
+    decoder's two layers start as the encoder's last two blocks, as in the official code (docs/official.md 5.8). CLIP's
+    logit scale is not taken. The average, if the state has one, starts as a copy of the parameters. The official
+    model's unused tensors are written to the workdir.
 
     Raises:
       FileNotFoundError: there is nothing at init_from.
-      ValueError: as read_source and start_from, or the processes of the run read different weights.
+      ValueError: as read_source; its model differs from the config's, all fields named; or the processes of the run
+        read different weights.
     """
     source = read_source(Path(config.init_from), activation=config.model.activation, image_size=config.data.image_size)
     if jax.process_count() > 1:
         hosts.agree({"weights of init_from": parameters_digest(source.params)})
-    started = start_from(source, state, config)
+    started = _with_weights(state, source, config)
     if hosts.is_first():
         save_unused(source.unused, workdir)
     return started
@@ -48,16 +52,7 @@ def parameters_digest(params: dict[str, Any]) -> str:
     return sha.hexdigest()[:16]
 
 
-def start_from(source: Source, state: State, config: Config) -> tuple[State, list[str]]:
-    """Returns a new run's state with the source's weights in place of random ones, and notes on them for the user.
-
-    The encoder always comes from the source, and the decoder and its heads come from it if it has them. If not, the
-    decoder's two layers start as the encoder's last two blocks, as in the official code (docs/official.md 5.8). CLIP's
-    logit scale is not taken. The average, if the state has one, starts as a copy of the parameters.
-
-    Raises:
-      ValueError: the source's model differs from the config's. The message names all fields that differ.
-    """
+def _with_weights(state: State, source: Source, config: Config) -> tuple[State, list[str]]:
     old, new = naming.flattened(state.params), naming.flattened(source.params)
     has_decoder = any(path.startswith("decoder/") for path in old)
     copies_blocks = has_decoder and "decoder" not in source.params

@@ -1,27 +1,58 @@
-"""Writes a model in the formats of other programs, and reads each file back to compare it.
+"""Writes imported weights as a run's folder, and a run in the formats of other programs.
 
-A function of FORMATS takes a model, the run's unused official tensors and an empty folder. It raises ValueError for a
-model that the format cannot express, and if the files do not read back as they were written.
+A folder appears when all of it is written, was read back and is equal; after an error there is none.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
-from rice_jax.checkpoints.run_folder import write_config
+from data_pipeline.system.output_folder import new_folder
+from rice_jax.checkpoints.run_folder import is_run, write_config
+from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import DataConfig, to_json
 from rice_jax.models.arrays import MEAN, STD
 from rice_jax.retrieval.model import Model
+from rice_jax.training.step import State
 from rice_jax.weights import exports, naming
+from rice_jax.weights.card import differences_from_official, model_card
 from rice_jax.weights.inspect import inspect_weights
 from rice_jax.weights.naming import DECODER
-from rice_jax.weights.readers import read_source
-from rice_jax.weights.tensor_files import write_safetensors
+from rice_jax.weights.readers import UNUSED, Source, load_on_one_device, read_source, read_unused
 
 Tensors = dict[str, np.ndarray]
+
+
+def import_weights(path: Path, output: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
+    """Writes what read_source returns as a run at step 0 into `output`, a new or empty folder, and returns it.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      ValueError: `path` is a run, `activation` differs from the file's, `output` is not empty, the written files read
+        back differently, or the reasons of read_source.
+    """
+    if is_run(path):
+        raise ValueError(f"{path}: is a run already; give it to rice_jax.load or --config.init_from as it is.")
+    with new_folder(output) as folder:
+        source = read_source(path, activation=activation, image_size=image_size)
+        stated = source.config.model.activation
+        if activation not in (None, stated):
+            raise ValueError(f"--activation {activation}: the file says {stated}; leave the option out.")
+        origin = {"name": path.name, "kind": source.kind, "notes": list(source.notes)}
+        state = State(jnp.int32(0), jax.tree.map(jnp.asarray, source.params), {}, {})
+        write_config(folder, to_json(source.config))
+        with Checkpoints(folder, kept=1) as checkpoints:
+            checkpoints.save(0, state, {"source": origin})
+        save_unused(source.unused, folder)
+        check_equal(source.params, jax.device_get(load_on_one_device(folder).params), str(output))
+        check_equal(source.unused, read_unused(folder), str(output))
+    return source
 
 
 def check_equal(written: Any, read: Any, what: str) -> None:
@@ -36,14 +67,24 @@ def check_equal(written: Any, read: Any, what: str) -> None:
         )
 
 
+def write_safetensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes tensors as float32 to a file that everybody may read; safetensors makes it readable for its owner only."""
+    # Contiguous, because safetensors writes an array's memory and ignores its strides.
+    arrays = {name: np.ascontiguousarray(x, np.float32).reshape(np.shape(x)) for name, x in tensors.items()}
+    save_file(arrays, path, {"format": "pt"})  # transformers needs this entry
+    path.chmod(0o644)
+
+
+def save_unused(unused: Tensors, run: Path) -> None:
+    """Writes the official tensors that nothing reads (docs/official.md 5.8) to a run's folder. No file if none."""
+    if unused:
+        write_safetensors(unused, run / UNUSED)
+
+
 def official_tensors(model: Model, unused: Tensors) -> Tensors:
     """Returns all tensors of the model's official checkpoint, float32, by name (docs/official.md 3.4, 5.8, 15.1).
 
-    Args:
-      unused: the official tensors that the run keeps for its exports.
-
-    Raises:
-      ValueError: the model has parameters that the official code does not have.
+    Raises ValueError if the model has parameters that the official code does not have.
     """
     flat = naming.flattened(jax.device_get(model.params))
     decoder = {name: x for name, x in unused.items() if name.startswith((f"{DECODER}.transformer.", f"{DECODER}.po"))}
@@ -64,10 +105,7 @@ def official_tensors(model: Model, unused: Tensors) -> Tensors:
 
 
 def _embeddings(model: Model, flat: Tensors, unused: Tensors) -> Tensors:
-    """Returns the decoder's embeddings, which nothing reads (docs/official.md 5.8).
-
-    They are the imported ones, if the run has them for this image size, and else start as in the official code.
-    """
+    """Returns the imported embeddings of the decoder, or initial ones (docs/official.md 5.8). Nothing reads them."""
     width, prefix, tokens = model.config.model.width, f"{DECODER}.embeddings.", 1 + model.net.encoder.patches
     new = {
         f"{prefix}class_embedding": np.random.default_rng(model.config.seed).normal(size=width),
@@ -137,11 +175,6 @@ def write_huggingface(model: Model, unused: Tensors, folder: Path) -> None:
     check_equal(naming.nested(encoder), {"encoder": read_source(folder).params["encoder"]}, str(folder))
 
 
-def write_stablehlo(model: Model, unused: Tensors, folder: Path) -> None:
-    del unused
-    exports.export_programs(model, folder)
-
-
 def preparation(data: DataConfig) -> dict[str, Any]:
     """Returns preprocessor_config.json of Hugging Face for what evaluation does to a picture, as `data` states it."""
     stretch = data.resize_mode == "stretch"
@@ -161,9 +194,29 @@ def preparation(data: DataConfig) -> dict[str, Any]:
     }
 
 
-FORMATS = {
+FORMATS = {  # functions of a model, the run's unused official tensors and an empty folder
     "official": write_official,
     "pth": write_pth,
     "huggingface": write_huggingface,
-    "stablehlo": write_stablehlo,
+    "stablehlo": lambda model, unused, folder: exports.export_programs(model, folder),
 }
+
+
+def export_run(run: Path, output: Path, format_name: str, *, step: int | None = None) -> tuple[Model, list[str]]:
+    """Writes a run's model and a README.md into `output`, a new or empty folder. Returns the model and user warnings.
+
+    `format_name` is a key of FORMATS, and `step` is a checkpoint's number of updates, None for the newest.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint, or none of that step.
+      ValueError: `run` is no run, its checkpoint is damaged, `output` is not empty, the format cannot express the
+        model, the written files read back differently, or torch is missing for format "pth".
+    """
+    if not is_run(run):
+        raise ValueError(f"{run}: is no run and no imported folder; import it first (rice_jax.weights import).")
+    with new_folder(output) as folder:
+        model = load_on_one_device(run, step)
+        FORMATS[format_name](model, read_unused(run), folder)
+        warnings = differences_from_official(model.config) if format_name in ("official", "pth") else []
+        (folder / "README.md").write_text(model_card(model, run, format_name, warnings), encoding="utf-8")
+    return model, warnings

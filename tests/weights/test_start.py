@@ -10,8 +10,8 @@ import pytest
 from rice_jax.models.rice import build_model
 from rice_jax.training import step
 from rice_jax.weights import naming
+from rice_jax.weights.readers import read_unused
 from rice_jax.weights.start import initialise
-from rice_jax.weights.tensor_files import read_unused
 from tests import clip_files, official, torch_files
 from tests.test_train import smoke_config
 

@@ -22,8 +22,7 @@ from rice_jax.training import step
 from rice_jax.weights import exports, naming, writers
 from rice_jax.weights.__main__ import parse
 from rice_jax.weights.readers import read_source
-from rice_jax.weights.tensor_files import write_safetensors
-from rice_jax.weights.writers import official_tensors, write_huggingface
+from rice_jax.weights.writers import official_tensors, write_huggingface, write_safetensors
 from tests import clip_files, official, torch_files
 from tests.test_train import smoke_config
 from tests.weights.conftest import call
