@@ -110,7 +110,7 @@ def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarr
             faults.append(f"{name}: {error}")
             continue
         if not np.isfinite(tensors[name]).all():
-            faults.append(f"{name}: holds NaN or infinite numbers")
+            faults.append(f"{name}: contains NaN or infinite numbers")
     return tensors
 
 

@@ -244,8 +244,8 @@ def test_all_faults_of_a_file_are_reported_together_and_nothing_is_written(
         f"{encoder}.proj: shape (32, 64), needs (64, 32)",
         f"{block}.mlp.c_fc.weight: shape (64, 256), needs (256, 64)",
         f"{block}.ln_1.bias: int64, needs one of float16",
-        f"{block}.ln_2.bias: holds NaN or infinite numbers",
-        f"{block}.ln_2.weight: holds NaN or infinite numbers",  # beyond float32
+        f"{block}.ln_2.bias: contains NaN or infinite numbers",
+        f"{block}.ln_2.weight: contains NaN or infinite numbers",  # beyond float32
     ):
         assert fault in message
 

@@ -34,7 +34,7 @@ def test_an_output_that_is_not_empty_is_refused_and_not_changed(tower: clip_file
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     for command in (["import", tmp_path / "clip.pt"], ["export", tmp_path, "--format", "official"]):
-        with pytest.raises(ValueError, match=r"holds something already|is no run"):
+        with pytest.raises(ValueError, match=r"empty|is no run"):
             call(*command, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
