@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from data_pipeline.input.decode import centre_crop
-from data_pipeline.input.decode import load as load_picture
+from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
