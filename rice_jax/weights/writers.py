@@ -194,7 +194,7 @@ def preparation(data: DataConfig) -> dict[str, Any]:
     }
 
 
-FORMATS = {  # functions of a model, the run's unused official tensors and an empty folder
+FORMATS = {  # each writes a model, with the run's unused official tensors, into an empty folder and reads it back
     "official": write_official,
     "pth": write_pth,
     "huggingface": write_huggingface,
