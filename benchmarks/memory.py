@@ -23,7 +23,7 @@ from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.preflight import topologies
 from rice_jax.preflight.advice import with_changes
-from rice_jax.preflight.assess import abstract_batch, assess
+from rice_jax.preflight.assessment import abstract_batch, assess
 from rice_jax.training import step
 
 SIZES: dict[str, dict[str, Any]] = {  # changes of the default config; activations need more memory than parameters

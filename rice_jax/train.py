@@ -28,7 +28,7 @@ from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
 from rice_jax.training.step import State, abstract_state, init_state, make_train_step
-from rice_jax.weights.readers import initialise
+from rice_jax.weights.start import initialise
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:

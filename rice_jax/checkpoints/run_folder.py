@@ -15,3 +15,8 @@ def read_config(workdir: Path) -> str | None:
     """Returns the text of config.json; None if there is no such file."""
     path = workdir / "config.json"
     return path.read_text() if path.exists() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder contains checkpoints: those of a training run, or imported weights."""
+    return (folder / "checkpoints").is_dir()
