@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.convert import Options, convert
-from data_pipeline.format.manifest import MANIFEST, TABLE_FILES
+from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import INDEX_SUFFIX, write_file
 from tests import lpr_layouts
@@ -52,8 +52,8 @@ def kind_of(path: Path) -> str:
 def everything(dataset: Dataset) -> str:
     """A digest of all that is read of a set: records, columns, tables, ids, galleries and truth."""
     digest = hashlib.sha256()
-    for name in TABLE_FILES.values():
-        digest.update(repr(list(getattr(dataset, name))).encode())
+    for texts in dataset.tables.values():
+        digest.update(repr(list(texts)).encode())
     for name in dataset.splits:
         split = dataset.split(name)
         columns = {**split.columns, **split.image_columns, **split.galleries}

@@ -286,7 +286,11 @@ def test_all_faults_are_collected_before_it_stops(
             b'{"a": ' + b"1" * 5000 + b"}",
             "annotations/query_tenframes.json: cannot be read (Exc",
         ),
-        ("query_tenframes.json", b'{"a":' + b"[" * 100_000, "annotations/query_tenframes.json: found lists in lists"),
+        (
+            "query_tenframes.json",
+            b'{"a":' + b"[" * 100_000,
+            "annotations/query_tenframes.json: found lists nested too deep",
+        ),
         ("test_image_title_4.txt", b"a\tb\n\xff\tc", "annotations/test_image_title_4.txt: found byte 0xff in line 2"),
         ("test_videoid_to_gtimage_3.json", b'{"a": 5}', "annotations/test_videoid_to_gtimage_3.json: found 5 for a"),
         (
@@ -380,7 +384,7 @@ def test_two_converters_cannot_share_a_folder(sound: Path, tmp_path: Path, capsy
     (tmp_path / "records").mkdir()
     with command.locked(tmp_path / "records"):
         assert run(sound / "source", tmp_path / "records") == 2
-    assert "found another run at work in it" in capsys.readouterr().err
+    assert "found another run that writes to it" in capsys.readouterr().err
 
 
 # --- however it was done ----------------------------------------------------------------------------------------------

@@ -404,14 +404,14 @@ def test_a_folder_that_links_into_itself_ends(source: Path) -> None:
 
 def test_a_picture_that_may_not_be_read_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the system's refusal: a superuser, as whom tests may run, is refused nothing."""
-    whole = looks.PictureFolder.read
+    whole = looks.PictureReader.read
 
-    def read(self: looks.PictureFolder, found: Any) -> bytes:
+    def read(self: looks.PictureReader, found: Any) -> bytes:
         if found.path == FRAME:
             raise BadInputError("unreadable picture", "cannot be read (Permission denied)", found.path)
         return whole(self, found)
 
-    monkeypatch.setattr(looks.PictureFolder, "read", read)
+    monkeypatch.setattr(looks.PictureReader, "read", read)
     assert kinds(examine(source)[1]) == {"unreadable picture": 1}
 
 

@@ -113,7 +113,8 @@ class Examples:
     def _read(self, kind: Kind, row: int) -> Sequence[bytes]:
         """The encoded pictures of a record."""
         try:
-            encoded = self.split.clip(row).frames if kind == "clip" else [self.split.image(row).encoded]
+            frames = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
+            encoded = [frame.encoded for frame in frames]
         except ValueError as err:  # names shard and record, and says what to do
             raise ValueError(f"{self._name(kind, row)}: {err} Or list {LISTED[kind]} in skip_clips.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
-from data_pipeline.format.reader import Dataset, Split, Texts, open_dataset
+from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, VERSION, inspect_picture, key_of
@@ -50,7 +50,7 @@ class ConvertedSet:
         ]
         if any(f"{COLUMNS}/{file}.txt" in wrong for file in TABLE_FILES.values()):
             return  # nobody could say what the columns mean
-        self.tables = {name: list(Texts(self.path / COLUMNS / f"{file}.txt")) for name, file in TABLE_FILES.items()}
+        self.tables = {name: list(texts) for name, texts in dataset.tables.items()}
         with Workers(self.workers, ConvertedContext(dataset, known_file)) as workers:
             damaged = self._check_shards(dataset, workers, set(wrong))
             for name in dataset.splits:
@@ -102,7 +102,7 @@ class ConvertedSet:
         return _where(self.splits[chart.split], "clip", clip), 0
 
     def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
-        return self.splits[chart.split].clip(clip).frames[frame]
+        return self.splits[chart.split].clip(clip).frames[frame].encoded
 
     def image(self, chart: SplitSummary, image: int) -> bytes:
         return self.splits[chart.split].image(image).encoded
@@ -143,10 +143,6 @@ class ConvertedContext:
     def known(self) -> dict[int, NDArray[np.void]]:
         looks = np.load(self.known_file, mmap_mode="r")
         return dict(zip(looks["key"].tolist(), looks, strict=True))
-
-    @functools.cached_property
-    def tables(self) -> dict[str, Texts]:
-        return {name: Texts(self.dataset.path / COLUMNS / f"{file}.txt") for name, file in TABLE_FILES.items()}
 
 
 def shard_crc(ward: ConvertedContext, name: str) -> int:
@@ -192,7 +188,8 @@ def _examine_record(
             fault = Fault("damaged file", _shard(split, kind, row), str(err).removeprefix(f"{split.path}/"))
         return len(keys) * [NOTHING], [fault]
     errors = list(_disagreements(ward, split, row, record))
-    pictures = record.frames if isinstance(record, ClipRecord) else [record.encoded]
+    frames = record.frames if isinstance(record, ClipRecord) else []
+    pictures = [frame.encoded for frame in frames] if isinstance(record, ClipRecord) else [record.encoded]
     looks = len(keys) * [NOTHING]
     for frame, (data, key) in enumerate(zip(pictures, keys, strict=False)):
         name = f"{where} frame {frame}" if kind == "clip" else where
@@ -203,8 +200,8 @@ def _examine_record(
             continue
         looks[frame] = seen.look
         errors += seen.problems
-        if isinstance(record, ClipRecord) and record.boxes:
-            errors += box_faults(record.boxes[frame], Picture(name, name), seen.look, name)
+        if frames and (boxes := frames[frame].boxes):
+            errors += box_faults(boxes, Picture(name, name), seen.look, name)
     return looks, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
 
 
@@ -229,7 +226,7 @@ def _disagreements(
         texts["category"] = f"{record.category}\t{record.category_name}".strip("\t")
         for name, text in texts.items():
             number = int(split.columns[name][row])
-            pairs[name] = text, ward.tables[name][number] if number != NONE else ""
+            pairs[name] = text, ward.dataset.tables[name][number] if number != NONE else ""
         pairs["image"] = record.image_index, int(split.columns["image"][row])
         pairs["frames"] = len(record.frames), int(split.columns["frames"][row])
         pairs["original_frames"] = record.original_frames, int(split.columns["original_frames"][row])

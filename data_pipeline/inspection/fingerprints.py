@@ -20,7 +20,7 @@ from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.format.tfrecord import HEADER, OVERHEAD, frame_record, unframe_record
 from data_pipeline.input.decode import UNREADABLE, simplejpeg
-from data_pipeline.layouts.pictures import PictureFolder, decode_picture
+from data_pipeline.layouts.pictures import PictureReader, decode_picture
 
 FINGERPRINT = np.dtype(
     [
@@ -152,7 +152,7 @@ class Viewer:
     """Looks at the pictures of a source folder, or remembers what an earlier run saw (in a worker)."""
 
     def __init__(self, root: Path, known: NDArray[np.void]) -> None:
-        self.folder = PictureFolder(root)
+        self.folder = PictureReader(root)
         self.known = known  # LOOK, sorted by key
 
     def look(self, picture: Picture) -> Inspected:

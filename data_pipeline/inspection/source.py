@@ -18,9 +18,9 @@ from data_pipeline.format.schema import Box, Picture, ShopImage
 from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, Viewer
 from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
-from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, Run
+from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
-from data_pipeline.layouts.pictures import SUFFIXES, PictureFolder
+from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.system.workers import Workers
 
 CLIPS_A_TASK = 64
@@ -62,7 +62,7 @@ class RawSource:
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def read_lists(self, run: Run, work: Path) -> None:
+    def read_lists(self, run: RunTasks, work: Path) -> None:
         """Lists, and where the pictures are; a split that cannot be read is a fault, and the others go on."""
         self._all_but_bad(self.splits, lambda splits: self._list(splits, run))
         for listing in self.listings:
@@ -80,10 +80,10 @@ class RawSource:
         images = (image for listing in self.listings for image in listing.images)
         self.knows_products = any(image.product not in ("", image.id) for image in images)
 
-    def _list(self, splits: Sequence[str], run: Run) -> None:
+    def _list(self, splits: Sequence[str], run: RunTasks) -> None:
         self.listings, self.tables = list_splits(self.layout, splits, run)
 
-    def _locate(self, listings: Sequence[Listing], run: Run, work: Path) -> None:
+    def _locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> None:
         self.remarks = self.layout.locate(listings, run, work)
         self.listings = list(listings)
 
@@ -148,13 +148,13 @@ class RawSource:
         return _name(self._frame(chart, clip, frame))
 
     def image_name(self, chart: SplitSummary, image: int) -> str:
-        return _name(self.layout.read_image(self._listing(chart).images[image], chart.split))
+        return _name(self.layout.find_image(self._listing(chart).images[image], chart.split))
 
     def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
         return self._folder.read(self._frame(chart, clip, frame))
 
     def image(self, chart: SplitSummary, image: int) -> bytes:
-        return self._folder.read(self.layout.read_image(self._listing(chart).images[image], chart.split))
+        return self._folder.read(self.layout.find_image(self._listing(chart).images[image], chart.split))
 
     def picture(self, fault: Fault) -> bytes | None:
         if not fault.file.lower().endswith(tuple(SUFFIXES)) or not os.path.isfile(self.layout.source / fault.file):
@@ -170,8 +170,8 @@ class RawSource:
         return source.file, source.number if isinstance(source, RowLocation) else 0
 
     @functools.cached_property
-    def _folder(self) -> PictureFolder:
-        return PictureFolder(self.layout.source)
+    def _folder(self) -> PictureReader:
+        return PictureReader(self.layout.source)
 
     def _listing(self, chart: SplitSummary) -> Listing:
         return next(listing for listing in self.listings if listing.split == chart.split)
@@ -289,7 +289,7 @@ def examine_images(surgery: SourceContext, split: str, images: Sequence[ShopImag
     for image in images:
         found: Picture | BadInputError
         try:
-            found = surgery.layout.read_image(image, split)
+            found = surgery.layout.find_image(image, split)
         except BadInputError as err:
             found = err
         part.look(found, lambda err, image=image: err.at(err.file or image.reference, 0, f"image {image.id}"))

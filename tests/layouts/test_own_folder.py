@@ -140,7 +140,7 @@ def test_names_order_splits_and_gallery_are_as_the_folder_has_them(phone: Path) 
     dataset = open_dataset(phone / "records")
     takes = {name: {clip.rpartition("/")[2] for clip in dataset.split(name).clip_ids} for name in dataset.splits}
     assert takes == {"train": {"take 1", "take 4"}, "val": {"take 7"}, "test": {"take 10"}}  # 10 comes after 7
-    assert list(dataset.livestreams) == ["shop"] and sorted(dataset.products) == sorted(PRODUCTS)
+    assert list(dataset.tables["livestream"]) == ["shop"] and sorted(dataset.tables["product"]) == sorted(PRODUCTS)
     for name in ("val", "test"):
         split = dataset.split(name)
         assert [split.image_ids[row] for row in split.galleries["shop"]] == sorted(PRODUCTS, key=natural)
@@ -149,7 +149,8 @@ def test_names_order_splits_and_gallery_are_as_the_folder_has_them(phone: Path) 
             assert split.image_ids[split.columns["image"][row]] == clip.partition("/")[0]
     clip = dataset.split("test").clip(list(dataset.split("test").clip_ids).index("v1.5/take 10"))
     assert (clip.product, clip.livestream, clip.original_frames) == ("v1.5", "shop", 11)
-    assert clip.frame_names == [f"IMG_{frame}" for frame in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10)]  # SPEC 9.1
+    names = [f"IMG_{number}" for number in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10)]  # docs/official.md 9.1
+    assert [frame.id for frame in clip.frames] == names
 
 
 def test_pictures_arrive_upright_and_in_colour(phone: Path) -> None:
@@ -159,10 +160,10 @@ def test_pictures_arrive_upright_and_in_colour(phone: Path) -> None:
     for row in range(split.num_clips):
         clip = split.clip(row)
         product, take = PRODUCTS.index(clip.product), (int(clip.id.rpartition(" ")[2]) - 1) // 3
-        for data, name in zip(clip.frames, clip.frame_names, strict=True):
-            frame = int(name.removeprefix("IMG_"))
-            kind = product + take + frame
-            drawn, stored = draw(product, frame, SIZES[kind % len(SIZES)]), decode(data, apply_exif=True)
+        for frame in clip.frames:
+            number = int(frame.id.removeprefix("IMG_"))
+            kind = product + take + number
+            drawn, stored = draw(product, number, SIZES[kind % len(SIZES)]), decode(frame.encoded, apply_exif=True)
             assert stored.shape == (drawn.height, drawn.width, 3)
             expected = np.asarray(drawn.convert("L").convert("RGB") if kind % 7 == 1 else drawn)
             assert np.abs(stored.astype(int) - expected).mean() < 12  # JPEG, eight colours, inks
@@ -432,7 +433,10 @@ def test_products_with_the_same_shop_image_are_named(
 ) -> None:
     shutil.copy(shop_image(source, "B"), source / "shop" / "D.jpeg")
     assert run(source, tmp_path / "records") == 0
-    warning = "shop/B.JPEG and shop/D.jpeg are the same picture: nobody can tell which of these products a clip shows."
+    warning = (
+        "shop/B.JPEG and shop/D.jpeg: found the same picture for several products, needs one that tells them apart; "
+    )
+    warning += "replace one."
     assert f"warning: {warning}\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "records" / "report.json").read_text())["remarks"] == [warning]
 
@@ -459,7 +463,10 @@ def test_what_is_no_picture_is_left_out_and_named(
     (source / "clips" / "A" / "take 1" / "more").mkdir()
     assert run(source, tmp_path / "records") == 0
     named = "clips/A/cover.jpg, clips/A/take 1/IMG_3.MOV, clips/A/take 1/more, clips/notes.txt, shop/Thumbs.db\n"
-    assert f"warning: left out, as no jpg, jpeg, png or webp in its place: {named}" in capsys.readouterr().err
+    assert (
+        f"warning: left out, since no clip, frame (jpg, jpeg, png, webp) or shop image: {named}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

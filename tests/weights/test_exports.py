@@ -122,6 +122,6 @@ def test_what_does_not_give_the_models_figures_is_not_exported(tmp_path: Path) -
 
 def test_a_folder_that_holds_something_is_left_alone(made: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="needs an empty or new folder"):
         exports.export_programs(made[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
