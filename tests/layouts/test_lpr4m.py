@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline import doctor
+from data_pipeline.conversion.survey import list_splits
 from data_pipeline.convert import Options, convert, main
 from data_pipeline.faults import FailedError
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.layouts import img2dataset as downloads
 from data_pipeline.layouts.img2dataset import name_of
 from data_pipeline.layouts.lpr4m import Lpr4m
+from data_pipeline.system.workers import Workers
 from tests.lpr_layouts import IMAGE_IDS, ORIGINAL_SIDE, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
 
 LONG = next(clip for clip in TRAIN if clip.length == 12)
@@ -123,6 +126,29 @@ def test_a_long_clip_that_misses_a_sampled_frame_samples_what_is_left(tmp_path: 
     left = LONG.frame_ids[1:]
     assert [frame.id for frame in train.clip(row).frames] == [left[slot * 10 // 9] for slot in range(10)]
     assert (train.columns["frames"][row], train.columns["original_frames"][row]) == (10, 11)
+
+
+@pytest.mark.parametrize("frames", ["sampled", "all"])
+def test_the_doctor_examines_the_frames_that_a_conversion_stores(frames: str, tmp_path: Path) -> None:
+    """Both with the same failed downloads: sampled frames, and some that only sampling again reaches."""
+    lost = [LONG.frame_ids[0], LONG.frame_ids[5], SHORT.frame_ids[2], TEST[2].frame_ids[11]]
+    source = make_lpr4m(tmp_path / "source", failed=lost)
+    dataset, report = run(source, tmp_path / "records", frames=frames)
+    doctor.main([str(source), f"--output={tmp_path / 'doctor'}", "--workers=1", f"--frames={frames}"])
+    examined = json.loads((tmp_path / "doctor" / "report.json").read_text())["distributions"]
+    for name in ("train", "test"):
+        stored = sum(len(dataset.split(name).clip(row).frames) for row in range(dataset.split(name).num_clips))
+        assert examined[name]["sound_frames"] == stored
+        assert examined[name]["frames"] - stored == report["splits"][name]["failed_downloads"]
+    layout = Lpr4m(source, None, 10 if frames == "sampled" else None)
+    with Workers(1, layout) as workers:
+        listings, _ = list_splits(layout, ("train",), workers.run)
+        layout.locate(listings, workers.run, tmp_path)
+    _, found = layout.find_frames(listings[0].source(list(dataset.split("train").clip_ids).index(LONG.id)), "train")
+    by_position = {frame.position: frame.picture for frame in found}
+    assert by_position[0] is by_position[5] is None
+    stored = [position for position, picture in by_position.items() if picture is not None]
+    assert stored == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_long_clip_that_misses_another_frame_is_as_if_it_did_not(lpr750k: Dataset, tmp_path: Path) -> None:
