@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
 from data_pipeline.conversion.report import make_report, print_report
-from data_pipeline.conversion.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.conversion.shards import Entry, ShardNote, ShardTask, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, SPLITS, shard_name
@@ -156,21 +156,21 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
     products: the texts that the column product numbers.
     """
 
-    def image_entry(ordinal: int) -> ImageEntry:
+    def image_entry(ordinal: int) -> Entry:
         image = listing.images[ordinal]
-        return ImageEntry(ordinal, image, int(listing.image_products[ordinal]))
+        return Entry(ordinal, image.id, image, image.product, int(listing.image_products[ordinal]))
 
-    def clip_entry(ordinal: int) -> ClipEntry | None:
+    def clip_entry(ordinal: int) -> Entry | None:
         if ordinal in converted.without_image:
             return None
         product = int(listing.columns["product"][ordinal])
-        return ClipEntry(
+        return Entry(
             ordinal=ordinal,
             id=listing.clip_ids[ordinal].decode(),
             source=listing.source(ordinal),
-            image_index=int(converted.true_rows[ordinal]),
-            product=products[product] if product != NONE else "",
+            product=products[product] if product != NONE else "",  # its shop image's if its row has none
             product_index=product,
+            image_index=int(converted.true_rows[ordinal]),
         )
 
     images = write_shards(workers, options, listing, "images", image_entry)

@@ -13,33 +13,23 @@ from pathlib import Path
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
-from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, write_file
-from data_pipeline.layouts.listing import ClipListing, FoundFrame, Layout, RowLocation, TrainingRow
+from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, new_shard, write_file
+from data_pipeline.layouts.listing import NONE, ClipListing, ClipSource, FoundFrame, Layout, ListedClip, RowLocation
 from data_pipeline.layouts.pictures import PictureReader, check_picture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ClipEntry:
-    """A clip to write. source: for `Layout.find_frames`."""
+class Entry:
+    """A clip or shop image to write."""
 
     ordinal: int
     id: str
-    source: RowLocation | ClipListing
-    image_index: int
-    product: str  # of its row, or of its shop image if the layout gives clips none
+    source: ClipSource | ShopImage
+    product: str
     product_index: int
+    image_index: int = NONE  # of a clip: row of its shop image
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageEntry:
-    """A shop image to write."""
-
-    ordinal: int
-    image: ShopImage
-    product_index: int
-
-
-Entry = ClipEntry | ImageEntry
 Found = list[tuple[Entry, Clip | Picture]]  # entries with what is to be stored of them
 
 
@@ -86,43 +76,53 @@ def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
     ):
         return finished
     note = ShardNote(inputs, faults=faults)
-    with ShardWriter(task.path) as writer:
-        for entry, item in found:
-            try:
-                data = _encode(pictures, entry, item)
-            except BadInputError as err:
-                note.faults.append(_fault(err, entry))
-                note.left_out.append(entry.ordinal)
-                continue
-            writer.write(data)
-            note.ordinals.append(entry.ordinal)
-            if isinstance(item, Clip):
-                note.frames.append(len(item.frames))
-                note.original_frames.append(item.original_frames)
-                note.failed_downloads += item.failed_downloads
-        if note.faults and not task.skip_faults:
-            writer.discard()
-            return note
+    try:
+        with new_shard(task.path) as writer:
+            _write_records(writer, pictures, found, note)
+            if note.faults and not task.skip_faults:
+                raise _FaultsError
+    except _FaultsError:
+        return note
     note.size, note.crc = writer.offsets[-1], writer.crc
     note.index_size, note.index_crc = index_path(task.path).stat().st_size, file_crc(index_path(task.path))
     write_file(note_path, json.dumps(dataclasses.asdict(note)).encode())
     return note
 
 
+class _FaultsError(Exception):
+    """Ends a shard that must not be written."""
+
+
+def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, note: ShardNote) -> None:
+    for entry, item in found:
+        try:
+            data = _encode(pictures, entry, item)
+        except BadInputError as err:
+            note.faults.append(_fault(err, entry))
+            note.left_out.append(entry.ordinal)
+            continue
+        writer.write(data)
+        note.ordinals.append(entry.ordinal)
+        if isinstance(item, Clip):
+            note.frames.append(len(item.frames))
+            note.original_frames.append(item.original_frames)
+            note.failed_downloads += item.failed_downloads
+
+
 def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> Found:
     found: Found = []
     for entry in task.entries:
         try:
-            if isinstance(entry, ClipEntry):
-                found.append((entry, make_clip(*layout.find_frames(entry.source, task.split))))
+            if isinstance(entry.source, ShopImage):
+                found.append((entry, layout.find_image(entry.source, task.split)))
             else:
-                found.append((entry, layout.find_image(entry.image, task.split)))
+                found.append((entry, make_clip(*layout.find_frames(entry.source, task.split))))
         except BadInputError as err:
             faults.append(_fault(err, entry))
     return found
 
 
-def make_clip(listed: TrainingRow | ClipListing, found: Sequence[FoundFrame]) -> Clip:
+def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
     """Returns the clip that `Layout.find_frames` found, with the frames to store and boxes in original pixels.
 
     Raises BadInputError if a frame has no picture although its download did not fail, or if no frame has one.
@@ -134,10 +134,8 @@ def make_clip(listed: TrainingRow | ClipListing, found: Sequence[FoundFrame]) ->
         if frame.picture is not None:
             pictures[frame.position] = frame.picture
     if not pictures:
-        raise BadInputError(
-            "clip without frames",
-            f"found none of its {len(listed.frames)} frames (all downloads failed), needs one; download them again.",
-        )
+        detail = f"found none of its {len(listed.frames)} frames, as all downloads failed, needs one; try them again."
+        raise BadInputError("clip without frames", detail)
     failed = len(found) - len(pictures)
     clip = Clip(
         id=listed.clip_id,
@@ -158,10 +156,10 @@ def make_clip(listed: TrainingRow | ClipListing, found: Sequence[FoundFrame]) ->
 
 
 def _digest(found: Found, faults: list[Fault]) -> str:
-    """Returns a digest of what decides a shard's bytes: not the number of a clip's line, which other lines may move."""
-    inputs = [
+    """Returns a digest of what decides a shard's bytes."""
+    inputs = [  # not a clip's RowLocation, which changes when another line is corrected
         (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
-        if isinstance(entry, ClipEntry)
+        if isinstance(item, Clip)
         else (entry, item)
         for entry, item in found
     ]
@@ -170,11 +168,10 @@ def _digest(found: Found, faults: list[Fault]) -> str:
 
 def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> bytes:
     """Returns the data of an entry's record. Raises BadInputError for a picture that cannot be used."""
-    if isinstance(entry, ImageEntry):
-        assert isinstance(item, Picture)
+    if isinstance(item, Picture):
+        assert isinstance(entry.source, ShopImage)
         data, _ = _read(pictures, item)
-        return encode_image(entry.image, data, ordinal=entry.ordinal, product_index=entry.product_index)
-    assert isinstance(item, Clip)
+        return encode_image(entry.source, data, ordinal=entry.ordinal, product_index=entry.product_index)
     frames = [_read(pictures, picture) for picture in item.frames]
     if item.boxes is not None:
         sizes = [size for _, size in frames]
@@ -204,9 +201,9 @@ def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -
 
 
 def _fault(error: BadInputError, entry: Entry) -> Fault:
-    if isinstance(entry, ImageEntry):
-        return error.at(error.file or entry.image.reference, 0, f"image {entry.image.id}")
     source = entry.source
+    if isinstance(source, ShopImage):
+        return error.at(error.file or source.reference, 0, f"image {entry.id}")
     return error.at(source.file, source.number if isinstance(source, RowLocation) else 0, f"clip {entry.id}")
 
 

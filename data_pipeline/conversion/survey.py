@@ -71,73 +71,62 @@ def _training_images(layout: TextLayout, listings: Sequence[Listing], run: RunTa
         yield from listings[0].images
     elif "train" in layout.splits():
         for survey in _surveys(layout, "train", layout.training_lists("train"), run):
-            yield from filter(None, survey.images)
+            yield from (row.image for row in survey.rows if row.image)
 
 
 # --- training and validation ------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Part:
-    """The lines of a list that start in bytes [begin, end). file: its index among the files of the list."""
+@dataclasses.dataclass(slots=True)
+class SurveyedRow:
+    """A row with what stays of it in memory. Without an image it is at fault."""
 
-    file: int
-    path: Path
-    begin: int
-    end: int
+    clip_id: str
+    line: tuple[int, int, int, int]  # LINE
+    texts: tuple[str, ...] = len(TABLES) * ("",)
+    image: ShopImage | None = None
+    columns: int = 0  # number of columns in the line; 0: at fault
+    frame_hashes: NDArray[np.uint64] = dataclasses.field(default_factory=lambda: hash_names(()))
 
 
 @dataclasses.dataclass
 class Survey:
-    """The rows of one part, an entry a row in each list. Line numbers count from the part's first line.
+    """The rows of one part. Line numbers count from the part's first line.
 
-    A row at fault with a sound clip id gets an entry without an image. So the clips behind it have the ordinals that
+    A row at fault with a sound clip id is included, without an image. So the clips behind it have the ordinals that
     they will have when the row is corrected, and their shards stay valid.
     """
 
-    clip_ids: list[bytes] = dataclasses.field(default_factory=list)
-    lines: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)  # LINE
-    texts: list[tuple[str, ...]] = dataclasses.field(default_factory=list)  # of TABLES
-    images: list[ShopImage | None] = dataclasses.field(default_factory=list)
-    columns: list[int] = dataclasses.field(default_factory=list)  # number of columns in the line; 0: a row at fault
-    frame_hashes: list[NDArray[np.uint64]] = dataclasses.field(default_factory=list)
+    rows: list[SurveyedRow] = dataclasses.field(default_factory=list)
     faults: list[Fault] = dataclasses.field(default_factory=list)
     nameless: int = 0  # number of rows at fault without a sound clip id
     num_lines: int = 0
 
-    def add(
-        self, clip_id: str, line: tuple[int, int, int, int], texts: tuple[str, ...] = len(TABLES) * ("",),
-        image: ShopImage | None = None, columns: int = 0, frames: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self.clip_ids.append(clip_id.encode())
-        self.lines.append(line)
-        self.texts.append(texts)
-        self.images.append(image)
-        self.columns.append(columns)
-        self.frame_hashes.append(hash_names(frames))
 
+def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey:
+    """Returns the rows that start in the PART_BYTES from byte `begin` of file number `file` of a training list.
 
-def survey_part(layout: TextLayout, split: str, part: Part) -> Survey:
-    """Returns the rows of a part of a training list. Runs in a worker."""
+    Runs in a worker.
+    """
     survey = Survey()
-    file = str(part.path.relative_to(layout.source))
-    for number, offset, content in read_lines(part.path, part.begin, part.end):
+    for number, offset, content in read_lines(path, begin, begin + PART_BYTES):
         survey.num_lines = number
-        line = (part.file, number, offset, len(content))
+        line = (file, number, offset, len(content))
         try:
             row = parse_row(content)
             image = layout.shop_image(row)
         except BadInputError as err:
             clip_id = content.split(b"\t", 1)[0][:MAX_ID_BYTES].decode("utf-8", "backslashreplace")
-            survey.faults.append(err.at(file, number, f"clip {clip_id}"))
+            survey.faults.append(err.at(str(path.relative_to(layout.source)), number, f"clip {clip_id}"))
             try:
-                survey.add(checked_id(clip_id, "clip"), line)
+                survey.rows.append(SurveyedRow(checked_id(clip_id, "clip"), line))
             except BadInputError:
                 survey.nameless += 1
             continue
         category = f"{row.category}\t{row.category_name}".strip("\t")
         texts = (row.livestream, category, row.product, row.scale, row.duration, row.number)
-        survey.add(row.clip_id, line, texts, image, row.columns, layout.frames_to_locate(row))
+        hashes = hash_names(layout.frames_to_locate(row))
+        survey.rows.append(SurveyedRow(row.clip_id, line, texts, image, row.columns, hashes))
     return survey
 
 
@@ -164,12 +153,12 @@ def list_training(
     paths = layout.training_lists(split)
     images = ImageNumbers()
     faults: list[Fault] = []
-    parts = [_arrays(Survey(), tables, images)]  # arrays of a part, since objects of a clip would take more memory
+    parts = [_arrays((), tables, images)]  # arrays of a part take less memory than objects of a clip
     nameless = 0
     for survey in _surveys(layout, split, paths, run):
         faults += survey.faults
         nameless += survey.nameless
-        parts.append(_arrays(survey, tables, images))
+        parts.append(_arrays(survey.rows, tables, images))
     for image in gallery:
         images.number(image)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -192,34 +181,33 @@ def list_training(
     return listing
 
 
-def _arrays(survey: Survey, tables: dict[str, TextNumbers], images: ImageNumbers) -> dict[str, NDArray]:
+def _arrays(rows: Sequence[SurveyedRow], tables: dict[str, TextNumbers], images: ImageNumbers) -> dict[str, NDArray]:
     arrays: dict[str, NDArray] = {
-        "clip_ids": np.array(survey.clip_ids, np.bytes_),
-        "lines": np.array(survey.lines, LINE),
-        "columns": np.array(survey.columns, np.int32),
-        "image": np.array([images.number(image) for image in survey.images], np.int32),
-        "frame_hashes": np.concatenate([*survey.frame_hashes, np.zeros(0, np.uint64)]),
-        "hash_counts": np.array([len(hashes) for hashes in survey.frame_hashes], np.int64),
+        "clip_ids": np.array([row.clip_id.encode() for row in rows], np.bytes_),
+        "lines": np.array([row.line for row in rows], LINE),
+        "columns": np.array([row.columns for row in rows], np.int32),
+        "image": np.array([images.number(row.image) for row in rows], np.int32),
+        "frame_hashes": np.concatenate([*(row.frame_hashes for row in rows), hash_names(())]),
+        "hash_counts": np.array([len(row.frame_hashes) for row in rows], np.int64),
     }
     for column, name in enumerate(TABLES):
-        arrays[name] = np.array([tables[name].number(texts[column]) for texts in survey.texts], np.int32)
+        arrays[name] = np.array([tables[name].number(row.texts[column]) for row in rows], np.int32)
     return arrays
 
 
 def _surveys(layout: TextLayout, split: str, paths: Sequence[Path], run: RunTasks) -> Iterator[Survey]:
     """Yields the surveys of all parts of a list in order, with line numbers that count from the start of each file."""
-    parts = [
-        Part(file, path, begin, begin + PART_BYTES)
-        for file, path in enumerate(paths)
-        for begin in range(0, path.stat().st_size, PART_BYTES)
+    tasks = [
+        (file, path, begin) for file, path in enumerate(paths) for begin in range(0, path.stat().st_size, PART_BYTES)
     ]
-    tasks = [(split, part) for part in parts]
-    surveys = run(survey_part, tasks, f"{split}: list", total=len(parts), unit="part")
+    surveys = run(survey_part, tasks, f"{split}: list", total=len(tasks), unit="part")
     before = 0
-    for part, survey in zip(parts, surveys, strict=True):
-        before = before if part.begin else 0
+    for (_, _, begin), survey in zip(tasks, surveys, strict=True):
+        before = before if begin else 0
         survey.faults = [dataclasses.replace(fault, line=fault.line + before) for fault in survey.faults]
-        survey.lines = [(file, number + before, offset, length) for file, number, offset, length in survey.lines]
+        for row in survey.rows:
+            file, number, offset, length = row.line
+            row.line = (file, number + before, offset, length)
         before += survey.num_lines
         yield survey
 
@@ -300,11 +288,11 @@ def list_clips(layout: Layout, split: str, tables: dict[str, TextNumbers]) -> Li
         },
         images=images,
         galleries={} if split == "train" else rows,
-        truth=layout.truth() if split == "test" else {},
+        truth=layout.truth if split == "test" else {},
         faults=faults,
         listed=listed,
         lost_images=len(gallery_faults),
-        frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
+        frame_hashes=np.concatenate([*hashes, hash_names(())]),
         hash_counts=np.array([len(each) for each in hashes], np.int64),
     )
     sort_images(listing)
@@ -321,20 +309,13 @@ def first_true_image(clip: ClipListing, images: Sequence[ShopImage], galleries: 
     if not clip.frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
     if not clip.truth:
-        raise BadInputError(
-            "query without truth",
-            "found no true image in the truth file, needs at least one; add it, or remove the query.",
-        )
+        detail = "found no true image in the truth file, needs at least one; add it, or remove the query."
+        raise BadInputError("query without truth", detail)
     if not galleries.get(clip.livestream):
-        raise BadInputError(
-            "livestream without gallery",
-            f"found no shop image for livestream {clip.livestream}, needs a gallery; add it to the gallery file.",
-        )
+        detail = f"found no shop image for livestream {clip.livestream}, needs a gallery; add it to the gallery file."
+        raise BadInputError("livestream without gallery", detail)
     for row in galleries[clip.livestream]:
         if images[row].id in clip.truth:
             return row
-    raise BadInputError(
-        "true image not in its gallery",
-        f"found none of {', '.join(clip.truth)} in the gallery of livestream {clip.livestream}, needs one; "
-        "correct the truth or the gallery file.",
-    )
+    detail = f"found none of {', '.join(clip.truth)} in the gallery of livestream {clip.livestream}, needs one; "
+    raise BadInputError("true image not in its gallery", detail + "correct the truth or the gallery file.")

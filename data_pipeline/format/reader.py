@@ -132,9 +132,6 @@ class Texts(Sequence[str]):
         begin = int(self._ends[row - 1]) + 1 if row else 0
         return bytes(self._bytes[begin : int(self._ends[row])]).decode()
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Texts, (self.path,)
 
@@ -146,8 +143,9 @@ def _table(dataset: Path, name: str) -> Texts:
 class Split:
     """One split of a data set: clips by row, 0 to num_clips - 1, and shop images by row, 0 to num_images - 1.
 
-    num_truth: number of queries that Recall divides by, those without a stored clip included. is_evaluation: whether
-    its clips are queries with galleries (val, test). Threads may share a split. It is picklable; files are opened anew.
+    clip_ids, image_ids: sorted, by row; several images may have one id. num_truth: number of queries that Recall
+    divides by, those without a stored clip included. is_evaluation: whether its clips are queries with galleries (val,
+    test). Threads may share a split. It is picklable; its files are then opened again.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], name: str) -> None:
@@ -159,6 +157,9 @@ class Split:
         self.num_images: int = self._counts["images"]["records"]
         self.num_truth: int = self._counts["truth"]
         self.is_evaluation = name in EVALUATION_SPLITS
+        self.clip_ids: Sequence[str] = Texts(self._column_path("clips-id.txt"))
+        self.image_ids: Sequence[str] = Texts(self._column_path("images-id.txt"))
+        self._livestreams = _table(path, "livestream")
         self._clips = _Shards(path, name, "clips", self._counts["clips"])
         self._images = _Shards(path, name, "images", self._counts["images"])
 
@@ -194,16 +195,6 @@ class Split:
         return list(zip([0, *ends], ends, strict=False))
 
     @cached_property
-    def clip_ids(self) -> Sequence[str]:
-        """The clip ids by row, sorted."""
-        return Texts(self._column_path("clips-id.txt"))
-
-    @cached_property
-    def image_ids(self) -> Sequence[str]:
-        """The image ids by row, sorted. Two images may have one id."""
-        return Texts(self._column_path("images-id.txt"))
-
-    @cached_property
     def columns(self) -> dict[str, NDArray[np.int32]]:
         """Columns of the clips by name, each int32 [num_clips], memory-mapped and read-only.
 
@@ -235,10 +226,6 @@ class Split:
     def gallery_of(self, row: int) -> NDArray[np.int32]:
         """Returns the rows of the images in clip `row`'s gallery. Raises KeyError if its livestream has none."""
         return self.galleries[self.gallery_name(row)]
-
-    @cached_property
-    def _livestreams(self) -> Texts:
-        return _table(self.path, "livestream")
 
     @cached_property
     def _truth(self) -> dict[str, list[str]]:

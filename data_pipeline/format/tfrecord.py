@@ -9,8 +9,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -97,21 +96,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class ShardWriter:
-    """Writes one shard in a `with` block and its index at the end; after `discard()` or an error, neither.
+    """Writes records to a shard's file. offsets: of each record, then the size; crc: the CRC32C of all bytes so far."""
 
-    `offsets` and `crc` describe what was written: the offset of each record, then the size; the CRC32C of the shard.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.offsets = [0]
         self.crc = 0
-        self._stack = contextlib.ExitStack()
-        self._kept = True
-
-    def __enter__(self) -> Self:
-        self._file = self._stack.enter_context(atomic_file(self.path))
-        return self
 
     def write(self, data: bytes) -> None:
         framed = frame_record(data)
@@ -119,24 +109,14 @@ class ShardWriter:
         self.crc = google_crc32c.extend(self.crc, framed)
         self.offsets.append(self.offsets[-1] + len(framed))
 
-    def discard(self) -> None:
-        """Makes the end of the `with` block delete the shard instead of keeping it."""
-        self._kept = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None and not self._kept:
-            with contextlib.suppress(_DiscardedError):
-                self._stack.__exit__(_DiscardedError, _DiscardedError(), None)
-            return
-        self._stack.__exit__(kind, error, traceback)
-        if kind is None:
-            write_file(index_path(self.path), np.array(self.offsets, "<u8").tobytes())
-
-
-class _DiscardedError(Exception):
-    """Makes `atomic_file` delete the temporary file of a discarded shard."""
+@contextlib.contextmanager
+def new_shard(path: Path) -> Iterator[ShardWriter]:
+    """Yields a writer of the shard `path`. Its index is written when the `with` block ends; an error leaves neither."""
+    with atomic_file(path) as file:
+        writer = ShardWriter(file)
+        yield writer
+    write_file(index_path(path), np.array(writer.offsets, "<u8").tobytes())
 
 
 def index_path(shard: Path) -> Path:

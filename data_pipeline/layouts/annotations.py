@@ -38,10 +38,8 @@ def parse_row(line: bytes) -> TrainingRow:
     try:
         cells = line.decode("utf-8").split("\t")
     except UnicodeDecodeError as err:
-        raise BadInputError(
-            "not UTF-8",
-            f"found byte {line[err.start]:#04x} at position {err.start}, needs UTF-8; convert the file's encoding.",
-        ) from err
+        detail = f"found byte {line[err.start]:#04x} at position {err.start}, needs UTF-8; convert the file's encoding."
+        raise BadInputError("not UTF-8", detail) from err
     has_path = len(cells) > 4 and cells[4].lower().endswith(tuple(SUFFIXES))
     if len(cells) < 10 if has_path else len(cells) != 11:
         raise BadInputError(
@@ -94,10 +92,8 @@ def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | Non
     if not boxes:
         return None
     if len(boxes) != num_frames:
-        raise BadInputError(
-            "frames and boxes differ",
-            f"found {num_frames} frames and {len(boxes)} boxes, needs one box a frame; correct either list.",
-        )
+        detail = f"found {num_frames} frames and {len(boxes)} boxes, needs one box a frame; correct either list."
+        raise BadInputError("frames and boxes differ", detail)
     return tuple(parse_frame_boxes(value) for value in boxes)
 
 
@@ -146,17 +142,15 @@ def _parse_list(cell: str, what: str) -> list:
 
 def _not_a_list(cell: str, what: str) -> BadInputError:
     needs = "strings" if what == "frame" else "boxes"
-    return BadInputError(
-        "not a list", f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
-    )
+    detail = f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
+    return BadInputError("not a list", detail)
 
 
 def checked_id(text: str, what: str) -> str:
     """Returns `text` if it can be an id. Raises BadInputError, which names the kind of id by `what`, if it cannot."""
     if not text or not text.isprintable() or len(text.encode()) > MAX_ID_BYTES:
-        raise BadInputError(
-            "bad id", f"found the {what} id {text!r:.80}, needs 1 to {MAX_ID_BYTES} printable bytes; correct it."
-        )
+        detail = f"found the {what} id {text!r:.80}, needs 1 to {MAX_ID_BYTES} printable bytes; correct it."
+        raise BadInputError("bad id", detail)
     return text
 
 
@@ -195,23 +189,6 @@ def read_row(source: Path, location: RowLocation) -> TrainingRow:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def find_one(source: Path, pattern: str, *, needed_for: str) -> Path:
-    """Returns the one file of annotations/ that matches. Raises WrongUseError if there is none or more than one."""
-    found = sorted((source / "annotations").glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise WrongUseError(
-            f"{source / 'annotations' / pattern}: found {names}, needs one file for {needed_for}; "
-            "unpack the annotations there, or leave the split out with --splits."
-        )
-    return found[0]
-
-
-def find_optional(source: Path, pattern: str) -> Path | None:
-    """Returns the one file of annotations/ that matches, None if there is none. Raises WrongUseError for several."""
-    return find_one(source, pattern, needed_for="one use") if any((source / "annotations").glob(pattern)) else None
 
 
 def training_lists(source: Path, chosen: str | None) -> list[Path]:
@@ -269,17 +246,16 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
+        value: dict[str, Any] = json.loads(text, object_pairs_hook=unique_keys)
+        wrong = "" if isinstance(value, dict) else f"found a {type(value).__name__}, needs an object"
     except json.JSONDecodeError as err:
-        detail = f"found {err.msg} in line {err.lineno}; restore the file."
-        raise BadInputError("not JSON", detail, file) from err
+        wrong = f"found {err.msg} in line {err.lineno}"
     except ValueError as err:  # a number of thousands of digits
-        raise BadInputError("not JSON", f"cannot be read ({err}); restore the file.", file) from err
-    except RecursionError as err:
-        raise BadInputError("not JSON", "found lists nested too deep; restore the file.", file) from err
-    if not isinstance(value, dict):
-        detail = f"found a {type(value).__name__}, needs an object; restore the file."
-        raise BadInputError("not JSON", detail, file)
+        wrong = f"cannot be read ({err})"
+    except RecursionError:
+        wrong = "found lists nested too deep"
+    if wrong:
+        raise BadInputError("not JSON", f"{wrong}; restore the file.", file)
     return value
 
 
@@ -292,9 +268,8 @@ def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]
     for key, ids in load_json_object(path, faults).items():
         try:
             if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
-                raise BadInputError(
-                    "not a list", f"found {ids!r:.80} for {key}, needs a list of image ids; correct it."
-                )
+                detail = f"found {ids!r:.80} for {key}, needs a list of image ids; correct it."
+                raise BadInputError("not a list", detail)
             lists[checked_id(key, "clip or livestream")] = tuple(checked_id(each, "image") for each in ids)
         except BadInputError as err:
             faults.append(err.at(_name_in_source(path)))

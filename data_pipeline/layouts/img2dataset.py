@@ -158,7 +158,11 @@ def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int,
     """
     pictures: dict[str, tuple[int, int, int]] = {}
     sidecars: dict[str, tuple[int, int]] = {}
-    for name, offset, size in _tar_members(download, number) if download.tars else _file_members(download, number):
+    if download.tars:
+        members = _tar_members(download, number)
+    else:
+        members = ((name, 0, 0) for name in os.listdir(download.source / download.folder / download.shards[number]))
+    for name, offset, size in members:
         key, suffix = os.path.splitext(name)
         if not re.fullmatch(r"\d{1,18}", key):
             continue
@@ -169,11 +173,6 @@ def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int,
     return pictures, sidecars
 
 
-def _file_members(download: Download, number: int) -> Iterator[tuple[str, int, int]]:
-    for name in os.listdir(download.source / download.folder / download.shards[number]):
-        yield name, 0, 0
-
-
 def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, int]]:
     path = download.source / download.folder / f"{download.shards[number]}.tar"
     try:
@@ -182,9 +181,8 @@ def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, in
                 if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
                     yield member.name, member.offset_data, member.size
     except (tarfile.TarError, EOFError, ValueError) as err:
-        raise BadInputError(
-            "unreadable archive", f"cannot be read as a tar ({err}); download the shard again."
-        ) from err
+        detail = f"cannot be read as a tar ({err}); download the shard again."
+        raise BadInputError("unreadable archive", detail) from err
 
 
 def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, tuple[int, int]]] | None:
@@ -209,9 +207,8 @@ def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, t
         rows = zip(*(columns[name] for name in TABLE_COLUMNS), strict=True)
         return [_entry(*row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
-        raise BadInputError(
-            "unreadable table", f"{path.name} cannot be read ({err}); download the shard again."
-        ) from err
+        detail = f"{path.name} cannot be read ({err}); download the shard again."
+        raise BadInputError("unreadable table", detail) from err
 
 
 def _refuse_long_texts(table: Any) -> None:
@@ -252,9 +249,8 @@ def _read_sidecars(
                 entry = json.loads(file.read(min(size or MAX_SIDECAR_BYTES, MAX_SIDECAR_BYTES)))
             yield _entry(entry["url"], key, entry["status"], entry["original_width"], entry["original_height"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
-            raise BadInputError(
-                "unreadable sidecar", f"{key}.json cannot be read ({err!r:.100}); download the shard again."
-            ) from err
+            detail = f"{key}.json cannot be read ({err!r:.100}); download the shard again."
+            raise BadInputError("unreadable sidecar", detail) from err
 
 
 def list_names(download: Download) -> Iterator[str]:

@@ -72,6 +72,10 @@ class ClipListing:
     fault: BadInputError | None = None  # the clip has an ordinal, but gets no record
 
 
+ListedClip = TrainingRow | ClipListing
+ClipSource = RowLocation | ClipListing  # enough to read a listed clip again
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundFrame:
     """A listed frame and its picture."""
@@ -122,11 +126,12 @@ class Layout(abc.ABC):
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         """Returns the shop images of each livestream in the order of the source, and faults of those left out."""
 
+    @property
     @abc.abstractmethod
     def truth(self) -> dict[str, tuple[str, ...]]:
-        """Returns the ids of the true images by test clip id. Clips that the source does not list are included."""
+        """The ids of the true images by test clip id. Clips that the source does not list are included."""
 
-    def frames_to_locate(self, listed: TrainingRow | ClipListing) -> Sequence[str]:
+    def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
         """Returns names of a clip's frames that `locate` must look up; none if paths say where pictures are."""
         return ()
 
@@ -138,9 +143,7 @@ class Layout(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def find_frames(
-        self, source: RowLocation | ClipListing, split: str
-    ) -> tuple[TrainingRow | ClipListing, list[FoundFrame]]:
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
         """Returns a clip as it is listed, and its frames to store with their pictures, in order.
 
         A frame without a picture contains the error instead. Where a download of these frames failed, the frames to
@@ -195,7 +198,7 @@ class Listing:
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def source(self, ordinal: int) -> RowLocation | ClipListing:
+    def source(self, ordinal: int) -> ClipSource:
         """Returns where clip `ordinal` is listed, for `Layout.find_frames`."""
         if self.clips:
             return self.clips[ordinal]

@@ -12,9 +12,17 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Picture, ShopImage
-from data_pipeline.layouts.annotations import decoded_lines, find_one, find_optional, load_id_lists, load_texts
+from data_pipeline.layouts.annotations import decoded_lines, load_id_lists, load_texts
 from data_pipeline.layouts.img2dataset import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
-from data_pipeline.layouts.listing import ClipListing, FoundFrame, Listing, RowLocation, RunTasks, TrainingRow
+from data_pipeline.layouts.listing import (
+    ClipListing,
+    ClipSource,
+    FoundFrame,
+    ListedClip,
+    Listing,
+    RunTasks,
+    TrainingRow,
+)
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
@@ -38,7 +46,7 @@ class Lpr4m(TextLayout):
     def shop_image(self, row: TrainingRow) -> ShopImage:
         return ShopImage(row.image_id, row.image_id, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: TrainingRow | ClipListing) -> Sequence[str]:
+    def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
         return [name_of(listed.frames[position]) for position in self.stored_positions(len(listed.frames))]
 
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
@@ -55,8 +63,8 @@ class Lpr4m(TextLayout):
         return self.read_queries(urls or self.source / "test_frame", frames, in_order)
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        path = find_one(self.source, GALLERIES, needed_for="the test split")
-        titles = load_texts(find_optional(self.source, TITLES), self.faults)
+        path = self.find_list(GALLERIES)
+        titles = load_texts(self.find_optional(TITLES), self.faults)
         galleries = {
             livestream: [ShopImage(image_id, image_id, titles.get(image_id, ""), image_id) for image_id in image_ids]
             for livestream, image_ids in load_id_lists(path, self.faults).items()
@@ -91,9 +99,7 @@ class Lpr4m(TextLayout):
             users[0].faults += index.faults
         return [remark for folder, index in self.indices.items() for remark in _remarks(folder, index)]
 
-    def find_frames(
-        self, source: RowLocation | ClipListing, split: str
-    ) -> tuple[TrainingRow | ClipListing, list[FoundFrame]]:
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
         listed = self.read_listed(source)
         index = self.indices[_download_of(split, "frame")]
         names = [name_of(text) for text in listed.frames]
@@ -116,22 +122,18 @@ class Lpr4m(TextLayout):
             return index.download.picture(name, place)
         if place["state"] == FAILED or not index.complete:
             return None
-        return BadInputError(
-            "missing frame",
+        detail = (
             f"found no picture for frame {name} in {index.download.folder}, needs one unless the download reports a "
-            "failure; run img2dataset again.",
         )
+        return BadInputError("missing frame", f"{detail}failure; run img2dataset again.")
 
     def find_image(self, image: ShopImage, split: str) -> Picture:
         index = self.indices[_download_of(split, "image")]
         place = index.find(hash_names([image.reference]))[0]
         if place["state"] != STORED:
             failed = "its download failed" if place["state"] == FAILED else "it is in no shard"
-            raise BadInputError(
-                NO_IMAGE,
-                f"found no picture of image {image.id} in {index.download.folder} ({failed}), needs one; "
-                "download it again.",
-            )
+            detail = f"found no picture of image {image.id} in {index.download.folder} ({failed}), needs one; "
+            raise BadInputError(NO_IMAGE, f"{detail}download it again.")
         return index.download.picture(image.reference, place)
 
 
@@ -157,7 +159,7 @@ def _hash_frames(listing: Listing, ordinals: NDArray[np.int64], run: RunTasks) -
     return list(run(hash_frames, tasks, f"{listing.split}: clips with failed downloads", total=len(parts)))
 
 
-def hash_frames(layout: Lpr4m, sources: Sequence[RowLocation | ClipListing]) -> NDArray[np.uint64]:
+def hash_frames(layout: Lpr4m, sources: Sequence[ClipSource]) -> NDArray[np.uint64]:
     """Returns the hashes of all frame names of some clips, one clip after the other. Runs in a worker."""
     return np.concatenate([hash_names([name_of(text) for text in layout.read_listed(each).frames]) for each in sources])
 

@@ -9,15 +9,8 @@ from typing import Any, ClassVar
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import Picture, ShopImage
-from data_pipeline.layouts.annotations import (
-    checked_id,
-    find_one,
-    find_optional,
-    load_json_object,
-    load_texts,
-    read_lines,
-)
-from data_pipeline.layouts.listing import ClipListing, FoundFrame, RowLocation, TrainingRow
+from data_pipeline.layouts import annotations
+from data_pipeline.layouts.listing import ClipListing, ClipSource, FoundFrame, ListedClip, TrainingRow
 from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
@@ -35,16 +28,13 @@ class Lpr750k(TextLayout):
 
     def shop_image(self, row: TrainingRow) -> ShopImage:
         if row.image_path is None:
-            raise BadInputError(
-                "wrong number of columns",
-                "found LPR4M's 11 columns, needs LPR750K's with the shop image's path in column 4; "
-                "convert with --layout lpr4m.",
-            )
+            detail = "found LPR4M's 11 columns, needs LPR750K's with the shop image's path in column 4; "
+            raise BadInputError("wrong number of columns", f"{detail}convert with --layout lpr4m.")
         return ShopImage(row.image_id, row.image_path, row.image_title, row.product)
 
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
-        path = find_one(self.source, QUERIES, needed_for="the test split")
-        return self.read_queries(path, load_json_object(path, self.faults), _query_frames)
+        path = self.find_list(QUERIES)
+        return self.read_queries(path, annotations.load_json_object(path, self.faults), _query_frames)
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
         """Returns the gallery of each livestream, and faults of its rows. A picture in several galleries is one image.
@@ -52,12 +42,12 @@ class Lpr750k(TextLayout):
         The official code reads the file that each row names. So a file whose bytes differ from those of the first of
         its name is an image of its own.
         """
-        path = find_one(self.source, GALLERY, needed_for="the test split")
-        titles = load_texts(find_optional(self.source, TITLES), self.faults)
+        path = self.find_list(GALLERY)
+        titles = annotations.load_texts(self.find_optional(TITLES), self.faults)
         galleries: dict[str, list[ShopImage]] = {}
         faults: list[Fault] = []
         first: dict[str, tuple[Picture, str]] = {}  # by file name: its first picture and the reference to it
-        for number, _, line in read_lines(path):
+        for number, _, line in annotations.read_lines(path):
             try:
                 livestream, name = _gallery_row(line)
                 image_id = _image_id(name)
@@ -73,9 +63,7 @@ class Lpr750k(TextLayout):
                 faults.append(err.at(str(path.relative_to(self.source)), number))
         return galleries, faults
 
-    def find_frames(
-        self, source: RowLocation | ClipListing, split: str
-    ) -> tuple[TrainingRow | ClipListing, list[FoundFrame]]:
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
         listed = self.read_listed(source)
         folder = "query/" if isinstance(listed, ClipListing) else ""
         positions = self.stored_positions(len(listed.frames))
@@ -94,9 +82,8 @@ class Lpr750k(TextLayout):
 def _query_frames(entry: Any) -> tuple[str, ...]:
     frames = entry.get("frames") if isinstance(entry, dict) else None
     if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
-        raise BadInputError(
-            "not a list", f'found {entry!r:.80}, needs {{"frames": [paths], "gt": [ids]}}; correct the entry.'
-        )
+        detail = f'found {entry!r:.80}, needs {{"frames": [paths], "gt": [ids]}}; correct the entry.'
+        raise BadInputError("not a list", detail)
     return tuple(frames)
 
 
@@ -107,10 +94,9 @@ def _gallery_row(line: bytes) -> tuple[str, str]:
     except UnicodeDecodeError as err:
         raise BadInputError("not UTF-8", f"found byte {line[err.start]:#04x}, needs UTF-8; convert it.") from err
     except ValueError as err:
-        raise BadInputError(
-            "bad gallery row", f"found {line!r:.80}, needs LIVESTREAM/FILE with one slash; correct the line."
-        ) from err
-    return checked_id(livestream, "livestream"), name
+        detail = f"found {line!r:.80}, needs LIVESTREAM/FILE with one slash; correct the line."
+        raise BadInputError("bad gallery row", detail) from err
+    return annotations.checked_id(livestream, "livestream"), name
 
 
 def _image_id(name: str) -> str:
@@ -121,4 +107,4 @@ def _image_id(name: str) -> str:
     """
     stem, suffix = os.path.splitext(name)
     stem = stem if suffix.lower() in SUFFIXES else name
-    return checked_id("-".join(stem.split("-")[:5]), "image")
+    return annotations.checked_id("-".join(stem.split("-")[:5]), "image")

@@ -46,12 +46,8 @@ class PictureReader:
             candidate = os.path.join(self.root, stem + suffix)
             if os.path.isfile(candidate):
                 return Picture(os.path.basename(stem), stem + suffix)
-        raise BadInputError(
-            missing,
-            f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
-            "or leave the clip out with --on-error=skip.",
-            path,
-        )
+        detail = f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
+        raise BadInputError(missing, f"{detail}or leave the clip out with --on-error=skip.", path)
 
     def read(self, picture: Picture) -> bytes:
         """Returns the bytes of a picture. Raises BadInputError if they cannot be read, are too many or too few."""
@@ -65,29 +61,22 @@ class PictureReader:
                 if not S_ISREG(stat.st_mode):
                     raise BadInputError("unreadable picture", "found no regular file; restore the file.", picture.path)
                 if size > MAX_BYTES:
-                    raise BadInputError(
-                        "oversized picture",
-                        f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file.",
-                        picture.path,
-                    )
+                    detail = f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file."
+                    raise BadInputError("oversized picture", detail, picture.path)
                 file.seek(picture.offset)
                 data = file.read(size)
         except OSError as err:
-            raise BadInputError(
-                "unreadable picture", f"cannot be read ({err.strerror}); restore the file or its rights.", picture.path
-            ) from err
+            detail = f"cannot be read ({err.strerror}); restore the file or its rights."
+            raise BadInputError("unreadable picture", detail, picture.path) from err
         if len(data) != size:
-            raise BadInputError(
-                "truncated picture", f"found {len(data)} bytes, needs {size}; download the archive again.", picture.path
-            )
+            detail = f"found {len(data)} bytes, needs {size}; download the archive again."
+            raise BadInputError("truncated picture", detail, picture.path)
         return data
 
     def _refuse_leaving(self, path: str) -> None:
         if os.path.isabs(path) or "\0" in path or ".." in path.replace("\\", "/").split("/"):
-            raise BadInputError(
-                "path leaves the source",
-                f"found the path {path!r:.200}, needs one below the source folder; correct the list.",
-            )
+            detail = f"found the path {path!r:.200}, needs one below the source folder; correct the list."
+            raise BadInputError("path leaves the source", detail)
 
     def _refuse_link_out(self, found: str, path: str) -> None:
         folder, name = os.path.split(found)
@@ -95,12 +84,8 @@ class PictureReader:
         if os.path.islink(found):
             real = os.path.realpath(found)
         if not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            raise BadInputError(
-                "path leaves the source",
-                f"found a link to {real}, needs a file below the source folder; "
-                "copy or mount it there, or give a --source that holds both.",
-                path,
-            )
+            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or give a "
+            raise BadInputError("path leaves the source", f"{detail}--source that holds both.", path)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -138,25 +123,19 @@ def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image
                 raise Image.DecompressionBombError
             found = "JPEG" if picture.format == "MPO" else picture.format  # MPO: a JPEG followed by others
             if named and found != expected:
-                raise BadInputError(
-                    "wrong suffix",
-                    f"found {found} data in a file called {suffix or 'nothing'}, "
-                    f"needs {expected or 'a suffix of a picture'}; rename or replace the file.",
-                    path,
-                )
+                detail = f"found {found} data in a file called {suffix or 'nothing'}, "
+                detail += f"needs {expected or 'a suffix of a picture'}; rename or replace the file."
+                raise BadInputError("wrong suffix", detail, path)
             picture.load()
             return picture
     except (Image.DecompressionBombError, MemoryError) as err:
-        raise BadInputError(
-            "oversized picture", f"found over {MAX_PIXELS:,} pixels in its header, needs fewer; replace the file.", path
-        ) from err
+        detail = f"found over {MAX_PIXELS:,} pixels in its header, needs fewer; replace the file."
+        raise BadInputError("oversized picture", detail, path) from err
     except Image.UnidentifiedImageError as err:
-        raise BadInputError(
-            "not a picture", f"found bytes {data[:8]!r}, needs {expected or 'a picture'}; replace the file.", path
-        ) from err
+        detail = f"found bytes {data[:8]!r}, needs {expected or 'a picture'}; replace the file."
+        raise BadInputError("not a picture", detail, path) from err
     except BadInputError:
         raise
     except UNREADABLE as err:
-        raise BadInputError(
-            "truncated picture", f"cannot be decoded ({err}), needs a whole picture; restore the file.", path
-        ) from err
+        detail = f"cannot be decoded ({err}), needs a whole picture; restore the file."
+        raise BadInputError("truncated picture", detail, path) from err

@@ -6,23 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from data_pipeline.faults import BadInputError, Fault
+from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import ShopImage
 from data_pipeline.format.tfrecord import file_crc
-from data_pipeline.layouts.annotations import (
-    checked_id,
-    find_one,
-    find_optional,
-    livestream_of,
-    load_boxes,
-    load_id_lists,
-    load_texts,
-    read_row,
-    training_lists,
-)
+from data_pipeline.layouts import annotations
 from data_pipeline.layouts.img2dataset import name_of
-from data_pipeline.layouts.listing import ClipListing, Layout, RowLocation, TrainingRow
+from data_pipeline.layouts.listing import ClipListing, ClipSource, Layout, ListedClip, TrainingRow
 
 TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
@@ -51,7 +41,7 @@ class TextLayout(Layout):
     def splits(self) -> tuple[str, ...]:
         folder = self.source / "annotations"
         exists = {
-            "train": bool(training_lists(self.source, self.train_annotation)),
+            "train": bool(annotations.training_lists(self.source, self.train_annotation)),
             "val": any(folder.glob(VALIDATION)),
             "test": any(folder.glob(self.TEST_LISTS[0])),
         }
@@ -60,14 +50,28 @@ class TextLayout(Layout):
     def training_lists(self, split: str) -> list[Path]:
         """Returns the files of the training or validation list. Raises WrongUseError if there is not one such list."""
         if split == "train":
-            return training_lists(self.source, self.train_annotation)
-        return [find_one(self.source, VALIDATION, needed_for="validation")]
+            return annotations.training_lists(self.source, self.train_annotation)
+        return [self.find_list(VALIDATION, needed_for="validation")]
+
+    def find_list(self, pattern: str, *, needed_for: str = "the test split") -> Path:
+        """Returns the one file of annotations/ that matches. Raises WrongUseError if there is none or several."""
+        found = sorted((self.source / "annotations").glob(pattern))
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found) or "none"
+            raise WrongUseError(
+                f"{self.source / 'annotations' / pattern}: found {names}, needs one file for {needed_for}; "
+                "unpack the annotations there, or leave the split out with --splits."
+            )
+        return found[0]
+
+    def find_optional(self, pattern: str) -> Path | None:
+        """Returns the file of annotations/ that matches, None if there is none. Raises WrongUseError for several."""
+        return self.find_list(pattern) if any((self.source / "annotations").glob(pattern)) else None
 
     def test_lists(self) -> list[Path]:
         """Returns the files that the test split is read from. Raises WrongUseError if one is missing or ambiguous."""
-        needed = [find_one(self.source, pattern, needed_for="the test split") for pattern in self.TEST_LISTS]
-        optional = (find_optional(self.source, pattern) for pattern in (BOXES, SPEECH, TITLES))
-        return [*needed, *(path for path in optional if path)]
+        optional = map(self.find_optional, (BOXES, SPEECH, TITLES))
+        return [*map(self.find_list, self.TEST_LISTS), *(path for path in optional if path)]
 
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
         training = [split for split in splits if split != "test"]
@@ -77,16 +81,13 @@ class TextLayout(Layout):
         files += self.test_lists() if "test" in splits else []
         return {path.name: [path.stat().st_size, file_crc(path)] for path in files}
 
-    def truth(self) -> dict[str, tuple[str, ...]]:
-        return self._truth
-
     @functools.cached_property
-    def _truth(self) -> dict[str, tuple[str, ...]]:
-        return load_id_lists(find_one(self.source, TRUTH, needed_for="the test split"), self.faults)
+    def truth(self) -> dict[str, tuple[str, ...]]:
+        return annotations.load_id_lists(self.find_list(TRUTH), self.faults)
 
-    def read_listed(self, source: RowLocation | ClipListing) -> TrainingRow | ClipListing:
+    def read_listed(self, source: ClipSource) -> ListedClip:
         """Returns a clip as it is listed. Raises BadInputError for a line that cannot be parsed."""
-        return source if isinstance(source, ClipListing) else read_row(self.source, source)
+        return source if isinstance(source, ClipListing) else annotations.read_row(self.source, source)
 
     def read_queries(
         self, file: Path, entries: Mapping[str, T], frames_of: Callable[[T], tuple[str, ...]]
@@ -96,9 +97,9 @@ class TextLayout(Layout):
         entries: the content of the file by clip id. frames_of: returns the frames of an entry or raises BadInputError.
         Faults of the files with boxes and speech are added to the layout's.
         """
-        truth = self.truth()
-        boxes = load_boxes(find_optional(self.source, BOXES), self.faults)
-        speech = load_texts(find_optional(self.source, SPEECH), self.faults)
+        truth = self.truth
+        boxes = annotations.load_boxes(self.find_optional(BOXES), self.faults)
+        speech = annotations.load_texts(self.find_optional(SPEECH), self.faults)
         name = str(file.relative_to(self.source))
         clips, faults = [], []
         for clip_id, entry in entries.items():
@@ -106,8 +107,8 @@ class TextLayout(Layout):
                 frames = frames_of(entry)
                 frame_boxes = [boxes.get(name_of(frame)) for frame in frames]
                 clip = ClipListing(
-                    clip_id=checked_id(clip_id, "clip"),
-                    livestream=livestream_of(clip_id),
+                    clip_id=annotations.checked_id(clip_id, "clip"),
+                    livestream=annotations.livestream_of(clip_id),
                     frames=frames,
                     truth=truth.get(clip_id, ()),
                     file=name,

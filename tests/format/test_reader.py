@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline import convert
 from data_pipeline.format import schema, tfrecord
 from data_pipeline.format.reader import Texts, open_dataset
-from data_pipeline.format.tfrecord import OVERHEAD, ShardWriter, frame_record, index_path, unframe_record
+from data_pipeline.format.tfrecord import OVERHEAD, frame_record, index_path, new_shard, unframe_record
 from tests.lpr_layouts import GALLERIES, IMAGE_IDS, LIVES, TEST, TRAIN, make_lpr750k
 
 
@@ -81,21 +81,21 @@ def test_the_index_has_the_offset_of_each_record(converted: Path) -> None:
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     path.write_bytes(b"old")
-    with pytest.raises(TypeError), ShardWriter(path) as writer:
+    with pytest.raises(TypeError), new_shard(path) as writer:
         writer.write("no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.tfrecord"]
 
 
-def test_a_discarded_shard_leaves_nothing(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "a.tfrecord") as writer:
+def test_a_shard_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), new_shard(tmp_path / "a.tfrecord") as writer:
         writer.write(b"data")
-        writer.discard()
+        raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_writer_knows_the_checksum_of_its_file(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "a.tfrecord") as writer:
+    with new_shard(tmp_path / "a.tfrecord") as writer:
         writer.write(b"one")
         writer.write(b"two")
     assert tfrecord.file_crc(tmp_path / "a.tfrecord") == writer.crc
@@ -216,7 +216,7 @@ def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: py
     monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
     data = schema.encode_image(schema.ShopImage(record.id, record.name), b"x", ordinal=0, product_index=0)
     monkeypatch.undo()
-    with ShardWriter(copy / "train-images-00000-of-00001.tfrecord") as writer:
+    with new_shard(copy / "train-images-00000-of-00001.tfrecord") as writer:
         for _ in range(3):
             writer.write(data)
     with pytest.raises(
