@@ -134,8 +134,8 @@ def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
         if frame.picture is not None:
             pictures[frame.position] = frame.picture
     if not pictures:
-        detail = f"found none of its {len(listed.frames)} frames, as all downloads failed, needs one; try them again."
-        raise BadInputError("clip without frames", detail)
+        detail = f"found none of its {len(listed.frames)} frames (all downloads failed), needs one; "
+        raise BadInputError("clip without frames", f"{detail}download them again.")
     failed = len(found) - len(pictures)
     clip = Clip(
         id=listed.clip_id,

@@ -57,7 +57,7 @@ class Download:
     source: Path
     folder: str  # relative to the source folder
     tars: bool  # its format: `webdataset`, a tar a shard, or `files`, a folder a shard
-    shards: tuple[str, ...]  # names, sorted
+    shards: tuple[str, ...]  # their numbers as written, sorted
 
     def picture(self, name: str, place: np.void) -> Picture:
         """Returns the picture called `name` of a stored download. place: its PLACE."""
@@ -119,7 +119,7 @@ class ShardScan:
     places: NDArray[np.void]  # PLACE of each
     listed: int = 0  # number of downloads in the shard, wanted or not
     failed: int = 0  # number of them that failed
-    has_table: bool = True
+    has_table: bool = True  # and pyarrow is installed
     fault: Fault | None = None  # the shard cannot be read
 
 
@@ -221,7 +221,10 @@ def _refuse_long_texts(table: Any) -> None:
 
 
 def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> tuple[str, str, bool, tuple[int, int]]:
-    """Returns (name, key, stored, original size) of one download. Raises what its callers catch for other values."""
+    """Returns (name, key, stored, original size) of one download.
+
+    Raises ValueError, TypeError or OverflowError for values that no download has.
+    """
     size = int(width or 0), int(height or 0)
     if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
@@ -254,7 +257,10 @@ def _read_sidecars(
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Yields the name of every download, shard by shard. Raises BadInputError or WrongUseError as its readers do."""
+    """Yields the name of every download, shard by shard.
+
+    Raises BadInputError for a shard that cannot be read, and WrongUseError as `_read_sidecars` does.
+    """
     for number in range(len(download.shards)):
         table = _read_table(download, number)
         for name, *_ in table if table is not None else _read_sidecars(download, number, _members(download, number)[1]):

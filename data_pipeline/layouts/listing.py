@@ -1,4 +1,4 @@
-"""Layouts of a source and what they list: clips and shop images, before any picture is opened.
+"""Layouts of a source, and the clips and shop images that they list before any picture is opened.
 
 LPR4M has 4 million clips with 473 million frame names in 50 GB of text. So the workers read the text in parts, and the
 memory keeps of each clip its id (71 bytes), the place of its line (18), seven int32 columns (28) and, where pictures
@@ -49,7 +49,7 @@ class TrainingRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowLocation:
-    """The place of a training row, so that a worker can read it again."""
+    """The place of a training row, from which a worker can read it again."""
 
     file: str  # relative to the source folder
     number: int  # of the line, from 1
@@ -73,7 +73,7 @@ class ClipListing:
 
 
 ListedClip = TrainingRow | ClipListing
-ClipSource = RowLocation | ClipListing  # enough to read a listed clip again
+ClipSource = RowLocation | ClipListing  # from which a clip can be read again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,11 +120,11 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
-        """Returns the clips of a split without a training list, and faults of listed clips that get no ordinal."""
+        """Returns the clips of a split without a training list, and faults of clips whose entry cannot be read."""
 
     @abc.abstractmethod
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Returns the shop images of each livestream in the order of the source, and faults of those left out."""
+        """Returns the shop images by livestream, in the order of the source, and faults of those that are left out."""
 
     @property
     @abc.abstractmethod
@@ -144,11 +144,11 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
-        """Returns a clip as it is listed, and its frames to store with their pictures, in order.
+        """Returns a clip as it is listed, and its frames to store with their pictures, sorted by position.
 
-        A frame without a picture contains the error instead. Where a download of these frames failed, the frames to
-        store are those sampled from the stored downloads; all frames without a picture are returned as well.
-        Raises BadInputError for a line that cannot be parsed.
+        These are the frames at `stored_positions`. If a download misses one of them, they are sampled again from the
+        frames that it has. All frames that it misses are then returned too, with None if their download failed, else
+        with the error. Raises BadInputError for a line that cannot be parsed.
         """
 
     @abc.abstractmethod
@@ -177,7 +177,7 @@ class TextNumbers:
 
 @dataclasses.dataclass
 class Listing:
-    """The clips and shop images that the source lists for one split, each sorted by id. An ordinal counts them."""
+    """The clips and shop images that the source lists for one split, sorted by id. An ordinal is an index into them."""
 
     split: str
     clip_ids: NDArray[np.bytes_]

@@ -122,10 +122,8 @@ class Lpr4m(TextLayout):
             return index.download.picture(name, place)
         if place["state"] == FAILED or not index.complete:
             return None
-        detail = (
-            f"found no picture for frame {name} in {index.download.folder}, needs one unless the download reports a "
-        )
-        return BadInputError("missing frame", f"{detail}failure; run img2dataset again.")
+        detail = f"found no download of frame {name} in {index.download.folder}, not even a failed one, needs one; "
+        return BadInputError("missing frame", f"{detail}run img2dataset again.")
 
     def find_image(self, image: ShopImage, split: str) -> Picture:
         index = self.indices[_download_of(split, "image")]

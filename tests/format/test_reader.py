@@ -1,4 +1,4 @@
-"""Shards on disk: framing, atomic writing, random reading, and every way in which a file can be wrong."""
+"""Shards on disk: framing, atomic writing, reading by row, and refusal of every kind of damaged file."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(converted: Path, tmp_path: Path) -> Path:
-    """A converted data set to spoil."""
+    """A copy of a converted data set, to be damaged."""
     return shutil.copytree(converted, tmp_path / "copy")
 
 
@@ -211,7 +211,7 @@ def test_another_schema_version_is_refused(copy: Path) -> None:
 
 
 def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One shard of an older conversion, put back with its index and its own manifest entry."""
+    """A shard of an older conversion is put among the others, with its index."""
     record = open_dataset(copy).split("train").image(0)
     monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
     data = schema.encode_image(schema.ShopImage(record.id, record.name), b"x", ordinal=0, product_index=0)
@@ -275,7 +275,7 @@ def test_a_flipped_bit_in_a_record_is_named(copy: Path) -> None:
 
 
 def test_swapped_shards_are_noticed(copy: Path) -> None:
-    """Two shards of the same size and sound checksums: only the records' own numbers tell."""
+    """Two shards have the same size and sound checksums: only the ordinals in the records differ."""
     one, other = (copy / f"train-clips-0000{number}-of-00003.tfrecord" for number in (0, 1))
     for suffix in ("", ".idx"):
         paths = [Path(f"{path}{suffix}") for path in (one, other)]
@@ -286,7 +286,7 @@ def test_swapped_shards_are_noticed(copy: Path) -> None:
         open_dataset(copy, verify=False).split("train").clip(0)
 
 
-def test_rows_beyond_the_split_are_refused(converted: Path) -> None:
+def test_rows_outside_the_split_are_refused(converted: Path) -> None:
     split = open_dataset(converted).split("train")
     for row in (-1, split.num_clips):
         with pytest.raises(IndexError, match=r"needs 0 to 6"):

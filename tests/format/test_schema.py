@@ -75,7 +75,7 @@ def test_the_bytes_of_records_are_those_of_version_1() -> None:
     ]
 
 
-def test_a_clip_without_boxes_is_told_from_one_with_empty_ones() -> None:
+def test_a_clip_without_boxes_differs_from_one_with_empty_boxes() -> None:
     bare = dataclasses.replace(CLIP, boxes=None)
     empty = dataclasses.replace(CLIP, boxes=((), ()))
     read = [

@@ -1,4 +1,4 @@
-"""LPR4M as img2dataset leaves it: the same clips as LPR750K, whichever way their names are recovered."""
+"""LPR4M as downloaded by img2dataset: it gives the same clips as LPR750K, by tables and by sidecars."""
 
 import dataclasses
 import importlib
@@ -46,7 +46,7 @@ def no_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(one: Split, other: Split) -> None:
-    """The same ids, pairs, galleries, frames and boxes.
+    """Asserts that two splits have the same ids, pairs, galleries, frames and boxes.
 
     Products differ, as LPR4M names none; so does a test clip's length, as LPR750K lists ten frames of each at most.
     """
@@ -130,7 +130,7 @@ def test_a_long_clip_that_misses_a_sampled_frame_samples_what_is_left(tmp_path: 
 
 @pytest.mark.parametrize("frames", ["sampled", "all"])
 def test_the_doctor_examines_the_frames_that_a_conversion_stores(frames: str, tmp_path: Path) -> None:
-    """Both with the same failed downloads: sampled frames, and some that only sampling again reaches."""
+    """Downloads failed of frames that are sampled first, and of frames that are sampled again."""
     lost = [LONG.frame_ids[0], LONG.frame_ids[5], SHORT.frame_ids[2], TEST[2].frame_ids[11]]
     source = make_lpr4m(tmp_path / "source", failed=lost)
     dataset, report = run(source, tmp_path / "records", frames=frames)
@@ -167,7 +167,7 @@ def test_a_frame_that_no_shard_knows_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     for path in source.glob("training_frame/00001*"):
         _remove(path)
-    with pytest.raises(FailedError, match=r"found no picture for frame .* in training_frame, .*run img2dataset again"):
+    with pytest.raises(FailedError, match=r"found no download of frame .* in training_frame, .* run img2dataset again"):
         run(source, tmp_path / "records")
 
 
@@ -178,15 +178,15 @@ def test_an_image_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda source: _cut(source / "test_frame/00000.tar"), "test_frame/00000: cannot be read as a tar"),
         (lambda source: _cut(source / "test_frame/00000.parquet"), "test_frame/00000: 00000.parquet cannot be read"),
     ],
 )
-def test_a_damaged_shard_of_the_download_is_named(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_of_the_download_is_named(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
-    spoil(source)
+    damage(source)
     with pytest.raises(FailedError, match=re.escape(message)):
         run(source, tmp_path / "records")
 
@@ -213,7 +213,7 @@ def test_a_damaged_sidecar_is_named(tmp_path: Path, no_pyarrow: None) -> None:
 def test_a_table_beyond_any_download_is_refused(
     limit: str, change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few kilobytes of a table may say that they are a million rows, or hold a text of gigabytes."""
+    """A table of a few kilobytes can claim a million rows, or contain a text of gigabytes."""
     parquet = pytest.importorskip("pyarrow.parquet")
     source = make_lpr4m(tmp_path / "source")
     path = source / "training_frame/00001.parquet"
@@ -246,7 +246,7 @@ def pyarrow() -> Any:
 def test_a_damaged_picture_in_a_tar_is_named_by_tar_and_member(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
     data = bytearray((source / "test_frame/00000.tar").read_bytes())
-    data[512:516] = b"text"  # the first member's first bytes: the last picture of the shard
+    data[512:516] = b"text"  # the first bytes of the first member, which is the last picture of the shard
     (source / "test_frame/00000.tar").write_bytes(data)
     with pytest.raises(FailedError, match=r"test_frame/00000.tar/0000007.jpg \(clip .*\): found bytes b'text"):
         run(source, tmp_path / "records")

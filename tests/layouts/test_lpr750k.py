@@ -1,4 +1,4 @@
-"""LPR750K's lists and folders: what a row may be, and where a picture is found."""
+"""LPR750K: parsing of rows, choice of lists, search for pictures, and conversion."""
 
 import contextlib
 import json
@@ -64,7 +64,7 @@ def test_a_row_without_box_column_content_has_no_boxes() -> None:
     assert parse_boxes("[]", 3) is None
 
 
-def test_several_boxes_a_frame_and_none_are_told_apart() -> None:
+def test_several_boxes_a_frame_and_none_are_distinguished() -> None:
     assert parse_boxes("[[[1, 2, 3, 4], [5, 6, 7, 8.5]], [], [0, 0, 0, 0]]", 3) == (
         ((1, 2, 3, 4), (5, 6, 7, 8.5)), (), (),
     )  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_damaged_picture_is_a_fault_or_a_picture(data: st.DataObject) -> None:
         check_picture(bytes(picture[: data.draw(st.integers(0, len(picture)))]), "x.jpg")
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- conversion -------------------------------------------------------------------------------------------------------
 
 
 def test_the_clips_hold_the_sources_own_bytes(source: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_clips_hold_the_sources_own_bytes(source: Path, tmp_path: Path) -> N
             numbers = ten_of(clip.length)
             assert [frame.encoded for frame in record.frames] == [clip.picture(each).read_bytes() for each in numbers]
             assert [frame.id for frame in record.frames] == [clip.frame_ids[each] for each in numbers]
-            in_list = list(range(len(numbers))) if name == "test" else numbers  # a query lists its ten frames alone
+            in_list = list(range(len(numbers))) if name == "test" else numbers  # a query lists only ten frames
             assert [frame.position for frame in record.frames] == in_list
             assert split.image(record.image_index).encoded == SHOP_IMAGES[clip.product].read_bytes()
             boxes = [frame.boxes for frame in record.frames]

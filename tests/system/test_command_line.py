@@ -1,4 +1,4 @@
-"""What the commands of data_pipeline share: whatever goes wrong is one message, and an exit status."""
+"""Parts that the commands of data_pipeline share: every error becomes one message and an exit status."""
 
 import concurrent.futures.process
 import errno
