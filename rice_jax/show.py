@@ -73,7 +73,7 @@ def _draw_query(
     pen, (x, y), font = ImageDraw.Draw(sheet), corner, ImageFont.load_default(13)
     frames, truth = split.clip(row).frames, set(split.truth(row))
     for k in np.linspace(0, len(frames) - 1, FRAMES).astype(int):
-        sheet.paste(_thumbnail(frames[k]), (x, y))
+        sheet.paste(_thumbnail(frames[k].encoded), (x, y))
         x += SIDE + GAP
     pen.text((corner[0], y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
     x += 2 * GAP

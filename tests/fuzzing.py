@@ -43,8 +43,10 @@ from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.sampling import choose_frames
 from data_pipeline.inspection import fingerprints
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.listing import Row
+from data_pipeline.layouts.listing import TrainingRow
 from data_pipeline.layouts.own_folder import read_table
+from rice_jax.weights import archives
+from tests import torch_files
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES, TRAIN, training_row
 
 EXAMPLES = 500  # of hypothesis at a time
@@ -57,7 +59,7 @@ def check_row(line: bytes) -> None:
     """A line of a training list (docs/official.md 8.3, 8.4)."""
     with contextlib.suppress(BadInputError):
         row = annotations.parse_row(line)
-        assert isinstance(row, Row) and row.frames and all(frame.isprintable() for frame in row.frames)
+        assert isinstance(row, TrainingRow) and row.frames and all(frame.isprintable() for frame in row.frames)
         assert row.boxes is None or len(row.boxes) == len(row.frames)
         for box in (box for of_frame in row.boxes or () for box in of_frame):
             assert len(box) == 4 and np.isfinite(box).all() and any(box)
@@ -72,8 +74,7 @@ def check_record(data: bytes) -> None:
         with contextlib.suppress(ValueError):
             record = decode(data)
             if isinstance(record, schema.ClipRecord):
-                assert len(record.frames) == len(record.frame_names) == len(record.positions)
-                assert record.boxes is None or len(record.boxes) == len(record.frames)
+                assert len({frame.boxes is None for frame in record.frames}) <= 1
 
 
 def check_framing(data: bytes) -> None:
@@ -130,8 +131,8 @@ def check_lines(data: bytes, folder: Path, cut: int) -> None:
     """The two parts of a list have its lines, each once, wherever it is cut."""
     path = folder / "lines.txt"
     path.write_bytes(data)
-    whole = [(offset, line) for _, offset, line in annotations.lines(path)]
-    parts = [*annotations.lines(path, 0, cut), *annotations.lines(path, cut, len(data))]
+    whole = [(offset, line) for _, offset, line in annotations.read_lines(path)]
+    parts = [*annotations.read_lines(path, 0, cut), *annotations.read_lines(path, cut, len(data))]
     assert [(offset, line) for _, offset, line in parts] == whole
 
 
@@ -169,10 +170,11 @@ def check_clip(given_clip: tuple[Clip, list[bytes]], place: int, change: int) ->
     clip, pictures = given_clip
     data = schema.encode_clip(clip, pictures, ordinal=1, image_index=2, product_index=-1)
     record = schema.decode_clip(data)
-    assert record.frames == pictures and record.id == clip.id and record.speech == clip.speech
-    assert record.image_ids == list(clip.image_ids) and record.positions == list(clip.positions)
+    frames = record.frames
+    assert [frame.encoded for frame in frames] == pictures and record.id == clip.id and record.speech == clip.speech
+    assert record.image_ids == list(clip.image_ids) and [frame.position for frame in frames] == list(clip.positions)
     sides = lambda boxes: [[tuple(np.float32(box).tolist()) for box in of_frame] for of_frame in boxes]
-    assert record.boxes == (sides(clip.boxes) if clip.boxes else None)
+    assert [frame.boxes for frame in frames] == (sides(clip.boxes) if clip.boxes else len(frames) * [None])
     changed = bytearray(data)
     changed[place % len(data)] ^= change
     check_record(bytes(changed))
@@ -310,7 +312,7 @@ def hypothesis_targets(folder: Path) -> dict[str, tuple[Any, Callable[..., None]
 
 def _boxes(value: Any) -> None:
     with contextlib.suppress(BadInputError):
-        assert all(len(box) == 4 and np.isfinite(box).all() for box in annotations.boxes_of_frame(value))
+        assert all(len(box) == 4 and np.isfinite(box).all() for box in annotations.parse_frame_boxes(value))
 
 
 @dataclasses.dataclass

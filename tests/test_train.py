@@ -363,7 +363,7 @@ def test_python_and_command_give_the_same_embeddings(loaded: rice_jax.Model, con
     """encode_clips and encode_images on pictures decoded by hand against what evaluate encodes."""
     split = open_dataset(converted).split("test")
     clip = split.clip(1)
-    ours = loaded.encode_clips(loaded.prepare(clip.frames)[None])
+    ours = loaded.encode_clips(loaded.prepare([frame.encoded for frame in clip.frames])[None])
     image = loaded.encode_images(loaded.prepare([split.image(0).encoded]))
     store = EmbeddingStore(None)
     clips, images = embed(loaded, split, np.array([1]), np.array([0]), store=store, show_progress=False)

@@ -40,7 +40,7 @@ def histogram_recall(split: Split, *, frames: int = 10, at: int = 1) -> float:
     images = np.array([mean_histogram([split.image(row).encoded]) for row in range(split.num_images)])
     hits = 0
     for row in range(split.num_clips):
-        stored = split.clip(row).frames
+        stored = [frame.encoded for frame in split.clip(row).frames]
         query = mean_histogram(stored[position] for position in sample_frames(len(stored), frames))
         gallery = split.gallery_of(row)
         shared = np.minimum(images[gallery], query).sum(axis=1)

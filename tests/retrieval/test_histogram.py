@@ -31,7 +31,7 @@ def test_recall_equals_that_of_a_plain_loop(converted: Path, at: int) -> None:
     test = open_dataset(converted).split("test")
     hits = 0
     for row in range(test.num_clips):
-        clip = test.clip(row).frames
+        clip = [frame.encoded for frame in test.clip(row).frames]
         frames = [plain(clip[position]) for position in sample_frames(len(clip), 10)]
         scores = []
         for image in test.gallery_of(row):
