@@ -4,7 +4,7 @@
     tensors["transformer.logit_scale"].read()
 
 safetensors files are read by the package of that name. A zip archive of `torch.save` or `torch.jit.save` holds the
-bytes of each storage as an uncompressed entry, and a pickle that describes the tensors. `_check` goes through the
+bytes of each storage as an uncompressed entry, and a pickle that describes the tensors. `_checked` goes through the
 opcodes of the pickle; `_Unpickler` then builds its objects, and knows only the functions and classes listed there.
 """
 
@@ -154,8 +154,7 @@ class _TorchArchive:
         name = f"{self.root}data.pkl"
         content = bytes(self.entry(name))
         try:
-            _check(content)
-            found = _Unpickler(content, self, script=script).load()
+            found = _Unpickler(_checked(content), self, script=script).load()
             # A training loop saves the weights beside the optimizer's state.
             for key in ("model", "state_dict"):
                 if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -222,25 +221,31 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _check(content: bytes) -> None:
-    """Raises _PickleError if a pickle has other opcodes, memo indexes, dict keys or nesting than a checkpoint needs.
+def _checked(content: bytes) -> bytes:
+    """Returns a pickle that is safe for pickle.Unpickler: the same one, with the lengths of its frames set to 0.
 
-    pickle.Unpickler alone is not safe: it allocates a memo up to the largest index, and hashing nested tuples can
-    overflow the stack of the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a
-    number for each object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
+    pickle.Unpickler alone allocates a memo up to the largest index, and hashing nested tuples can overflow the stack of
+    the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a number for each
+    object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
+
+    Raises:
+      _PickleError: the pickle has opcodes, memo indexes, dict keys or nesting that no checkpoint needs.
     """
+    unframed = bytearray(content)
     stack: list[int] = []
     marks: list[int] = []
     memo: list[int] = []
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(content):
+    for opcode, argument, position in pickletools.genops(content):
         name, taken = opcode.name, opcode.stack_before
         if name not in OPCODES:
             raise _PickleError(f"has opcode {name}, which no tensor needs; save model.state_dict() with torch.save.")
-        if name == "MARK":
+        if name == "FRAME":
+            # pickle.Unpickler loses bytes where an argument crosses the end of a frame, and so sees other opcodes.
+            unframed[position + 1 : position + 9] = bytes(8)
+        elif name == "MARK":
             marks.append(len(stack))
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(memo[argument])  # type: ignore[index]
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             if argument not in (None, len(memo)):
                 raise _PickleError(f"has memo index {argument} in place of {len(memo)}; fetch the file again.")
@@ -259,11 +264,12 @@ def _check(content: bytes) -> None:
                 stack.append(parts[0])  # the container or object that these were added to
             else:
                 stack += [0 if name in KEYS else nesting] * len(opcode.stack_after)
+    return bytes(unframed)
 
 
 class _OrderedDict(dict[Any, Any]):
     def __init__(self) -> None:
-        """Takes no pairs: SETITEMS adds them, and `_check` looks at its keys."""
+        """Takes no pairs: SETITEMS adds them, and `_checked` looks at its keys."""
 
     def __setstate__(self, state: object) -> None:
         """Drops torch's _metadata."""
@@ -279,7 +285,7 @@ class _Object:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds the objects of a pickle that `_check` has passed. Imports nothing."""
+    """Builds the objects of a pickle that `_checked` has passed. Imports nothing."""
 
     def __init__(self, content: bytes, archive: _TorchArchive, *, script: bool) -> None:
         super().__init__(io.BytesIO(content))
