@@ -38,7 +38,7 @@ def seconds(call: Callable[..., Any], *inputs: Any) -> float:
 
 
 def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
-    """Multiply-adds by SPEC 14, a clip's keys and values once, in thousands of millions."""
+    """Multiply-adds by docs/official.md 14, a clip's keys and values once, in thousands of millions."""
     width, patch = config.model.width, config.model.patch_size
     patches = (config.data.image_size // patch) ** 2
     tokens, keys = patches + 1, slots * (patches + 1)

@@ -3,7 +3,8 @@
 python -m benchmarks.official_formulation --config pod --topology v5e:16x16 [what else preflight takes]
 
 Every device gathers the tokens of all clips of the global batch, and decodes each image, all its tokens, against its
-own clip and the hard ones (SPEC 5), where the image lives. The losses are those of rice_jax.losses.global_batch,
+own clip and the hard ones (docs/official.md 5), where the image lives.
+The losses are those of rice_jax.losses.global_batch,
 which moves one vector an image; so are the encoder, ICL and the parts of the decoder. Prints what preflight does, of
 this formulation.
 """

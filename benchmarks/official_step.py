@@ -1,4 +1,4 @@
-"""The official training step in plain PyTorch, as SPEC 2 to 7 describe it: the formulation that ours is timed against.
+"""The official training step (docs/official.md 2 to 7) in plain PyTorch: the formulation that ours is timed against.
 
 Parameters are a dict by the official names. The decoder takes all tokens of an image to each of its four clips and once
 more to its own clip for PFR, as the official code does; but all pairs at once, where that takes two images at a time.
@@ -124,7 +124,7 @@ class OfficialStep:
 
     @torch.no_grad()
     def _descend(self) -> None:
-        """AdamW of transformers 4.10 with warm-up and cosine, a rate and a decay for each tensor (SPEC 7)."""
+        """AdamW of transformers 4.10, warm-up and cosine, a rate and a decay per tensor (docs/official.md 7)."""
         o, u, total = self.config.optimizer, self.updates, self.config.num_updates
         cosine = 0.5 * (1 + math.cos(math.pi * (u - o.warmup_updates) / (total - o.warmup_updates)))
         rate = o.learning_rate * (u / o.warmup_updates if u < o.warmup_updates else cosine)

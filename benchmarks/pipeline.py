@@ -1,9 +1,10 @@
 """Our input against the official transforms in Pillow, on the same JPEGs: python -m benchmarks.pipeline --data DIR
 
-The training pictures of a converted set are written out as files, as the official loader reads them. Theirs (SPEC 9):
-open, RGB, resize to 256 x 256 bilinear, random crop 224, flip, floats of 0 to 1, normalised, channels first, stacked.
-Ours: `train_batches`, from records to batches of uint8, which the device normalises. Both show the same clips with the
-same number of frames, one process, equal threads; nothing is cached but by the operating system.
+The training pictures of a converted set are written out as files, as the official loader reads them.
+Theirs (docs/official.md 9): open, RGB, resize to 256 x 256 bilinear, random crop 224, flip, floats of 0 to 1,
+normalised, channels first, stacked. Ours: `train_batches`, from records to batches of uint8, which the device
+normalises. Both show the same clips with the same number of frames, one process, equal threads; nothing is
+cached but by the operating system.
 """
 
 import argparse

@@ -114,7 +114,7 @@ def theirs(
 
 
 def differences(ours: Ours, official: "OfficialStep", inputs: Any) -> dict[str, float]:
-    """Over three updates, the first at rate 0 (SPEC 7.4): how far the two are apart.
+    """Over three updates, the first at rate 0 (docs/official.md 7.4): how far the two are apart.
 
     loss: the largest, absolute. gradient: of the first update, over the largest entry of its tensor, or over 0.01 where
     that is larger (a bias before a softmax has no gradient but rounding). parameters: the norm over that of the

@@ -1,4 +1,4 @@
-"""What a training example costs: multiply-adds of the model's products by formula (SPEC 14); nothing is run.
+"""The cost of a training example: multiply-adds of the model's products by formula (docs/official.md 14).
 
 A compiler's own count meets the body of a loop once, hence a stack of layers as one layer.
 Letters: T tokens a picture, D width, N frame slots, S = N*T decoder keys, G global batch. FLOP = 2 multiply-adds.
@@ -59,7 +59,7 @@ def directions(config: Any) -> int:
 
 
 def logit_macs(config: Any) -> int:
-    """One image's class token, queries made, against a clip's keys and values: SPEC 5.4 to 5.6."""
+    """One image's class token, queries made, against a clip's keys and values: docs/official.md 5.4 to 5.6."""
     c, d = config.model, config.model.width
     keys = config.data.num_frames * tokens(config)
     return keys * d + d**2 + 2 * d * c.hidden + d**2  # values, out_proj, MLP, pooler
@@ -84,7 +84,7 @@ def hard_macs(config: Any) -> int:
 
 
 def example_cost(config: Any, *, devices: int) -> Cost:
-    """Of a training step over `devices` devices; the backward pass is twice the forward one (SPEC 14)."""
+    """Of a training step over `devices` devices; the backward pass is twice the forward one (docs/official.md 14)."""
     options, total = config.loss, config.batch_size
     rows, pictures = total // devices, 1 + config.data.num_frames
     encoder = pictures * encoder_macs(config)

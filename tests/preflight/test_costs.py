@@ -1,4 +1,4 @@
-"""FLOP by formula, against SPEC 14's table and the compiler's own count."""
+"""FLOP by formula, against the table of docs/official.md 14 and the compiler's own count."""
 
 from typing import Any
 
