@@ -89,10 +89,7 @@ def positives_and_ignored(
 ) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
     """Returns two masks: the positives of each row, and the partners that are neither positive nor negative.
 
-    Args:
-      global_rows: positions of the rows in the global batch.
-      product: of all rows of the global batch.
-      same_product_is: as in icl_loss; any other word raises KeyError.
+    `product` is that of all rows of the global batch; the other arguments are those of icl_loss.
     """
     partner = global_rows[:, None] == jnp.arange(product.shape[0])[None]
     same_product = (product[global_rows][:, None] == product[None]) & ~partner
@@ -118,7 +115,7 @@ def pmd_loss(
 def reconstruct(
     coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
 ) -> Float[Array, "*B R D"]:
-    """Returns coefficients @ clip_tokens, padding tokens being zero; no gradient to the tokens (docs/official.md 6.5)."""
+    """Returns coefficients @ clip_tokens, with zeros for padding and no gradient to tokens (docs/official.md 6.5)."""
     sources = jnp.where(key_mask[..., None], jax.lax.stop_gradient(clip_tokens), 0)
     return coefficients @ sources.astype(coefficients.dtype)
 
@@ -140,15 +137,11 @@ def pfr_loss(
 
 
 def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
-    """Returns f(rows), computed for at most `chunk` rows of the leading axis at a time, to save memory.
+    """Returns f(rows), computed for at most `chunk` rows at a time and again in the backward pass, to save memory.
 
-    The backward pass computes each chunk again. With chunk 0, or no more than `chunk` rows, it is a plain call of f.
+    f maps arrays with n rows to arrays with n rows, each row by itself; chunk 0 is a plain call. Chunks are as few as
+    possible and equal in size: copies of the last row fill the last one, and f's results for them are dropped.
     With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
-
-    Args:
-      f: maps each row by itself: arrays of n rows to arrays of n rows, for any n.
-      rows: arrays with the same leading axis. Chunks are as few as possible and equal in size: copies of the last row
-        fill the last chunk, and f's results for the copies are dropped.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
     if not chunk or n <= chunk:

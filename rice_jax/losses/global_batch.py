@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from rice_jax.config import LossConfig
 from rice_jax.losses import equations, pairs
 from rice_jax.losses.equations import GlobalBatch, in_chunks
 from rice_jax.models.arrays import apply, clip_embedding, normalise, unit
@@ -35,13 +36,13 @@ class LossContext:
     """All that the losses read on one device of the mesh, except its rows of the batch."""
 
     model: Rice
-    options: Any  # the config's `loss` section
+    options: LossConfig  # the config's `loss` section
     params: Any  # whole tensors
     key: Array  # random key of the update, the same on all devices
     global_rows: Int[Array, " B"]  # positions of this device's rows in the global batch
 
 
-def loss_context(model: Rice, options: Any, specs: Any, params: Any, key: Array, rows: int) -> LossContext:
+def loss_context(model: Rice, options: LossConfig, specs: Any, params: Any, key: Array, rows: int) -> LossContext:
     """Returns the context of a device with `rows` rows, from its shards of the parameters; call it inside shard_map."""
     params = jax.tree.map(all_gather_parameter, params, specs)
     return LossContext(model, options, params, varying(key), first_row(rows) + jnp.arange(rows))
@@ -88,10 +89,7 @@ def encode_rows(context: LossContext, batch: dict[str, Array]) -> Encoded:
 def kept_patches(
     key: Array, global_rows: Int[Array, " B"], pictures: int, patches: int, drop: float
 ) -> Int[Array, "B pictures kept"]:
-    """Draws the numbers of the patches that each picture keeps: a share of 1 - drop of them, but at least one.
-
-    The draw depends on the row's position in the global batch, so it is the same on every mesh.
-    """
+    """Draws max(1, round(patches (1 - drop))) patches of each picture by its global row, so alike on every mesh."""
     key = jax.random.fold_in(key, 2**32 - 1)  # no image has this position, so no pair has this key (pairs.py)
 
     def one(row: Array, picture: Array) -> Array:
@@ -136,7 +134,9 @@ def decode_positives(context: LossContext, encoded: Encoded) -> Positives:
         pfr = jnp.zeros_like(logit)
         if model.reconstruction is not None:
             coefficients = apply(model.reconstruction, params["reconstruction"], scores, encoded.key_mask)
-            pfr = jax.vmap(equations.pfr_loss)(coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask)
+            pfr = jax.vmap(equations.pfr_loss)(
+                coefficients, encoded.image_tokens, encoded.clip_tokens, encoded.key_mask
+            )
         return Positives(logit, keys_values, x[:, 0], pfr)
 
     return in_chunks(of_rows, (encoded, context.global_rows), options.pair_chunk)
@@ -151,9 +151,7 @@ class HardPairs(NamedTuple):
     blocks: Int[Array, ""]  # pair blocks that this device decoded; 0 for clip_to_image, where the load is always even
 
 
-def hard_pairs(
-    context: LossContext, encoded: Encoded, positives: Positives, gathered: GlobalBatch
-) -> list[HardPairs]:
+def hard_pairs(context: LossContext, encoded: Encoded, positives: Positives, gathered: GlobalBatch) -> list[HardPairs]:
     """Mines and decodes hard pairs (docs/official.md 4-5); one result for each direction in options.mining_direction.
 
     A row's own partner is never hard; with options.exclude_same_product neither is one with the row's product.
@@ -200,14 +198,13 @@ def hard_pairs(
 
 
 def local_losses(
-    model: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Array], key: Array
+    model: Rice, options: LossConfig, specs: Any, params: Any, batch: dict[str, Array], key: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Computes the losses of the global batch on one device of the mesh, inside shard_map.
 
-    Returns:
-      Unweighted losses by name (icl, and as configured frame_icl, pmd, pfr), then counts: negatives_missing, hard
-      partners that mining did not find, and busiest_device_units, pair blocks decoded by the device with the most.
-      All are scalars and equal on all devices.
+    Returns the unweighted losses by name (icl and, as configured, frame_icl, pmd, pfr) and two counts:
+    negatives_missing, hard partners that mining did not find, and busiest_device_units, pair blocks of the device that
+    decoded most. All are scalars, equal on all devices.
     """
     context = loss_context(model, options, specs, params, key, batch["mask"].shape[0])
     encoded = encode_rows(context, batch)
@@ -244,26 +241,16 @@ def local_losses(
 
 
 def make_loss(
-    model: Rice, options: Any, mesh: Mesh, specs: Any, *, local: Callable[..., Any] = local_losses
+    model: Rice, options: LossConfig, mesh: Mesh, specs: Any, *, local: Callable[..., Any] = local_losses
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """Returns a function loss(params, batch, key) -> (total, parts) over a global batch on `mesh`, to differentiate.
 
-    Args:
-      options: the config's `loss` section.
-      specs: PartitionSpecs in the tree of the parameters.
-      local: computes losses and counts on each device as local_losses does; benchmarks replace it.
-
     `batch` contains frames uint8 [G, N, px, px, 3], mask int32 [G, N], image uint8 [G, px, px, 3] and product int32
-    [G], and may contain more. `total` is the weighted sum of the losses; `parts` contains the losses, unweighted, and
-    the counts of local_losses.
+    [G]. `total` is the sum of the losses with the weights in `options`; `parts` contains the unweighted losses and the
+    counts of local_losses, which `local` replaces in benchmarks. `specs` are the parameters' PartitionSpecs.
     """
-    batch_spec = P(BATCH)
-    losses = jax.shard_map(
-        functools.partial(local, model, options, specs),
-        mesh=mesh,
-        in_specs=(specs, batch_spec, P()),
-        out_specs=(P(), P()),
-    )
+    on_device = functools.partial(local, model, options, specs)
+    losses = jax.shard_map(on_device, mesh=mesh, in_specs=(specs, P(BATCH), P()), out_specs=(P(), P()))
 
     def loss(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         parts, counts = losses(params, {name: batch[name] for name in ("frames", "mask", "image", "product")}, key)

@@ -24,11 +24,10 @@ NUM_HARD = 3  # hard partners of a row (docs/official.md 4.3)
 def mine_hard(
     anchors: Float[Array, "B E"], partners: Float[Array, "G E"], excluded: Bool[Array, "B G"]
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
-    """Returns each anchor's most similar partners, the most similar first, without gradient (docs/official.md 4.1-4.3).
+    """Finds the k = min(NUM_HARD, G) most similar partners of each anchor, without gradient (docs/official.md 4.1-4.3).
 
-    Returns:
-      Positions of the partners in the global batch, k = min(NUM_HARD, G); and whether each was found: false where an
-      anchor has fewer than k partners that are not excluded. Its position then means nothing.
+    Returns their positions in the global batch, the most similar first; and whether each was found. It is false, and
+    the position means nothing, where an anchor has fewer than k partners that are not excluded.
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
@@ -59,14 +58,10 @@ class PairBlocks(NamedTuple):
 
 
 def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, block_size: int, multiple: int) -> PairBlocks:
-    """Groups the pairs of this device's clips into blocks.
+    """Groups pairs into blocks of `block_size` by the row of their clip; the row `rows` marks another device's pair.
 
-    Args:
-      clip_of_pair: row of each pair's clip, 0 to rows - 1; `rows` marks a pair that another device decodes.
-      block_size: pairs in a block, r.
-      multiple: U is rounded up to a multiple of it. U always suffices, even if all pairs have one clip.
-
-    With clips (2, 0, other, 0, 0), 3 rows and block_size 2 the blocks are pairs (1, 3), (4, -), (0, -) of clips 0, 0, 2.
+    U always suffices, even if all pairs have one clip, and is a multiple of `multiple`. With clips (2, 0, 3, 0, 0),
+    3 rows and block_size 2 the blocks are the pairs (1, 3), (4, -), (0, -) of the clips 0, 0, 2.
     """
     pairs = clip_of_pair.shape[0]
     most = -(-(rows + pairs // block_size) // multiple) * multiple
@@ -105,14 +100,10 @@ def decode_blocks(
 ) -> Float[Array, "U r"]:
     """Returns the logits of the first `count` blocks, computed `chunk` blocks at a time; the others' mean nothing.
 
-    Args:
-      image: positions in the global batch, of the images in each block.
-      clip: row of this device, of the clip of each block.
-
-    The loop runs as often as this device has work, because no fixed capacity would do: with an untrained encoder one
-    clip is among the hardest of nearly every image. It contains no collective, so devices may run it different numbers
-    of times. JAX has no gradient for a loop of unknown length, so it is written here: the same loop, which computes
-    each chunk again.
+    `image` contains positions in the global batch, `clip` rows of this device. The loop runs as often as this device
+    has work, because no fixed capacity would do: with an untrained encoder one clip is among the hardest of nearly
+    every image. It contains no collective, so devices may differ. JAX has no gradient for a loop of unknown length, so
+    it is written here: the same loop, which computes each chunk again.
     """
 
     def cut(at: Array, *arrays: Array) -> list[Array]:
@@ -165,13 +156,8 @@ def image_to_clip_logits(
 ) -> tuple[Float[Array, "B k"], Int[Array, ""]]:
     """Decodes every image with its hard clips, each pair on the device of its clip (docs/official.md 4.3-4.5).
 
-    Args:
-      hard_clips, found: as from mine_hard, for this device's images.
-      block_size: pairs of a clip that are decoded together.
-      chunk: blocks that are decoded at a time.
-
-    Returns:
-      The logits of this device's images, 0 where `found` is false; and the number of blocks that this device decoded.
+    Returns the logits of this device's images, 0 where `found` is false; and the number of blocks of `block_size` pairs
+    that this device decoded, `chunk` blocks at a time.
     """
     rows, k = hard_clips.shape
     total = inputs.class_tokens.shape[0]
@@ -189,14 +175,9 @@ def image_to_clip_logits(
 def clip_to_image_logits(
     decode: Decode, inputs: DecoderInputs, hard_images: Int[Array, "B k"], *, chunk: int
 ) -> Float[Array, "B k"]:
-    """Decodes every clip of this device with its hard images, whose class tokens are here: no exchange of logits.
+    """Decodes every clip of this device with its hard images, at most `chunk` clips at a time.
 
-    Args:
-      hard_images: positions in the global batch, as from mine_hard.
-      chunk: the most clips to decode at a time.
-
-    Returns:
-      The logits, also where mining found no partner: mask them.
+    Returns the logits; where mining found no partner they mean nothing. No device waits for another's logits.
     """
     rows = hard_images.shape[0]
     chunk = -(-rows // -(-rows // chunk))  # as few chunks as possible, equal in size

@@ -12,6 +12,15 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def expand_to(vector: Float[Array, "*_"], x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns `vector` broadcast to x's shape and then cast to x's dtype, as NumPy would, but in this order.
+
+    So the gradient of a float32 parameter is summed in float32; cast first, it would be summed in x's bfloat16. Also
+    where no cast is needed, XLA rounds otherwise when the broadcast is left to NumPy's rules, so figures would change.
+    """
+    return jnp.broadcast_to(vector, x.shape).astype(x.dtype)
+
+
 def normalise(
     pictures: UInt8[Array, "*n px px 3"] | Float[Array, "*n px px 3"], mask: Int[Array, "*n"] | None = None
 ) -> Float[Array, "*n px px 3"]:
@@ -21,7 +30,8 @@ def normalise(
     """
     x = pictures
     if pictures.dtype == jnp.uint8:
-        x = (pictures.astype(jnp.float32) / 255 - jnp.array(MEAN, jnp.float32)) / jnp.array(STD, jnp.float32)
+        x = pictures.astype(jnp.float32) / 255
+        x = (x - expand_to(jnp.array(MEAN), x)) / expand_to(jnp.array(STD), x)
     return x if mask is None else jnp.where(mask[..., None, None, None] > 0, x, 0)
 
 

@@ -42,20 +42,14 @@ class MatchingDecoder(nn.Module):
         return self.self_layer(tokens)
 
     def keys_values(self, tokens: Float[Array, "n S D"]) -> Float[Array, "n S 2*D"]:
-        """Returns a clip's keys and values, concatenated on the last axis (docs/official.md 5.4).
-
-        They are projections of the raw tokens, or with kv_norm of ln_1 of them (docs/official.md 11, row 4).
-        """
+        """Returns a clip's keys, then its values, from raw tokens unless kv_norm (docs/official.md 5.4; 11, row 4)."""
         tokens = self.cross_layer.ln_1(tokens) if self.kv_norm else tokens
         return self.cross_layer.attn.project(tokens, 1, 3)
 
     def scores(
         self, x: Float[Array, "n r D"], keys_values: Float[Array, "n S 2*D"], key_mask: Bool[Array, "n S"]
     ) -> Float[Array, "n H r S"]:
-        """Returns q k^T / sqrt(D/H) in float32, with the most negative float32 at padding keys.
-
-        A padding key thus has a softmax weight of exactly 0, as long as the clip has a real frame.
-        """
+        """Returns q k^T / sqrt(D/H) in float32. Padding keys get the lowest float32, hence a softmax weight of 0."""
         query = self.cross_layer.attn.project(self.cross_layer.ln_1(x), 0, 1)
         scores = self.cross_layer.attn.scores(query, keys_values[..., : self.width])
         return jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
@@ -88,14 +82,11 @@ class MatchingDecoder(nn.Module):
 
 
 class PatchReconstruction(nn.Module):
-    """Maps the cross layer's attention to the coefficients of a reconstruction (docs/official.md 6.2-6.4).
-
-    Each image token is reconstructed as a weighted mean of clip tokens (losses/equations.py); these are the weights.
-    """
+    """Computes from the cross layer's scores the weights that rebuild an image's tokens (docs/official.md 6.2-6.4)."""
 
     heads: int
     head_width: int
-    attention: str = "prob_scaled"  # or "prob", "score": the input, see `read` (docs/official.md 11, row 2)
+    attention: str = "prob_scaled"  # or "prob", "score", see `read` (docs/official.md 11, row 2)
     mask_padding: bool = False  # row 1
     with_class_token: bool = True  # row 29: False excludes class tokens, both as rows and as sources
 
@@ -108,10 +99,7 @@ class PatchReconstruction(nn.Module):
         self.conv2_bias = self.param("conv2_bias", zeros, (1,))
 
     def read(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n H T S"]:
-        """Returns R, the input of the two convolutions, from the cross layer's masked scores; 0 at padding keys.
-
-        R is softmax(scores) sqrt(head_width) for "prob_scaled", softmax(scores) for "prob", the scores for "score".
-        """
+        """Returns R: the masked scores, their softmax, or that times sqrt(head_width), as `attention` says."""
         if self.attention == "score":
             return jnp.where(key_mask[:, None, None, :], scores, 0)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -124,9 +112,9 @@ class PatchReconstruction(nn.Module):
         return jax.nn.relu(jnp.einsum("nkts,k->nts", jax.nn.relu(hidden), self.conv2_kernel) + self.conv2_bias[0])
 
     def __call__(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n R S"]:
-        """Returns the coefficients W for the cross layer's masked scores; each row sums to 1 over the S sources.
+        """Returns the weights of the S clip tokens for each of R = T image tokens; each row sums to 1.
 
-        There are R = T rows, one for each image token; without class tokens R = T - 1 and theirs as sources are 0.
+        Without class tokens R = T - 1, and the frames' class tokens have weight 0.
         """
         tokens = scores.shape[2]
         mixed = self.mix(self.read(scores, key_mask))

@@ -1,23 +1,18 @@
 """RICE as a whole: the shared encoder, the matching decoder and the reconstruction head, built from a config.
 
-Letters of array shapes here and in rice_jax/losses (docs/official.md 1 gives the official sizes):
-    B, G      rows of one device, rows of the global batch; a row is one (clip, shop image) pair
-    n         any number of pictures, clips or pairs
-    N         frame slots of a clip
-    px, g, P  side of a picture in pixels, side of its grid in patches, patches = g g
-    T, S      tokens of a picture = P + 1, class token first; keys of a clip = N T, frame after frame
+Letters of array shapes, here and in rice_jax/losses (docs/official.md 1):
+    B, G, n   rows of a device and of the global batch, a row being a (clip, shop image) pair; n of anything
+    N, px, g  frame slots of a clip; side of a picture in pixels and in patches
+    P, T, S   patches of a picture = g g; tokens of a picture = P + 1, class token first; keys of a clip = N T
     D, E, H   width, width of the embeddings, heads of the decoder
-    k         hard partners of a row
-    r         image tokens that query one clip
-    R         image tokens that are reconstructed
+    k, r, R   hard partners of a row; image tokens that query one clip; image tokens that are rebuilt
 """
-
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
+from rice_jax.config import Config
 from rice_jax.models.arrays import clip_embedding, normalise, unit
 from rice_jax.models.decoder import MatchingDecoder, PatchReconstruction
 from rice_jax.models.vit import VisionTransformer
@@ -44,11 +39,10 @@ class Rice(nn.Module):
         mask: Int[Array, "n N"],
         image: UInt8[Array, "n px px 3"],
     ) -> dict[str, Array]:
-        """Computes all outputs for n (clip, image) pairs, without dropout.
+        """Returns all outputs for n (clip, image) pairs, without dropout, by name.
 
-        Returns:
-          image_embedding and clip_embedding [n, E], unit vectors; logit_scale, a scalar; with a decoder match_logit
-          [n]; with a reconstruction head coefficients [n, R, S].
+        image_embedding and clip_embedding [n, E] are unit vectors and logit_scale is a scalar. A decoder adds
+        match_logit [n], a reconstruction head coefficients [n, R, S].
         """
         n, slots = mask.shape
         image_tokens, image_pooled = self.encoder(normalise(image))
@@ -68,7 +62,7 @@ class Rice(nn.Module):
         return out
 
 
-def build_model(config: Any) -> Rice:
+def build_model(config: Config) -> Rice:
     """Returns the model that a config's `model`, `loss` and data.image_size describe, without parameters."""
     c, dtype = config.model, jnp.dtype(config.model.dtype)
     encoder = VisionTransformer(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from rice_jax.models.arrays import expand_to
+
 HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3)
 
 
@@ -29,7 +31,7 @@ class Convolution(nn.Module):
         kernel = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
         norm = jnp.sqrt(jnp.square(kernel).sum(axis=(0, 1, 2), keepdims=True) / 2 + 1e-8)
         y = convolve(x, (kernel / norm * scale).astype(self.dtype), self.stride)
-        return y + bias.astype(y.dtype)
+        return y + expand_to(bias, y)
 
 
 def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride: int) -> Float[Array, "n h2 w2 d"]:
@@ -49,9 +51,8 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride
 class ConvStem(nn.Module):
     """3x3 convolutions and ReLU instead of one large patch, which learns far faster from few pictures.
 
-    Stage i is a convolution of stride 2 to channels[i], then blocks[i] residual blocks. A residual block adds the
-    result of two convolutions of stride 1, times a learnt number for each channel, which starts at 0.3. A linear map
-    to `width` ends the stem.
+    Stage i is a convolution of stride 2 to channels[i], then blocks[i] residual blocks: each adds two convolutions of
+    stride 1, times a learnt number for each channel, 0.3 at first. A linear map to `width` ends the stem.
     """
 
     channels: tuple[int, ...]
@@ -70,5 +71,5 @@ class ConvStem(nn.Module):
                 name = f"{i}_{block}"
                 y = convolution(f"conv_{name}_b", 1)(nn.relu(convolution(f"conv_{name}_a", 1)(x)))
                 scale = self.param(f"block_{name}_scale", nn.initializers.constant(0.3), (channels,))
-                x = x + y * scale.astype(y.dtype)
+                x = x + y * expand_to(scale, y)
         return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_width")(x)

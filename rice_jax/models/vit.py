@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from rice_jax.models.arrays import expand_to
 from rice_jax.models.stem import ConvStem
 
 # Which results of a block are kept for the backward pass; the others are computed again. "none" keeps all.
@@ -43,7 +44,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)  # not E[x^2] - E[x]^2, in which an epsilon of 1e-12 is lost
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * scale + bias).astype(x.dtype)
+        return (y * expand_to(scale, y) + expand_to(bias, y)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         """Returns numbers start to stop - 1 of (q, k, v), concatenated on the last axis: c = (stop - start) D."""
         columns = slice(start * self.width, stop * self.width)
         out = x @ self.in_proj_kernel[:, columns].astype(self.dtype)
-        return out + self.in_proj_bias[columns].astype(out.dtype)
+        return out + expand_to(self.in_proj_bias[columns], out)
 
     def split_heads(self, x: Float[Array, "n t D"]) -> Float[Array, "n t heads d"]:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
@@ -168,14 +169,10 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, pictures: Float[Array, "n px px 3"], kept: Int[Array, "n k"] | None = None
     ) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
-        """Encodes normalised pictures.
+        """Encodes normalised pictures: all patches, or those that `kept` numbers (T is then 1 + k).
 
-        Args:
-          kept: numbers of the patches of each picture to encode; None: all P. Then T is 1 + k instead of 1 + P.
-
-        Returns:
-          Tokens of the last block in `dtype`, class token first, before ln_post; and pooled vectors in float32, after
-          ln_post and proj, not normalised.
+        Returns the tokens of the last block, before ln_post and in `dtype`; and the pooled vectors, after ln_post and
+        proj, in float32 and not normalised.
         """
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)

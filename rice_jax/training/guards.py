@@ -37,7 +37,7 @@ class StoppedError(Exception):
 class Stop:
     """Stops a run at the end of an update after SIGTERM or SIGINT; a second signal ends the process at once.
 
-    received: number of the first signal, 0 before it. Signals within DUPLICATE_SECONDS of the first are ignored.
+    `received` is the first signal's number, 0 before it. Signals within DUPLICATE_SECONDS of the first are ignored.
     """
 
     def __init__(self) -> None:
@@ -166,10 +166,8 @@ class Watch:
                     reported = wait
                     self._report(wait, waited)
                 elif wait is reported and self._ends and waited >= 2 * self._seconds:
-                    warn(
-                        f"still waiting for the {wait[0]} after {waited:.0f} s; the process ends (stall_ends). "
-                        "Run the same command again to continue."
-                    )
+                    still = f"still waiting for the {wait[0]} after {waited:.0f} s"
+                    warn(f"{still}; the process ends (stall_ends). Run the same command again to continue.")
                     os._exit(1)  # nothing else would: a collective that hangs cannot be cancelled
             # Not more often than that: a check opens a file for each thread.
             if not memory_reported and time.monotonic() - memory_checked >= CHECK_SECONDS:

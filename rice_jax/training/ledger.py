@@ -14,23 +14,16 @@ from jaxtyping import Array, Int, UInt32
 
 from data_pipeline.format.reader import Dataset, Split
 from data_pipeline.input.plan import Plan, rows_without
+from rice_jax.config import Config
 
 
-def kept_rows(config: Any, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """Returns the rows of the split that config.data.skip_clips leaves, ascending; None without skip_clips.
-
-    Raises:
-      ValueError: skip_clips contains an id that the split does not have.
-    """
+def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
+    """Returns the rows that data.skip_clips leaves, or None without skip_clips. Raises ValueError for an unknown id."""
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
-def make_plan(config: Any, dataset: Dataset) -> Plan:
-    """Returns the plan of batches for a config with a batch_size above 0.
-
-    Raises:
-      ValueError: the clips do not fill one batch, or skip_clips contains an unknown id.
-    """
+def make_plan(config: Config, dataset: Dataset) -> Plan:
+    """Returns the plan of a config with a batch_size. Raises ValueError if the clips do not fill one batch."""
     train = dataset.split(config.data.train_split)
     return Plan(
         train.num_clips,
@@ -43,10 +36,7 @@ def make_plan(config: Any, dataset: Dataset) -> Plan:
 
 
 def batch_digest(rows: Int[Array | np.ndarray, " G"], xp: Any = np) -> UInt32[Array | np.ndarray, "2"]:
-    """Returns two position-weighted sums of a global batch's rows, modulo 2^32; swapping two rows changes them.
-
-    xp: numpy, or jax.numpy inside the training step.
-    """
+    """Returns two position-weighted sums of a global batch's rows, modulo 2^32. xp: numpy, or jax.numpy in a jit."""
     row, position = rows.astype(xp.uint32), xp.arange(len(rows), dtype=xp.uint32)
     first = xp.sum((row + 1) * (2 * position + 1), dtype=xp.uint32)
     return xp.stack([first, xp.sum((row + 7) * (row + 11) * (position + 13), dtype=xp.uint32)])

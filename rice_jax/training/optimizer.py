@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from rice_jax.config import Config
 from rice_jax.parallel.mesh import path_name
 
 
-def schedule(config: Any) -> optax.Schedule:
+def schedule(config: Config) -> optax.Schedule:
     """Returns the learning rate as a function of the update u = 0, 1, ... (docs/official.md 7.4).
 
     It rises linearly from 0 to the peak, then follows a cosine to 0 at num_updates. (1 + cos 2x) / 2 is written as
@@ -28,14 +29,14 @@ def schedule(config: Any) -> optax.Schedule:
     return rate
 
 
-def lr_multiplier(name: str, config: Any) -> float:
+def lr_multiplier(name: str, config: Config) -> float:
     """Returns the factor of the learning rate for the parameter of that path (docs/official.md 7.1)."""
     if name in ("logit_scale", "logit_bias"):
         return config.optimizer.logit_scale_lr_multiplier
     return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
 
 
-def decays(name: str, ndim: int, config: Any) -> bool:
+def decays(name: str, ndim: int, config: Config) -> bool:
     """Returns whether weight decay applies to the parameter of that path (docs/official.md 7.2).
 
     The rule "official" exempts biases only, because its other exemption matches no parameter. "no_1d" exempts vectors
@@ -70,7 +71,7 @@ class ScheduleState(NamedTuple):
     updates: Int[Array, ""]  # done
 
 
-def step_then_decay(config: Any) -> optax.GradientTransformation:
+def step_then_decay(config: Config) -> optax.GradientTransformation:
     """Returns theta <- theta - lr u, then theta <- theta - lr wd theta, as a transformation (docs/official.md 7.3).
 
     lr is the schedule's rate times each parameter's lr_multiplier.
@@ -96,13 +97,9 @@ def step_then_decay(config: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the optimiser of a config; it maps gradients to changes that are added to the parameters."""
     o = config.optimizer
     adam = {"uncorrected": scale_by_uncorrected_adam, "corrected": optax.scale_by_adam}[o.eps_placing]
     clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     return optax.chain(*clip, adam(o.b1, o.b2, o.eps), step_then_decay(config))
-
-
-def learning_rate(config: Any, update: Int[Array, ""]) -> Float[Array, ""]:
-    return jnp.asarray(schedule(config)(update))

@@ -9,11 +9,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
+from rice_jax.config import Config
 from rice_jax.losses import global_batch
 from rice_jax.models.rice import Rice
 from rice_jax.parallel.mesh import P, parameter_specs, state_shardings
 from rice_jax.training.ledger import batch_digest
-from rice_jax.training.optimizer import learning_rate, make_optimizer
+from rice_jax.training.optimizer import make_optimizer, schedule
 
 Metrics = dict[str, Array]
 
@@ -32,26 +33,26 @@ def random_key(seed: int) -> Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def init_params(model: Rice, config: Any, key: Array) -> Any:
+def init_params(model: Rice, config: Config, key: Array) -> Any:
     """Returns random parameters, a tree of dicts."""
     side = config.data.image_size
     picture = jnp.zeros((1, side, side, 3), jnp.uint8)
     return model.init(key, picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
 
 
-def abstract_state(model: Rice, config: Any, mesh: Mesh) -> State:
+def abstract_state(model: Rice, config: Config, mesh: Mesh) -> State:
     """Returns the state as ShapeDtypeStructs with shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda: _init(model, config))
     shardings = state_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def init_state(model: Rice, config: Any, abstract: State) -> State:
+def init_state(model: Rice, config: Config, abstract: State) -> State:
     """Returns the state at step 0, created sharded as `abstract`: no device and no host ever holds all of it."""
     return jax.jit(lambda: _init(model, config), out_shardings=_shardings(abstract))()
 
 
-def _init(model: Rice, config: Any) -> State:
+def _init(model: Rice, config: Config) -> State:
     params = init_params(model, config, random_key(config.seed))
     average = params if config.optimizer.ema_decay else {}
     return State(jnp.zeros([], jnp.int32), params, make_optimizer(config).init(params), average)
@@ -62,18 +63,14 @@ def _shardings(abstract: State) -> State:
 
 
 def make_train_step(
-    model: Rice, config: Any, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
+    model: Rice, config: Config, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
     """Returns the jitted update; it donates its state.
 
-    Args:
-      abstract: as from abstract_state, for the shardings.
-      make_loss: called as global_batch.make_loss; benchmarks replace it.
-
-    Its metrics are scalars, but `gradient_norms`, one for each parameter in the order of the tree, and `ledger`, as
-    from batch_digest. Losses are those of the global batch before the update (docs/official.md 6.8). If the loss or the
-    norm of the gradient is not finite (`finite` is false), parameters, moments and average stay as they are, while the
-    step and the optimiser's counters go on.
+    `abstract` is from abstract_state; benchmarks replace make_loss. Metrics are scalars, except gradient_norms, one for
+    each parameter in the order of the tree, and ledger, as from batch_digest. The losses are of the global batch before
+    the update (docs/official.md 6.8). If loss or gradient is not finite, `finite` is false, and parameters, moments and
+    average stay as they were; the counters go on.
     """
     optimizer = make_optimizer(config)
     loss = make_loss(model, config.loss, mesh, parameter_specs(abstract.params, mesh))
@@ -103,7 +100,7 @@ def make_train_step(
             "grad_norm": norm,
             "gradient_norms": jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)]),
             "finite": finite,
-            "learning_rate": learning_rate(config, state.step),
+            "learning_rate": schedule(config)(state.step),
             "logit_scale": state.params["logit_scale"],
             "ledger": batch_digest(batch["index"], jnp),
         }

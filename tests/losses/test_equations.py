@@ -24,7 +24,7 @@ def test_two_pairs_of_one_product(chunk: int) -> None:
 
 
 def test_the_sigmoid_form_of_two_pairs() -> None:
-    """Unit vectors at right angles, s^2 = 16, b = -8: each row has one positive, logit 8, and one negative, logit -8."""
+    """Unit vectors at right angles, s^2 = 16, b = -8: each row has a positive, logit 8, and a negative, logit -8."""
     gathered = GlobalBatch(images=jnp.eye(2), clips=jnp.eye(2), product=jnp.arange(2))
     loss = sigmoid_icl_loss(jnp.eye(2), gathered, jnp.arange(2), jnp.float32(4.0), jnp.float32(-8.0))
     assert float(loss) == pytest.approx(2 * np.log1p(np.exp(-8.0)), rel=1e-5)
