@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
-from data_pipeline.format.reader import Dataset, Split, Texts, open_dataset
+from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.inspection.fingerprints import (
@@ -34,7 +34,7 @@ class ConvertedContext:
 
     path: Path
     splits: Mapping[str, Split]
-    tables: Mapping[str, Texts]
+    tables: Mapping[str, Sequence[str]]
     known: KnownFingerprints
 
 

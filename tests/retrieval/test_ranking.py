@@ -15,6 +15,8 @@ from rice_jax.retrieval import ranking as module
 from rice_jax.retrieval.ranking import NEVER, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
 
+pytestmark = pytest.mark.usefixtures("no_silent_broadcast")
+
 KS = (1, 3, 5, 10)
 GOLDEN = Path(__file__).parents[1] / "golden" / "fixture_rank.json"
 
