@@ -26,7 +26,7 @@ from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
 from rice_jax import config as config_module
 from rice_jax import errors
-from rice_jax.config import fitted, validate
+from rice_jax.config import Config, fitted, validate
 from rice_jax.losses import pairs
 from rice_jax.losses.global_batch import make_loss
 from rice_jax.models.rice import build_model
@@ -35,7 +35,7 @@ from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 
 
-def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
+def differentiated(config: Config, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
     """Returns a call that computes loss and gradient with other loss weights.
 
     A loss of weight 0 is left out, with the parameters that only it uses.
@@ -50,7 +50,7 @@ def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Ca
     return lambda: compiled(params, batch, step.random_key(0))
 
 
-def mining(config: Any) -> Callable[[], Any]:
+def mining(config: Config) -> Callable[[], Any]:
     rng, shape = np.random.default_rng(0), (config.batch_size, config.model.embedding)
     images, clips = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
     own = jnp.eye(config.batch_size, dtype=bool)
@@ -58,7 +58,7 @@ def mining(config: Any) -> Callable[[], Any]:
     return lambda: compiled(images, clips, own)
 
 
-def updating(config: Any, batch: Any) -> Callable[[], Any]:
+def updating(config: Config, batch: Any) -> Callable[[], Any]:
     net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract)
@@ -71,7 +71,7 @@ def updating(config: Any, batch: Any) -> Callable[[], Any]:
     return run
 
 
-def reading(config: Any, split: Split) -> tuple[Any, Callable[[], Any]]:
+def reading(config: Config, split: Split) -> tuple[Any, Callable[[], Any]]:
     """Returns the batches and a call that makes the next one. Without a cache, as in the first epoch."""
     plan = Plan(split.num_clips, config.batch_size, config.seed)
     options, rows = frame_options(config.data, train=True), np.arange(config.batch_size)

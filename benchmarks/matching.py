@@ -23,6 +23,7 @@ import numpy as np
 from configs import default
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
+from rice_jax.config import Config
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
 from rice_jax.models.rice import build_model
@@ -38,7 +39,7 @@ def seconds(call: Callable[..., Any], *inputs: Any) -> float:
     return time.perf_counter() - start
 
 
-def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
+def gigamacs(config: Config, slots: int, gallery: float) -> dict[str, float]:
     """Returns thousands of millions of multiply-adds per clip and per image, by piece (docs/official.md 14).
 
     Keys and values count once per clip.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rice_jax.config import LossConfig
 from rice_jax.errors import run
 from rice_jax.losses import global_batch, pairs
 from rice_jax.losses.equations import GlobalBatch, icl_loss, in_chunks, pfr_loss, pmd_loss, positives_and_ignored
@@ -28,7 +29,7 @@ IMAGES_AT_ONCE = 2  # as in the official code
 
 
 def local_losses(
-    net: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
+    net: Rice, options: LossConfig, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns ({"icl", "pmd", "pfr"}, counts), as rice_jax.losses.global_batch.local_losses does inside shard_map."""
     context = loss_context(net, options, specs, params, key, batch["mask"].shape[0])
@@ -79,7 +80,7 @@ def local_losses(
     }
 
 
-def make_loss(net: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
+def make_loss(net: Rice, options: LossConfig, mesh: Mesh, specs: Any) -> Callable[..., Any]:
     """Does what global_batch.make_loss does. Raises ValueError for options that the official code does not have."""
     if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
         raise ValueError("loss: the official formulation needs ICL, PMD and PFR, mined from image to clip; set them.")
