@@ -24,9 +24,8 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax import config as config_module
 from rice_jax import errors
-from rice_jax.config import Config, fitted, validate
+from rice_jax.config import Config, fit_to_data, parse_arguments, validate
 from rice_jax.losses import pairs
 from rice_jax.losses.global_batch import make_loss
 from rice_jax.models.rice import build_model
@@ -84,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
     validate(config)
     dataset = open_dataset(config.data.path)
     split = dataset.split(config.data.train_split)
-    config = fitted(config, clips=split.num_clips, splits=dataset.splits, devices=1)
+    config = fit_to_data(config, clips=split.num_clips, splits=dataset.splits, devices=1)
     batches, read = reading(config, split)
     with batches:
         batch = to_global(read(), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
@@ -135,7 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/breakdown.json"))
-    return config_module.parse(parser, argv)
+    return parse_arguments(parser, argv)
 
 
 if __name__ == "__main__":

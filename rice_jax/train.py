@@ -18,8 +18,7 @@ from data_pipeline.input.batches import Batches, train_batches
 from data_pipeline.input.plan import Plan
 from rice_jax.checkpoints.run_folder import read_config, write_config
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import FREE, Config, differences, fitted, from_json, to_json, validate
-from rice_jax.config import parse as parse_config
+from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import check_batches, make_mesh, parameter_table, path_name, process_rows, to_global
@@ -151,7 +150,7 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     keep = ledger.kept_rows(config, train)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     clips = train.num_clips if keep is None else len(keep)
-    config = fitted(config, clips=clips, splits=dataset.splits, devices=mesh.size)
+    config = fit_to_data(config, clips=clips, splits=dataset.splits, devices=mesh.size)
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
     plan = ledger.make_plan(config, dataset)
     check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
@@ -286,7 +285,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train")
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
     )
     hosts.add_flags(parser)
-    return parse_config(parser, argv)
+    return parse_arguments(parser, argv)
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> None:

@@ -100,7 +100,7 @@ def load(path: Path) -> Golden:
 
 
 def table_of(tensors: dict[str, np.ndarray]) -> naming.Table:
-    """By the head type that the official model has (SPEC 3.4)."""
+    """By the head type that the official model has (docs/official.md 3.4)."""
     if "transformer.contrastive_norm.norm_s" in tensors:
         return naming.OFFICIAL_CONTRASTIVE
     bare = any(name.startswith(f"{DECODER}.") for name in tensors) and "transformer.heads.vim.weight" not in tensors
@@ -122,7 +122,7 @@ def config_of(params: Any, image_size: int, tensors: dict[str, np.ndarray]) -> A
 
 
 def gaps(ours: Any, theirs: Any) -> dict[str, float]:
-    """Per official tensor: the largest difference over the largest entry (SPEC 13.3); layers of a stack apart."""
+    """Per official tensor, layers apart: the largest difference over the largest entry (docs/official.md 13.3)."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     out = {}
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):

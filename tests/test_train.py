@@ -57,7 +57,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_tensorboard(run: Path) -> N
     assert steps == [1, 2, 3, 4, 5, 6]
     first = lines[0]
     assert first["loss"] == pytest.approx(first["icl"] + first["pmd"] + first["pfr"], rel=1e-5)
-    assert first["learning_rate"] == 0 and lines[1]["learning_rate"] > 0  # SPEC 7.4
+    assert first["learning_rate"] == 0 and lines[1]["learning_rate"] > 0  # docs/official.md 7.4
     assert len({line["ledger"] for line in lines if "loss" in line}) == 6
     assert "val/recall@1" in lines[-1]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6"]

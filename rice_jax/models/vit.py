@@ -106,7 +106,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, of the encoder (docs/official.md 2.3) and of the decoder (5.3, 5.4).
+    """Pre-norm transformer block, of the encoder (docs/official.md 2.3) and the decoder (docs/official.md 5.3).
 
     The decoder's cross layer calls the parts ln_1, attn, ln_2 and mlp one by one.
     """

@@ -28,7 +28,7 @@ from jax._src import distributed
 import configs
 import data_pipeline
 from rice_jax import errors
-from rice_jax.config import PER_HOST, Config, flat
+from rice_jax.config import PER_HOST, Config, flatten
 from rice_jax.parallel.channel import Channel, Coordinator, Facts, disagreement, end_process
 from rice_jax.parallel.cluster import ProcessInfo, find_process
 
@@ -252,5 +252,5 @@ def code() -> Facts:
 
 def of_config(config: Config) -> Facts:
     """Returns a config's fields as facts, without those that may differ between hosts."""
-    fields = flat(config).items()
+    fields = flatten(config).items()
     return {f"--config.{name}": value for name, value in fields if name not in PER_HOST}
