@@ -34,14 +34,12 @@ from rice_jax.weights.readers import initialise
 def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
     """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one.
 
-    All processes of a run call this (rice_jax.parallel.hosts); the first one decides where it starts, and writes.
-
-    Returns:
-      The figures of the newest evaluation on data.eval_split, by name; {} without an eval_split.
+    Returns the figures of the newest evaluation on data.eval_split by name, or {} without an eval_split. Every process
+    of a run calls this (rice_jax.parallel.hosts); the first one decides where it starts, and writes.
 
     Raises:
       ValueError: as set_up; a damaged record; or more than max_nonfinite_updates in a row that are not finite.
-      SystemExit: a signal stopped the run, after its checkpoint was saved; the status is 143 or 130.
+      SystemExit: a signal stopped the run, and its checkpoint is saved; the status is 143 or 130.
     """
     run, start, state = set_up(config, workdir)
     config, log, checkpoints = run.config, run.log, run.checkpoints
@@ -101,7 +99,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
             log.write_updates(pending, not_finite.check)
             checkpoints.finish(done, state, run.meta)
             log.say(f"stopped at step {done}; the same command goes on")
-            raise SystemExit(stop.status) from None
+            raise SystemExit(128 + stop.received) from None  # as shells define it
         if start == config.num_updates:
             log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(config.data.eval_split) if config.data.eval_split else {}
@@ -215,8 +213,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 def saved_init_from(workdir: Path, start: int | None) -> str:
     """Returns the init_from of the run in `workdir`, which need not be given again; "" if nothing was trained there.
 
-    Raises:
-      ValueError: the workdir contains imported weights (start 0) and no run.
+    Raises ValueError if the workdir contains imported weights (start 0) and no run.
     """
     held = read_config(workdir)
     if start == 0:
@@ -227,9 +224,9 @@ def saved_init_from(workdir: Path, start: int | None) -> str:
 
 
 def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raises ValueError, naming the differences, if the checkpoints in `workdir` have another config or other data.
+    """Raises ValueError, naming the differences, if the newest checkpoint is of another config or of other data.
 
-    saved, now: `meta` of the newest checkpoint, None if there is none, and of this run.
+    `saved` is the meta data of that checkpoint, None if there is none, and `now` that of this run.
     """
     held = read_config(workdir)
     if saved is None or held is None:
@@ -247,11 +244,7 @@ def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns all that must be equal on all hosts: the config, and the content of the data set, but not its path.
-
-    Raises:
-      ValueError, OSError: the config is invalid, or the data set cannot be opened.
-    """
+    """Returns all that must be equal on all hosts: the config, and the content of the data set but not its path."""
     validate(arguments.config)
     data = Dataset(Path(arguments.config.data.path))
     return {"command": "train", "data": data.content_hash, **hosts.of_config(arguments.config)}
