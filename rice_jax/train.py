@@ -116,7 +116,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
             log.write_updates(pending, not_finite.check)
             checkpoints.finish(done, state, run.meta)
             log.say(f"stopped at step {done}; the same command goes on")
-            raise SystemExit(stop.status) from None
+            raise SystemExit(128 + stop.received) from None  # as shells define it
         if start == config.num_updates:
             log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(config.data.eval_split) if config.data.eval_split else {}
@@ -230,8 +230,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 def saved_init_from(workdir: Path, start: int | None) -> str:
     """Returns the init_from of the run in `workdir`, which need not be given again; "" if nothing was trained there.
 
-    Raises:
-      ValueError: the workdir contains imported weights (start 0) and no run.
+    Raises ValueError if the workdir contains imported weights (start 0) and no run.
     """
     held = read_config(workdir)
     if start == 0:
@@ -242,9 +241,9 @@ def saved_init_from(workdir: Path, start: int | None) -> str:
 
 
 def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raises ValueError, naming the differences, if the checkpoints in `workdir` have another config or other data.
+    """Raises ValueError, naming the differences, if the newest checkpoint is of another config or of other data.
 
-    saved, now: `meta` of the newest checkpoint, None if there is none, and of this run.
+    `saved` is the meta data of that checkpoint, None if there is none, and `now` that of this run.
     """
     held = read_config(workdir)
     if saved is None or held is None:
@@ -262,11 +261,7 @@ def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns all that must be equal on all hosts: the config, and the content of the data set, but not its path.
-
-    Raises:
-      ValueError, OSError: the config is invalid, or the data set cannot be opened.
-    """
+    """Returns all that must be equal on all hosts: the config, and the content of the data set but not its path."""
     validate(arguments.config)
     data = Dataset(Path(arguments.config.data.path))
     return {"command": "train", "data": data.content_hash, **hosts.of_config(arguments.config)}

@@ -1,6 +1,6 @@
-"""Golden files of the official code as our model, parameters and batch; nothing here knows their sizes or names.
+"""Reads golden files of the official code as model, parameters and batch, and computes our arrays of the same names.
 
-tests/golden/README.md is the format. A file may hold fewer arrays than it lists.
+tests/golden/README.md describes the format; a file may lack some of the arrays. Sizes are read from the arrays.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ REC = "transformer.heads.rec.0.weight"
 
 
 def loss_options(**changes: Any) -> Any:
-    """The config's loss section, without dropout, as the golden figures were made."""
+    """Returns the default loss options with `changes`, without dropout, as for the golden figures."""
     options = default.get_config().loss
     options.unlock()
     options.cross_dropout = 0.0
@@ -56,7 +56,7 @@ class Golden:
         return {name.removeprefix(prefix): array for name, array in self.arrays.items() if name.startswith(prefix)}
 
     def as_parameters(self, prefix: str) -> Any:
-        """A group of arrays in official names as our tree; what the file does not hold is zero."""
+        """Returns the arrays under `prefix`, in official names, as our tree; arrays that the file lacks are zero."""
         zeros = {name: np.zeros_like(array) for name, array in self.group("param/").items()}
         return naming.convert({**zeros, **self.group(prefix)}, self.table)
 
@@ -72,10 +72,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 @functools.cache
 def load(path: Path) -> Golden:
-    """A golden file; sizes are read off its arrays, heads of the encoder are D/64, of the decoder rec's inputs.
+    """Reads a golden file. The encoder has D/64 heads, the decoder as many as the reconstruction head has inputs.
 
-    Raises:
-      ValueError: a decoder of more than one pair of layers, or tensors that are not of the official model.
+    Raises ValueError for a decoder of more than one pair of layers, or tensors that the official model does not have.
     """
     arrays = read(path)
     tensors = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}
@@ -100,7 +99,7 @@ def load(path: Path) -> Golden:
 
 
 def table_of(tensors: dict[str, np.ndarray]) -> naming.Table:
-    """By the head type that the official model has (docs/official.md 3.4)."""
+    """Returns the table of names for the head type of the official model (docs/official.md 3.4)."""
     if "transformer.contrastive_norm.norm_s" in tensors:
         return naming.OFFICIAL_CONTRASTIVE
     bare = any(name.startswith(f"{DECODER}.") for name in tensors) and "transformer.heads.vim.weight" not in tensors
@@ -122,7 +121,7 @@ def config_of(params: Any, image_size: int, tensors: dict[str, np.ndarray]) -> A
 
 
 def gaps(ours: Any, theirs: Any) -> dict[str, float]:
-    """Per official tensor, layers apart: the largest difference over the largest entry (docs/official.md 13.3)."""
+    """Returns `gap` for each parameter by name, and for each layer of stacked ones (docs/official.md 13.3)."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     out = {}
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
@@ -133,25 +132,25 @@ def gaps(ours: Any, theirs: Any) -> dict[str, float]:
 
 
 def gap(ours: Any, theirs: Any) -> float:
-    """The largest difference over the largest entry; one that is not finite is infinite."""
+    """Returns the largest difference over the largest entry of `theirs`; infinity if it is not finite."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     difference = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
-# --- what the model computes on a file --------------------------------------------------------------------------------
+# --- our arrays for a file --------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def forward(path: Path) -> dict[str, np.ndarray]:
-    """Everything under `out/` that our model has, by the format's names and with all examples."""
+    """Returns our arrays for those under `out/`, by the format's names and with all examples."""
     golden = load(path)
     return jax.device_get(_forward(golden)(golden.params, golden.batch))
 
 
 def mined(golden: Golden, params: Any) -> np.ndarray:
-    """The clips that training mines for each image, [B, 3]."""
+    """Returns the positions of the clips that training mines for each image, [B, 3]."""
     return np.asarray(_forward(golden)(params, golden.batch)["pmd_negative_clips"])
 
 
@@ -171,7 +170,7 @@ def _outputs(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[s
 
 
 def _encoded(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Tokens and pooled vectors of every picture as the file holds it, padding slots included."""
+    """Returns tokens and pooled vectors of every picture, padding slots included."""
     encode = functools.partial(apply, golden.net.encoder, params["encoder"])
     image_tokens, image_pooled = encode(batch["image"])
     count, slots = batch["mask"].shape
@@ -185,7 +184,7 @@ def _encoded(golden: Golden, params: Any, batch: dict[str, jax.Array]) -> dict[s
 
 
 def _trained(golden: Golden) -> Any:
-    """What training computes on the way to its losses: embeddings, both kinds of logits, mined clips."""
+    """Returns a function of parameters and batch to embeddings, logits and mined clips, on the path of training."""
     net, options, mesh = golden.net, golden.config.loss, one_device()
     specs = parameter_specs(golden.params, mesh)
 
@@ -212,14 +211,14 @@ def _trained(golden: Golden) -> Any:
 def _decoded(
     golden: Golden, params: Any, batch: dict[str, jax.Array], encoded: dict[str, jax.Array], hard: jax.Array
 ) -> dict[str, jax.Array]:
-    """What only the whole decoder shows: all T queries of the image, for the positive clip and for each hard one."""
+    """Returns results of the whole decoder, for all T tokens of the image, with its own clip and with each hard one."""
     decoder = functools.partial(apply, golden.net.decoder, params["decoder"])
     images, clips = encoded["image_tokens"], encoded["video_tokens"]
     key_mask = jnp.repeat(batch["mask"] > 0, images.shape[1], axis=1)
     x = decoder(images, method="image_tokens")
 
     def pair(clip: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Scores and output for images 0, 1, ... with one clip each."""
+        """Returns scores and output for images 0, 1, ... with one clip each."""
         keys_values = decoder(clips[clip], method="keys_values")
         scores = decoder(x, keys_values, key_mask[clip], method="scores")
         return scores, decoder(x, jax.nn.softmax(scores, axis=-1), keys_values, method="cross_tokens")

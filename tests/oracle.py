@@ -1,6 +1,6 @@
-"""The losses of RICE by their plain definition: one device, every pair through the whole decoder with all its tokens.
+"""The losses of RICE by their plain definition: on one device, with each pair decoded whole, with all its tokens.
 
-Slow and short on purpose: nothing here is shared with the code under test but the network's own layers.
+It is slow and short on purpose, and shares only the layers of the network with the code under test.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def encode(net: Rice, params: Any, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
-    """Image tokens [G,T,D], clip tokens [G,N,T,D], image and clip embeddings [G,E]."""
+    """Returns image tokens [G, T, D], clip tokens [G, N, T, D], image and clip embeddings [G, E]."""
     encoder = lambda x: net.encoder.apply({"params": params["encoder"]}, x)
     count, slots = batch["mask"].shape
     mask = jnp.asarray(batch["mask"])
@@ -31,7 +31,7 @@ def encode(net: Rice, params: Any, batch: dict[str, Any]) -> tuple[jax.Array, ..
 
 
 def sigmoid_icl(images: jax.Array, clips: jax.Array, params: Any, product: np.ndarray, same_product_is: str) -> Any:
-    """SigLIP's loss, pair by pair."""
+    """Returns SigLIP's loss, computed pair by pair."""
     count = len(product)
     right, counted = np.eye(count), np.ones((count, count))
     for i in range(count):
@@ -69,7 +69,7 @@ def icl(images: jax.Array, clips: jax.Array, params: Any, product: np.ndarray, o
 
 
 def frame_icl(net: Rice, options: Any, params: Any, batch: dict[str, Any]) -> jax.Array:
-    """ICL between the means of each clip's even and of its odd frames; a clip of one frame meets itself."""
+    """Returns ICL between the means of each clip's even and odd frames; a clip of one frame has it as both."""
     mask = np.asarray(batch["mask"])
     frames = normalise(jnp.asarray(batch["frames"]), jnp.asarray(mask))
     pooled = jax.vmap(lambda x: net.encoder.apply({"params": params["encoder"]}, x)[1])(frames)
@@ -92,7 +92,7 @@ def hardest(anchors: np.ndarray, partners: np.ndarray, product: np.ndarray, excl
 def match_logit(
     net: Rice, params: Any, image: jax.Array, clip: jax.Array, key_mask: jax.Array, key: Any, rate: float
 ) -> Any:
-    """Logit and scores of one pair: all T tokens of the image, the whole decoder, dropout drawn from the pair's key."""
+    """Returns logit and scores of one pair, with all T tokens of the image and dropout drawn from the pair's key."""
     decoder = lambda *a, method: net.decoder.apply({"params": params["decoder"]}, *(v[None] for v in a), method=method)[
         0
     ]
@@ -106,7 +106,7 @@ def match_logit(
 
 
 def mine(net: Rice, options: Any, params: Any, batch: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """The hard partners of every anchor, by direction."""
+    """Returns the positions of every row's hard partners, the most similar first, by direction."""
     images, clips = map(np.asarray, jax.jit(lambda p: encode(net, p, batch)[2:])(params))
     product = np.asarray(batch["product"])
     both = {"image_to_clip": (images, clips), "clip_to_image": (clips, images)}
@@ -117,7 +117,7 @@ def mine(net: Rice, options: Any, params: Any, batch: dict[str, Any]) -> dict[st
 def losses(
     net: Rice, options: Any, params: Any, batch: dict[str, Any], key: Any, mined: dict[str, list[list[int]]]
 ) -> dict[str, jax.Array]:
-    """ICL, PMD and PFR of the batch for the hard partners that `mine` found; can be jitted."""
+    """Returns the losses of the batch by name, for hard partners as from `mine`; it can be jitted."""
     image_tokens, clip_tokens, images, clips = encode(net, params, batch)
     count, slots, tokens, width = clip_tokens.shape
     product = np.asarray(batch["product"])
@@ -162,7 +162,7 @@ def shares(x: jax.Array, allowed: jax.Array) -> jax.Array:
 
 
 def pfr(net: Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any) -> Any:
-    """The PFR loss of docs/official.md 6, with the options of docs/official.md 11, rows 1, 2 and 29."""
+    """Returns PFR (docs/official.md 6), with the options of docs/official.md 11, rows 1, 2 and 29."""
     rec, heads = params["reconstruction"], net.decoder.heads
     real = jnp.broadcast_to(key_mask[:, None, None, :], scores.shape)
     attention = jnp.where(real, scores, 0) if options.pfr_attention == "score" else shares(scores, real)

@@ -36,10 +36,11 @@ def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Pl
     return plan
 
 
-def test_the_digest_is_that_of_the_step() -> None:
+def test_the_digest_is_the_same_in_numpy_and_in_the_step() -> None:
     rows = np.random.default_rng(0).permutation(4_000_000)[:300]
     digest = order.batch_digest(rows)
     np.testing.assert_array_equal(jax.jit(lambda x: order.batch_digest(x, jnp))(jnp.asarray(rows, jnp.int32)), digest)
+    assert order.as_hex(order.batch_digest(np.array([0, 2]))) == "0000000a00000a4f"
     swapped = rows.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
     assert (order.batch_digest(swapped) != digest).any()

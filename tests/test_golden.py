@@ -1,4 +1,4 @@
-"""Our arithmetic against figures that the official code gave (tests/golden/README.md), one test a file and topic.
+"""Our arithmetic against figures of the official code (tests/golden/README.md), one test for each file and topic.
 
 `pytest tests/test_golden.py --golden DIR` runs them on other files of the same format.
 """
@@ -30,7 +30,7 @@ PARTS = ("icl", "pmd", "pfr")
 READ = (
     *("param/", "in/", "loss/", "contrastive_head/", "probe/", "grad_total/"),
     *(f"grad_{part}/" for part in PARTS),
-)  # and under out/ what official.forward gives
+)  # besides these, the arrays under out/ that official.forward returns
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_similarities(golden_file: Path) -> None:
 
 @pytest.mark.holds("out/pmd_negative_clips")
 def test_mined_clips(golden_file: Path) -> None:
-    """The same set an image (docs/official.md 13.2)."""
+    """The clips of an image are compared as a set (docs/official.md 13.2)."""
     theirs = official.load(golden_file).arrays["out/pmd_negative_clips"]
     ours = official.forward(golden_file)["pmd_negative_clips"]
     assert np.sort(ours[: len(theirs)]).tolist() == np.sort(theirs).tolist()
@@ -83,7 +83,7 @@ def test_matching(golden_file: Path) -> None:
     golden, ours = official.load(golden_file).group("out/"), official.forward(golden_file)
     hard = ours["pmd_negative_clips"]
     theirs = golden.get("pmd_negative_clips", hard)
-    # Near-equal negatives may stand in another order: the positive, then theirs by our positions of the same clips.
+    # Near-equal negatives may come in another order, so ours are sorted by the clips of theirs, the positive first.
     place = [[0, *(1 + row.tolist().index(clip) for clip in clips)] for row, clips in zip(hard, theirs, strict=False)]
     for name in {"pmd_logits", "pmd_pooled"} & golden.keys():
         found = np.stack([array[order] for array, order in zip(ours[name], place, strict=False)])
@@ -102,7 +102,7 @@ def test_reconstruction(golden_file: Path) -> None:
 
 @pytest.mark.holds("probe/")
 def test_layer_norm_probes(golden_file: Path) -> None:
-    """Inputs of size 2e-3, where an epsilon of 1e-5 shows; encoder: block 0."""
+    """Inputs of size 2e-3, for which an epsilon of 1e-5 matters; of the encoder, block 0."""
     golden = official.load(golden_file)
     x, net, params = jnp.asarray(golden.arrays["probe/layernorm_in"]), golden.net, golden.params
     block = jax.tree.map(lambda leaf: leaf[0], params["encoder"]["resblocks"])
@@ -126,7 +126,7 @@ def test_layer_norm_probes(golden_file: Path) -> None:
 
 @functools.cache
 def loss_and_gradients(path: Path) -> Any:
-    """f(weights of total, icl, pmd, pfr) -> (losses by name, gradient of the weighted sum); compiled once a file."""
+    """Returns f(weights of total, icl, pmd, pfr) -> (losses by name, gradient of the weighted sum); compiled once."""
     golden = official.load(path)
     loss = golden.loss()
 
@@ -181,7 +181,7 @@ def test_gradients_of_the_total(golden_file: Path) -> None:
 
 @pytest.mark.holds("contrastive_head/")
 def test_model_of_icl_alone(golden_file: Path) -> None:
-    """Head type `contrastive`, our model without a decoder: the same function of s (docs/official.md 3.4-3.5)."""
+    """The head type `contrastive` is our model without a decoder: the same function (docs/official.md 3.4-3.5)."""
     golden = official.load(golden_file)
     config = golden.config.copy_and_resolve_references()
     config.loss.pmd = config.loss.pfr = 0.0
@@ -220,7 +220,7 @@ def test_a_second_pair_of_decoder_layers_is_refused_by_name(tmp_path: Path) -> N
 
 @functools.cache
 def updates(path: Path) -> tuple[official.Golden, dict[str, np.ndarray], Any]:
-    """An updates file: the file it starts from, its arrays, and its settings as a config."""
+    """Returns the file that an updates file starts from, the arrays of the latter, and its settings as a config."""
     start = path.with_name(path.name.removesuffix("_six_updates.npz") + ".npz")
     assert start.exists(), f"{path.name} starts from {start.name}, which is not in the folder"
     golden, arrays = official.load(start), official.read(path)
@@ -234,7 +234,7 @@ def updates(path: Path) -> tuple[official.Golden, dict[str, np.ndarray], Any]:
 
 @functools.cache
 def run_updates(path: Path) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Metrics before each update and after the last, and the parameters at these points, by training's own step."""
+    """Returns metrics and parameters before each update and after the last, computed by the training step."""
     golden, arrays, config = updates(path)
     mesh = official.one_device()
     start = jax.device_get(golden.params)
@@ -262,7 +262,7 @@ def test_losses_of_the_updates(updates_file: Path) -> None:
 
 @pytest.mark.holds("final/", "logit_scale")
 def test_weights_after_the_updates(updates_file: Path) -> None:
-    """Largest difference of a weight (docs/official.md 13.4); the decoder embeddings that we drop never move."""
+    """By absolute difference (docs/official.md 13.4); the bypassed decoder embeddings, which we drop, never change."""
     golden, arrays, _ = updates(updates_file)
     _, params = run_updates(updates_file)
     scales = [float(p["logit_scale"]) for p in params[1:]]
@@ -289,7 +289,7 @@ def test_clips_mined_at_each_update(updates_file: Path) -> None:
 
 @pytest.mark.holds("learning_rates")
 def test_learning_rates_of_the_updates(updates_file: Path) -> None:
-    """Lowest and highest of all groups: 1e-12 by the formula in float64, to its rounding as the step has it."""
+    """The lowest and highest of all groups, to 1e-12 by the formula in float64, and to float32 in the step."""
     golden, arrays, config = updates(updates_file)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(golden.params)]
     multipliers = [optimizer.lr_multiplier(name, config) for name in names]
@@ -305,7 +305,7 @@ def test_learning_rates_of_the_updates(updates_file: Path) -> None:
 
 
 def test_schedule_is_the_official_one() -> None:
-    """docs/official.md 7.4 at chosen updates: 1e-12 of the peak in float64, 3e-7 of each rate in float32."""
+    """Updates of the default config (docs/official.md 7.4): to 1e-12 in float64, relative 3e-7 in float32."""
     config = default.get_config()
     config.optimizer.learning_rate = 1.0
     for update, factor in np.loadtxt(HERE / "schedule.csv", delimiter=",", skiprows=1):
@@ -315,7 +315,7 @@ def test_schedule_is_the_official_one() -> None:
 
 
 def test_parameter_groups_are_the_official_ones() -> None:
-    """Every trained tensor of the ViT-B/32 models: its rate's multiplier and its decay (golden/parameters.csv)."""
+    """Multiplier of the rate and decay, for every trained tensor of the ViT-B/32 models (golden/parameters.csv)."""
     full, alone = lpr750k.get_config("icl_pmd_pfr"), lpr750k.get_config("icl")
     seen = 0
     for line in (HERE / "parameters.csv").read_text().splitlines()[1:]:

@@ -1,4 +1,4 @@
-"""Training as a user runs it: a run, a killed run, a run on the wrong folder."""
+"""Training as users run it: a run, a killed run, a run in the wrong folder; and the use of its checkpoints."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -28,7 +27,7 @@ from rice_jax.config import from_json
 from rice_jax.retrieval.embeddings import EmbeddingStore, embed
 from rice_jax.retrieval.evaluation import evaluate_split
 from rice_jax.retrieval.model import frame_options
-from rice_jax.training import guards, step
+from rice_jax.training import guards, ledger
 from tests import official
 from tests.checkpoints.test_store import flip_data
 
@@ -93,7 +92,7 @@ def test_a_workdir_refuses_another_config_and_names_the_fields(run: Path, conver
         train.train_and_evaluate(config, run)
 
 
-def test_a_run_goes_on_with_other_intervals_and_loses_no_line(converted: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_with_other_intervals_loses_no_line(converted: Path, tmp_path: Path) -> None:
     """Logging, evaluation and checkpoints that do not divide each other; the second half with other ones."""
     config = smoke_config(converted, num_updates=7, log_every=4, eval_every=2, checkpoint_every=5)
     train.train_and_evaluate(config, tmp_path / "whole")
@@ -111,7 +110,7 @@ def test_a_run_goes_on_with_other_intervals_and_loses_no_line(converted: Path, t
     assert [event.step for event in events.Scalars("val/recall_at_1")] == [2, 4, 6, 7]
 
 
-def test_an_evaluation_that_a_kill_prevented_is_made_up_for(converted: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_a_kill_prevented_is_done_on_resume(converted: Path, tmp_path: Path) -> None:
     train.train_and_evaluate(smoke_config(converted, num_updates=3), tmp_path)
     whole = lines_of(tmp_path)
     assert "val/queries" in whole[-1]
@@ -150,8 +149,8 @@ def test_a_diverged_run_keeps_its_parameters_warns_and_stops(
     config.optimizer.learning_rate = 1e30
     with pytest.raises(ValueError, match=r"was not finite for 3 updates in a row.* lower optimizer.learning_rate"):
         train.train_and_evaluate(config, tmp_path)
-    told = capsys.readouterr().err
-    assert told.count("warning: update") == 1 and "largest of update 2: " in told
+    errors = capsys.readouterr().err
+    assert errors.count("warning: update") == 1 and "largest of update 2: " in errors
     bad = [line for line in lines_of(tmp_path) if not line["finite"]]
     assert len(bad) == 3 and bad[0]["loss"] is None
     assert bad[0]["logit_scale"] == bad[1]["logit_scale"]  # nothing moved
@@ -161,7 +160,7 @@ def test_a_diverged_run_keeps_its_parameters_warns_and_stops(
     assert len(reports[0]["clips"]) == 8 and reports[0]["gradient_norms"]["logit_scale"] == "nan"
     split = open_dataset(converted).split("train")
     rows = [split.clip_ids.index(clip) for clip in reports[0]["clips"]]
-    assert "".join(f"{word:08x}" for word in np.asarray(step.ledger(jnp.asarray(rows)))) == bad[0]["ledger"]
+    assert ledger.as_hex(ledger.batch_digest(np.array(rows))) == bad[0]["ledger"]
 
 
 def test_evaluation_takes_the_step_before_a_damaged_one_and_changes_nothing(
@@ -203,16 +202,16 @@ def one_device_environment() -> dict[str, str]:
 
 
 def command_that_at(step: int, does: str, data: Path, workdir: Path) -> list[str]:
-    """The command; when it logs update number `step`, it first does this."""
+    """Returns the command, changed so that it executes `does` before it prints the progress at update `step`."""
     program = f"""
 import os, runpy, signal, sys, time
-from rice_jax import logs
-line = logs.Progress.line
+from rice_jax.training.logs import Progress
+line = Progress.line
 def interrupted(self, done, *rest):
     if done == {step}:
         {does}
     return line(self, done, *rest)
-logs.Progress.line = interrupted
+Progress.line = interrupted
 sys.argv = ["rice_jax.train", *sys.argv[1:]]
 runpy.run_module("rice_jax.train", run_name="__main__")
 """
@@ -223,10 +222,10 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
     """The same batches (ledger) and bit for bit the same losses, gradient norms and figures."""
     environment = one_device_environment()
     subprocess.run(command(converted, tmp_path / "whole"), env=environment, check=True, timeout=300)
-    assert not (tmp_path / "whole" / "compiled").exists()  # as JAX_COMPILATION_CACHE_DIR says where; without it:
+    assert not (tmp_path / "whole" / "compiled").exists()  # JAX_COMPILATION_CACHE_DIR names another folder; without it:
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    stands_still = command_that_at(12, "time.sleep(600)", converted, tmp_path / "killed")
-    killed = subprocess.Popen(stands_still, env=environment, start_new_session=True)
+    sleeping = command_that_at(12, "time.sleep(600)", converted, tmp_path / "killed")
+    killed = subprocess.Popen(sleeping, env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "killed" / "checkpoints" / "10" / "digest.json").exists():
         assert time.monotonic() < deadline and killed.poll() is None
@@ -242,24 +241,24 @@ def test_after_kill_9_the_same_command_gives_the_undisturbed_run(converted: Path
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_ends_and_the_same_command_goes_on(
+def test_a_signal_saves_and_ends_and_the_same_command_continues(
     converted: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     environment = one_device_environment()
     rare = "--config.checkpoint_every=1000"
-    ask = [*command(converted, tmp_path), rare]
+    again = [*command(converted, tmp_path), rare]
     signalled = [*command_that_at(8, f"os.kill(os.getpid(), {number:d})", converted, tmp_path), rare]
     stopped = subprocess.run(signalled, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert stopped.returncode == status, stopped.stderr
     rest, errors = stopped.stdout, stopped.stderr
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert f"stopped at step {saved.name}; the same command goes on" in rest
-    assert f"{number.name}: stops after this step" in errors and errors.count("\n") == 1
+    assert f"{number.name}: the run stops after this step" in errors and errors.count("\n") == 1
     assert lines_of(tmp_path)[-1]["step"] == int(saved.name)
-    went_on = subprocess.run(
-        [*ask, "--config.log_every=1"], env=environment, capture_output=True, text=True, check=False, timeout=300
+    continued = subprocess.run(
+        [*again, "--config.log_every=1"], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
-    assert f"from update {saved.name} to 40" in went_on.stdout, went_on.stderr
+    assert f"from update {saved.name} to 40" in continued.stdout, continued.stderr
     assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == list(range(1, 41))
 
 
@@ -282,11 +281,11 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_stalled_input_is_reported_with_stacks_and_the_run_goes_on(
+def test_a_stalled_input_is_reported_with_stacks_and_the_run_continues(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The fourth batch comes only after the report, however late a busy machine lets that be."""
-    to_global, report = train.sharding.to_global, guards.Watch._report
+    """The fourth batch comes only after the report, which may be late on a busy machine."""
+    to_global, report = train.to_global, guards.Watch._report
     calls, reports, reported = [], [], threading.Event()
 
     def slow(batch: Any, mesh: Any) -> Any:
@@ -294,25 +293,25 @@ def test_a_stalled_input_is_reported_with_stacks_and_the_run_goes_on(
         assert len(calls) != 4 or reported.wait(120)
         return to_global(batch, mesh)
 
-    def tell(watch: guards.Watch, wait: tuple[str, int, float], stood: float) -> None:
-        report(watch, wait, stood)
+    def record(watch: guards.Watch, wait: tuple[str, int, float], waited: float) -> None:
+        report(watch, wait, waited)
         reports.append(wait[:2])
         if wait[:2] == ("input", 3):
             reported.set()
 
-    monkeypatch.setattr(train.sharding, "to_global", slow)
-    monkeypatch.setattr(guards.Watch, "_report", tell)
+    monkeypatch.setattr(train, "to_global", slow)
+    monkeypatch.setattr(guards.Watch, "_report", record)
     config = smoke_config(converted, stall_seconds=0.5, num_updates=4)
     config.data.eval_split = ""
     train.train_and_evaluate(config, tmp_path)
     assert reports.count(("input", 3)) == 1
     assert ("device", 0) not in reports  # compiling is no stall
-    told = capfd.readouterr().err
-    assert "waits for the input for" in told and "after update 3: look at the disk" in told
-    assert "Current thread" in told and "test_train.py" in told
+    errors = capfd.readouterr().err
+    assert "s for the input, after update 3: check the disk" in errors
+    assert "Current thread" in errors and "test_train.py" in errors
 
 
-def test_a_full_disk_during_a_save_is_told_and_the_run_goes_on(
+def test_a_full_disk_during_a_save_is_reported_and_the_run_continues(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = ocp.AsyncCheckpointer.save
@@ -351,7 +350,7 @@ def test_wrong_use_exits_with_2_and_failure_with_1(converted: Path, tmp_path: Pa
     assert status == 1 and text.startswith("error: ") and "empty" in text and text.count("\n") == 1
 
 
-# --- what a trained run gives -----------------------------------------------------------------------------------------
+# --- the model of a trained run ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +359,7 @@ def loaded(run: Path) -> rice_jax.Model:
 
 
 def test_python_and_command_give_the_same_embeddings(loaded: rice_jax.Model, converted: Path) -> None:
-    """encode_clips and encode_images on pictures decoded by hand against what evaluate encodes."""
+    """encode_clips and encode_images on pictures decoded here, against the embeddings of the evaluation."""
     split = open_dataset(converted).split("test")
     clip = split.clip(1)
     ours = loaded.encode_clips(loaded.prepare([frame.encoded for frame in clip.frames])[None])
@@ -372,7 +371,7 @@ def test_python_and_command_give_the_same_embeddings(loaded: rice_jax.Model, con
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
 
 
-def test_pictures_are_prepared_as_evaluation_has_them_and_a_bad_one_is_named(
+def test_pictures_are_prepared_as_in_evaluation_and_a_bad_one_is_named(
     loaded: rice_jax.Model, converted: Path, tmp_path: Path
 ) -> None:
     data = open_dataset(converted).split("test").image(0).encoded
@@ -415,7 +414,7 @@ def test_wrong_arrays_are_refused(loaded: rice_jax.Model) -> None:
         loaded.encode_clips(frames, 2 * mask)
     with pytest.raises(ValueError, match=r"ending in \(32, 32, 3\)"):
         loaded.encode_images(np.zeros((1, 16, 16, 3), np.uint8))
-    with pytest.raises(ValueError, match="pictures of float32: need uint8"):  # 0..1 or 0..255? nobody can know
+    with pytest.raises(ValueError, match="pictures of float32: need uint8"):  # 0 to 1 or 0 to 255 is unknown
         loaded.encode_images(np.zeros((1, 32, 32, 3), np.float32))
 
 

@@ -98,11 +98,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
         width = x.shape[-1]
-        hidden = nn.Dense(
-            self.hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="c_fc"
-        )(x)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5 / 2), name="c_proj")
-        return out(ACTIVATIONS[self.activation](hidden))
+        normal = nn.initializers.normal
+        c_fc = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal((2 * width) ** -0.5), name="c_fc")
+        c_proj = nn.Dense(width, dtype=self.dtype, kernel_init=normal(width**-0.5 / 2), name="c_proj")
+        return c_proj(ACTIVATIONS[self.activation](c_fc(x)))
 
 
 class Block(nn.Module):

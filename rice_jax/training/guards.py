@@ -75,11 +75,6 @@ class Stop:
             self._raises = False
             raise StoppedError
 
-    @property
-    def status(self) -> int:
-        """The exit status for the process, as shells define it: 143 after SIGTERM, 130 after SIGINT."""
-        return 128 + self.received
-
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         """Context in which this object handles SIGTERM and SIGINT; it yields itself.
@@ -127,14 +122,13 @@ class Stop:
 
 
 class Watch:
-    """A thread that warns when the loop waits too long, and when memory comes near its limit."""
+    """A thread that warns when the loop waits too long, and when memory comes near its limit.
+
+    A wait of `stall_seconds` (0: no wait) is reported with the stacks of all threads; if `ends`, a wait of twice that
+    ends the process with status 1.
+    """
 
     def __init__(self, stall_seconds: float, *, ends: bool) -> None:
-        """
-        Args:
-          stall_seconds: length of a wait after which Watch warns and prints the stacks of all threads; 0: never.
-          ends: whether to end the process with status 1 when the wait has lasted twice as long.
-        """
         self._seconds, self._ends = stall_seconds, ends
         self._wait: tuple[str, int, float] | None = None  # subject, updates done, start
         self._over = threading.Event()
@@ -239,30 +233,24 @@ def _memory_files() -> list[Path]:
 
 
 class NotFinite:
-    """Reports updates with a loss or gradient that is not finite, and stops a run after too many of them in a row.
+    """Reports updates with a loss or gradient that is not finite; more than `patience` of them in a row stop the run.
 
-    The training step has left parameters and moments unchanged in such an update (step.py).
+    The training step has left the parameters and moments unchanged in such updates. `path` receives a full report of
+    each as a line of JSON. `parameters` names the entries of the metric gradient_norms; clips_of(update) returns the
+    clip ids of an update, numbered from 1.
     """
 
     def __init__(
         self, path: Path, *, patience: int, parameters: list[str], clips_of: Callable[[int], list[str]]
     ) -> None:
-        """
-        Args:
-          path: file for the full reports, a line of JSON for each such update.
-          patience: how many in a row the run survives; 0: the first one stops it.
-          parameters: names in the order of the metric `gradient_norms`.
-          clips_of: maps the number of an update, from 1, to the ids of its clips.
-        """
         self._path, self._patience, self._parameters, self._clips_of = path, patience, parameters, clips_of
         self._in_a_row = 0
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Checks the metrics of update number `step`, which are on the host; warns at the first of a row.
+        """Checks the metrics of update number `step`, on the host. Warns at the first of a row.
 
-        Raises:
-          ValueError: more updates in a row than the patience are not finite.
+        Raises ValueError when more than `patience` updates in a row are not finite.
         """
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:

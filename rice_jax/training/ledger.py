@@ -48,10 +48,9 @@ def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl in order; a last line that a kill left half written is ignored.
+    """Returns the lines of a metrics.jsonl in order, except a last one that a kill left half written.
 
-    Raises:
-      ValueError: a line is not a JSON object with a step.
+    Raises ValueError if a line is not a JSON object with a step.
     """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
@@ -61,16 +60,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
             int(lines[-1]["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: is not a line of metrics ({error}); restore the file.") from error
+            raise ValueError(f"{path} line {number}: is no line of metrics ({error}); restore the file.") from error
     return lines
 
 
 def read_ledger(workdir: Path) -> dict[int, str]:
-    """Returns the digest of each update of a run, by the update's number from 1.
+    """Returns the digest of each update of a run, by its number from 1.
 
-    Raises:
-      FileNotFoundError: there is no metrics.jsonl.
-      ValueError: as read_metrics.
+    Raises FileNotFoundError if there is no metrics.jsonl, and ValueError as read_metrics.
     """
     path = workdir / "metrics.jsonl"
     if not path.is_file():

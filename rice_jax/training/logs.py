@@ -28,8 +28,7 @@ def as_json(value: Any) -> Any:
 class Log:
     """Writes and reads the metrics of a run, by step. On resume, lines after the restored step are deleted.
 
-    With several processes all call the same methods; the first one writes, reads and prints, and the others get its
-    results.
+    All processes call the same methods; the first one writes, reads and prints, and the others get its results.
     """
 
     def __init__(self, workdir: Path, *, step: int) -> None:
@@ -65,10 +64,8 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        check: called with each pair after its line is written. The metrics are then on the host and include
-          `gradient_norms`, which are not written.
-
-        Returns [], so that the caller can clear its list.
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [], so that
+        the caller can clear its list.
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)

@@ -16,8 +16,7 @@ def schedule(config: Config) -> optax.Schedule:
     """Returns the learning rate as a function of the update u = 0, 1, ... (docs/official.md 7.4).
 
     It rises linearly from 0 to the peak, then follows a cosine to 0 at num_updates. (1 + cos 2x) / 2 is written as
-    sin^2(pi/2 - x), because near the end 1 + cos cancels in float32, as in optax's schedule. The relative error is
-    at most 3e-7; with jax's x64, 1e-12.
+    sin^2(pi/2 - x): 1 + cos cancels in float32 near 0. Relative error at most 3e-7; with jax's x64, 1e-12.
     """
     peak, warmup, total = config.optimizer.learning_rate, config.optimizer.warmup_updates, config.num_updates
 
@@ -39,11 +38,10 @@ def lr_multiplier(name: str, config: Config) -> float:
 def decays(name: str, ndim: int, config: Config) -> bool:
     """Returns whether weight decay applies to the parameter of that path (docs/official.md 7.2).
 
-    The rule "official" exempts biases only, because its other exemption matches no parameter. "no_1d" exempts vectors
-    and scalars; the leading axis of stacked blocks does not count.
+    "official" exempts biases only, since its other exemption matches no parameter; "no_1d" exempts vectors and scalars.
     """
     if config.optimizer.decay_rule == "no_1d":
-        return ndim - ("resblocks" in name) > 1
+        return ndim - ("resblocks" in name) > 1  # stacked blocks have one axis more
     return not name.endswith("bias")
 
 

@@ -1,4 +1,4 @@
-"""What crosses devices in a training step, read off its compiled program: one vector an image, and the embeddings."""
+"""Exchanges between devices in the compiled training step: one vector for each image, and the embeddings."""
 
 import functools
 import math
@@ -14,20 +14,19 @@ from benchmarks import official_formulation
 from configs import smoke
 from rice_jax.losses import global_batch
 from rice_jax.models.rice import build_model
-from rice_jax.parallel import mesh as sharding
 from rice_jax.parallel.mesh import parameter_specs
 from rice_jax.preflight import costs, hlo
 from rice_jax.preflight.assessment import abstract_batch
 from rice_jax.training import step
 from tests import official
 
-# Sizes that tell themselves apart in a shape: 9 patches, T = 10 tokens, S = 30, D = 40, E = 28, and G is none of them.
+# Sizes that can be told apart in a shape: 9 patches, T = 10 tokens, S = 30, D = 40, E = 28, and G is none of them.
 TOKENS, KEYS, WIDTH, EMBEDDING = 10, 30, 40, 28
 MESHES = [(8, 1), pytest.param((4, 2), marks=pytest.mark.slow), (2, 4)]
 
 
 def config_of(rows: int, **options: Any) -> Any:
-    """`rows` examples on each of 8 devices, with every loop that there is: micro-batches, pairs, rows of ICL, units."""
+    """Returns a config of `rows` rows on each of 8 devices, with loops over pictures, pairs, rows of ICL and blocks."""
     config = smoke.get_config()
     config.batch_size = 8 * rows
     config.data.image_size, config.data.resize, config.data.num_frames = 24, 28, 3
@@ -43,7 +42,7 @@ Found = tuple[list[hlo.Collective], set[tuple[int, ...]]]
 
 
 def exchanges(config: Any, mesh: jax.sharding.Mesh, make_loss: Callable[..., Any] = global_batch.make_loss) -> Found:
-    """Those of the compiled step, and the shapes that parameters and their shards have."""
+    """Returns the collectives of the compiled step, and the shapes of parameters and of their shards."""
     net = build_model(config)
     state = step.abstract_state(net, config, mesh)
     train_step: Any = step.make_train_step(net, config, mesh, state, make_loss=make_loss)
@@ -59,7 +58,7 @@ def ours(sizes: tuple[int, int]) -> Found:
 
 
 def of_the_batch(found: list[hlo.Collective], parameters: set[tuple[int, ...]]) -> list[hlo.Collective]:
-    """Exchanges without what has a parameter's shape: gradients and gathered parameters. Scalars go with those."""
+    """Returns the collectives without scalars and without arrays of a parameter's shape (gradients and parameters)."""
     parts = [
         one._replace(results=tuple(p for p in one.results if p.shape and p.shape not in parameters)) for one in found
     ]
@@ -89,23 +88,23 @@ def test_no_tokens_cross_devices_and_nothing_does_inside_a_loop(sizes: tuple[int
     assert faults(found, parameters, 48) == []
 
 
-def test_what_grows_with_the_batch_is_one_vector_an_image_and_the_embeddings_there_and_back() -> None:
-    """Beside them: three logits an image there and back, its three hard clips and its product."""
+def test_exchanges_grow_with_the_batch_by_one_vector_an_image_and_the_embeddings_there_and_back() -> None:
+    """Besides, by three logits an image there and back, its three hard clips and its product."""
     small = batch_bytes(*ours((8, 1)))
     large = batch_bytes(*exchanges(config_of(12), official.mesh_of(8, 1)))
     an_example = 4 * (2 * (WIDTH + 2 * EMBEDDING) + 3 + 3 + 3 + 1)
     assert 0 < large - small <= 48 * an_example
-    assert small <= 48 * an_example  # nothing that grows slower either, and nothing with the square
+    assert small <= 48 * an_example  # so nothing is constant or grows with the square
 
 
-def test_the_official_formulation_is_found_out() -> None:
+def test_the_official_formulation_is_detected() -> None:
     found, parameters = exchanges(config_of(6), official.mesh_of(8, 1), official_formulation.make_loss)
     assert any(f"shape=(48, {KEYS}, {WIDTH})" in fault for fault in faults(found, parameters, 48))
     assert batch_bytes(found, parameters) > 48 * 4 * KEYS * WIDTH
 
 
-def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "whole", lambda shard, spec: shard)
+def test_gradients_reduced_in_every_micro_batch_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(global_batch, "all_gather_parameter", lambda shard, spec: shard)
     config = config_of(6, pmd=0.0)  # the hard pairs' own gradient would refuse such parameters
     found, parameters = exchanges(config, official.mesh_of(8, 1))
     inside = [fault for fault in faults(found, parameters, 48) if "is in a loop" in fault]

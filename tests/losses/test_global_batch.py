@@ -1,4 +1,4 @@
-"""The losses on meshes of forced CPU devices against their plain definition, values and gradients."""
+"""The losses on meshes of CPU devices against their plain definition: values and gradients."""
 
 import functools
 from typing import Any
@@ -31,16 +31,16 @@ def params(form: str = "softmax") -> Any:
     start = net(form).init(jax.random.key(3), picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
     leaves, tree = jax.tree.flatten(start)
     keys = jax.random.split(jax.random.key(4), len(leaves))
-    # Every ReLU two-sided, every bias in use, embeddings not all alike.
+    # So every ReLU has inputs of both signs, no bias is 0, and embeddings differ.
     moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     out = jax.tree.unflatten(tree, moved)
-    # Its length has no effect on a cosine, but its gradient is divided by it: short, rounding alone would pass 1e-6.
+    # A cosine does not depend on the length, but the gradient is divided by it: if short, rounding would exceed 1e-6.
     out["decoder"]["match"] *= 10
     return out
 
 
 def pictures(kind: str) -> dict[str, np.ndarray]:
-    """A batch of one of the kinds that a fault in the exchange shows in."""
+    """Returns a batch of a kind that would reveal a fault in the exchange."""
     random = np.random.default_rng(0)
     batch = {
         "frames": random.integers(0, 256, (G, SLOTS, SIDE, SIDE, 3), np.uint8),
@@ -92,7 +92,7 @@ def key() -> jax.Array:
 def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, jax.Array]:
     chosen = tuple(sorted(options.items()))
     mesh, call = loss_and_gradient(mesh_shape, chosen)
-    how = ("micro_batch", "pair_chunk", "icl_chunk", "unit_slots", "unit_chunk")  # and not what
+    how = ("micro_batch", "pair_chunk", "icl_chunk", "unit_slots", "unit_chunk")  # without effect on results
     expected, expected_grads = plain(kind, tuple(item for item in chosen if item[0] not in how))
     start = params(options.get("icl_form", "softmax"))
     (_, parts), grads = call(start, to_global(pictures(kind), mesh), key())
@@ -104,7 +104,7 @@ def check(kind: str, mesh_shape: tuple[int, int], **options: Any) -> dict[str, j
         jax.tree.leaves(expected_grads),
         strict=True,
     ):
-        # One tolerance for gradients across devices, everywhere.
+        # The same tolerance as everywhere for gradients across devices.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(1e-4 * np.abs(theirs).max(), 1e-6), err_msg=path)
     return parts
 
@@ -185,7 +185,7 @@ def test_every_mesh_gives_the_losses_and_gradients_of_one_device(case: str, mesh
 @pytest.mark.parametrize(
     ("case", "mesh_shape"), [("pfr, both, dropout, masked, micro", (2, 2)), ("sigmoid, pfr, both, micro", (1, 8))]
 )
-def test_some_of_these(case: str, mesh_shape: tuple[int, int]) -> None:
+def test_some_meshes_give_the_losses_and_gradients_of_one_device(case: str, mesh_shape: tuple[int, int]) -> None:
     check("one hard clip", mesh_shape, **CASES[case])
 
 

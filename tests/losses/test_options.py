@@ -1,7 +1,7 @@
-"""Each option of the table of oddities (docs/official.md 11), at both values, against a plain definition.
+"""The oddities of the official code (docs/official.md 11): each option at both values, against a plain definition.
 
-Rows tested where their code is: 9 and 34 test_losses.py too, 15 test_sampling.py, 17 test_decode.py,
-16 test_batches.py; the options of pixels are repeated here no more than to see that the config reaches them.
+Some rows are tested elsewhere: 9 and 34 in test_global_batch.py too, 15 in tests/input/test_sampling.py, 17 in test_decode.py, 16 in
+tests/input/test_batches.py. For the options of pixels this file only checks that the config reaches them.
 """
 
 import functools
@@ -54,7 +54,7 @@ def config_of(changes: dict[str, Any]) -> Any:
 
 
 def moved(net: Rice, config: Any) -> Any:
-    """Parameters for the model, none at a value that hides it: biases in use, every ReLU two-sided."""
+    """Returns parameters that all have an effect: no bias is 0, and every ReLU has inputs of both signs."""
     random = np.random.default_rng(1)
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -80,7 +80,7 @@ def pictures(count: int = len(PRODUCTS), products: tuple[int, ...] = PRODUCTS) -
 
 
 def check_losses(changes: dict[str, Any], batch: dict[str, np.ndarray], key: jax.Array) -> dict[str, jax.Array]:
-    """The training path's losses for a config's options equal the plain ones."""
+    """Compares the losses on the path of training with the plain ones; returns the former and the counts."""
     config = config_of(changes)
     net = build_model(config)
     params = moved(net, config)
@@ -101,12 +101,12 @@ def check_losses(changes: dict[str, Any], batch: dict[str, np.ndarray], key: jax
     ids=["better", "official but for two third values"],
 )
 def test_training_does_what_each_option_says(changes: dict[str, Any]) -> None:
-    """Every option of model and loss, all the way from the config (rows 1-4, 6-10, 29, 34); products repeat.
+    """Every option of model and loss, from the config on (rows 1-4, 6-10, 29, 34); some rows share a product.
 
-    The official values of mining_direction and pfr_attention are test_losses.py's.
+    The official values of mining_direction and pfr_attention are tested in test_global_batch.py.
     """
     parts = check_losses(changes, pictures(), step.random_key(5))
-    # Product 0 has four clips of others, so three negatives; nobody lacks one, with either value of row 7.
+    # For product 0 there are four clips of other products, so no row lacks one of its three negatives (row 7).
     assert int(parts["negatives_missing"]) == 0
 
 
@@ -116,7 +116,7 @@ def test_a_batch_of_three_has_two_negatives() -> None:
     assert float(parts["pmd"]) > 0 and int(parts["negatives_missing"]) == 3
 
 
-def test_a_clip_without_frames_spoils_nothing() -> None:
+def test_a_clip_without_frames_gives_finite_values_and_gradients() -> None:
     """Row 30: the official code gives NaN."""
     config = config_of({})
     net = build_model(config)
@@ -154,7 +154,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
     heads, tokens, slots, width = net.decoder.heads, 5, 3, net.decoder.width
     key_mask = jnp.repeat(jnp.array([[True, True, True], [True, False, False]]), tokens, axis=1)
     scores = 3 * random.normal(size=(2, heads, tokens, slots * tokens)).astype(np.float32)
-    # A patch of the short clip that sees nothing but its frame's class token: without it the others share the weight.
+    # One patch of the short clip attends to its frame's class token alone; without it the others share the weight.
     scores[1, :, 2, 0] = 40
     scores = jnp.where(key_mask[:, None, None, :], jnp.asarray(scores), jnp.finfo(jnp.float32).min)
     image_tokens, clip_tokens = (jnp.asarray(random.normal(size=(2, n, width)), jnp.float32) for n in (5, 15))
@@ -176,7 +176,7 @@ def test_reconstruction_and_its_gradient(attention: str, mask_padding: bool, wit
 
 
 def test_a_class_token_that_takes_all_the_weight_leaves_a_finite_share_to_the_patches() -> None:
-    """Row 29: patches are the softmax's own candidates, not what the class token left over."""
+    """Row 29: the softmax is over patches only; it does not divide the rest that a class token leaves."""
     rec = PatchReconstruction(1, head_width=1600, with_class_token=False)
     scores = jnp.full((1, 1, 3, 3), -60.0).at[..., 0].set(60.0)  # R is 40 at the class token, 0 at both patches
     params = rec.init(jax.random.key(0), scores, jnp.ones((1, 3), bool))
@@ -187,7 +187,7 @@ def test_a_class_token_that_takes_all_the_weight_leaves_a_finite_share_to_the_pa
 
 
 def decoder_of(changes: dict[str, Any]) -> tuple[Any, Any, np.ndarray]:
-    """A decoder's methods, its parameters and tokens [2, 5, 32] as small as makes an epsilon show."""
+    """Returns a decoder as a function, all parameters, and tokens [2, 5, 32] so small that an epsilon matters."""
     config = config_of(changes)
     net = build_model(config)
     params = moved(net, config)
@@ -202,7 +202,7 @@ def layer_norm(x: np.ndarray, eps: float, p: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("heads", "hidden"), [(8, 4), (2, 1), (1, 1)])
 def test_decoder_heads_are_blocks_of_channels(heads: int, hidden: int) -> None:
-    """Row 3: official 8, or as many as the encoder has; the reconstruction's inputs follow."""
+    """Row 3: official 8, or as many as the encoder has; the reconstruction head then has as many inputs."""
     decoder, params, tokens = decoder_of({"model.decoder_heads": heads})
     assert params["reconstruction"]["conv1_kernel"].shape == (heads, hidden)
     tokens = 1000 * tokens
@@ -309,7 +309,7 @@ def run_optimizer(config: Any, params: Any, grads: list[Any]) -> Any:
 @pytest.mark.parametrize("eps_placing", ["uncorrected", "corrected"])
 @pytest.mark.parametrize("decay_rule", ["official", "no_1d"])
 def test_adam_against_its_definition_in_float64(eps_placing: str, decay_rule: str) -> None:
-    """docs/official.md 7.1-7.4 for five updates; eps and decay are so large that their place and order show."""
+    """Five updates (docs/official.md 7.1-7.4), with eps and decay so large that their place and order matter."""
     config = config_of({"optimizer.eps_placing": eps_placing, "optimizer.decay_rule": decay_rule})
     o = config.optimizer
     o.learning_rate, o.decoder_lr_multiplier, o.logit_scale_lr_multiplier = 1e-2, 5.0, 3.0
@@ -361,7 +361,7 @@ def test_adam_against_its_definition_in_float64(eps_placing: str, decay_rule: st
         np.testing.assert_allclose(place, x, atol=1e-6, rtol=0, err_msg=name)
 
 
-def test_a_beta_of_zero_is_no_average() -> None:
+def test_with_betas_of_zero_nothing_is_averaged() -> None:
     config = config_of({"optimizer.b1": 0.0, "optimizer.b2": 0.0, "optimizer.weight_decay": 0.0})
     config.optimizer.eps = 0.0
     params = {"encoder": {"proj": jnp.ones((1, 1))}}

@@ -1,4 +1,4 @@
-"""What watches a run: signals, a loop that stands still, memory."""
+"""Guards of a run: signals, waits that last too long, memory near its limit."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from rice_jax.training import guards
 
 
 def program(text: str, *, seconds: float = 60) -> tuple[int, str]:
-    """A Python program's exit status and what it said."""
+    """Runs a Python program; returns its exit status and its output."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text)],
         capture_output=True, text=True, timeout=seconds, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -23,17 +23,17 @@ def program(text: str, *, seconds: float = 60) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_signal_is_a_wish_and_the_handlers_come_back() -> None:
+def test_a_signal_stops_the_run_after_a_step_and_the_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop = guards.Stop()
     with stop.listening():
         assert not stop.agreed(1)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed(2) and stop.status == 143
+        assert stop.agreed(2) and stop.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_elsewhere_than_in_the_main_thread_signals_stay_as_they_are() -> None:
+def test_outside_the_main_thread_signal_handlers_stay_as_they_are() -> None:
     def inside() -> None:
         with guards.Stop().listening() as stop:
             answers.append(stop.agreed(1))
@@ -45,26 +45,26 @@ def test_elsewhere_than_in_the_main_thread_signals_stay_as_they_are() -> None:
     assert answers == [False]
 
 
-def test_a_signal_within_at_once_is_raised_there() -> None:
+def test_a_signal_interrupts_what_is_interruptible() -> None:
     stop = guards.Stop()
     with stop.listening():
-        with pytest.raises(guards.StoppedError), stop.at_once():
+        with pytest.raises(guards.StoppedError), stop.interruptible():
             signal.raise_signal(signal.SIGINT)
-        with pytest.raises(guards.StoppedError), stop.at_once():
-            raise AssertionError("the wish is known, nothing is begun")
-    assert stop.status == 130
+        with pytest.raises(guards.StoppedError), stop.interruptible():
+            raise AssertionError("a signal has come before, so nothing may begin")
+    assert stop.received == signal.SIGINT
 
 
 def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
     """The main thread is in C, as in a collective that hangs."""
-    status, said = program("""
+    status, output = program("""
         import ctypes, os, signal, threading, time
         from rice_jax.training import guards
         stop = guards.Stop()
         def twice():
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(guards.ECHO_SECONDS + 0.5)
+            time.sleep(guards.DUPLICATE_SECONDS + 0.5)
             while not stop.received:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -75,12 +75,12 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
                 ctypes.CDLL(None).sleep(30)
         print("came to its end")
     """)
-    assert status == 143 and "the signal once more ends" in said and "came to its end" not in said
+    assert status == 143 and "a second signal ends" in output and "came to its end" not in output
 
 
-def test_a_signal_that_comes_twice_at_once_is_one_wish() -> None:
-    """As timeout(1) sends it: to the process and to its group."""
-    status, said = program("""
+def test_the_same_signal_twice_within_a_second_is_one() -> None:
+    """timeout(1) sends it so: to the process and to its group."""
+    status, output = program("""
         import os, signal, time
         from rice_jax.training import guards
         stop = guards.Stop()
@@ -90,41 +90,41 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish() -> None:
                 time.sleep(0.1)
         print("came to its end", stop.received)
     """)
-    assert status == 0 and "came to its end 2" in said and said.count("the signal once more ends") == 1
+    assert status == 0 and "came to its end 2" in output and output.count("a second signal ends") == 1
 
 
 def until(capfd: pytest.CaptureFixture[str], text: str) -> str:
-    """What was said on stderr up to the text, which a busy machine may let come late."""
-    said, deadline = "", time.monotonic() + 60
-    while text not in said:
-        assert time.monotonic() < deadline, said
+    """Waits until stderr contains the text, which may be late on a busy machine; returns stderr so far."""
+    output, deadline = "", time.monotonic() + 60
+    while text not in output:
+        assert time.monotonic() < deadline, output
         time.sleep(0.02)
-        said += capfd.readouterr().err
-    return said
+        output += capfd.readouterr().err
+    return output
 
 
-def test_a_wait_that_lasts_is_reported_once_and_what_has_no_name_never(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_is_reported_once_and_a_pause_never(capfd: pytest.CaptureFixture[str]) -> None:
     with guards.Watch(0.2, ends=False) as watch:
-        watch.waits_for("", 3)
+        watch.pause()
         time.sleep(0.5)
         assert capfd.readouterr().err == ""
         watch.waits_for("device", 4)
-        told = until(capfd, "test_guards.py")
+        output = until(capfd, "test_guards.py")
         time.sleep(0.5)
-    told += capfd.readouterr().err
-    assert told.count("waits for the device for") == 1 and "after update 4" in told and "collective" in told
-    assert "test_guards.py" in told  # the stack
+    output += capfd.readouterr().err
+    assert output.count("s for the device, after") == 1 and "after update 4" in output and "collective" in output
+    assert "test_guards.py" in output  # the stack
 
 
-def test_zero_seconds_watch_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_with_zero_seconds_no_wait_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     with guards.Watch(0.0, ends=True) as watch:
         watch.waits_for("input", 1)
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_that_stands_still_ends_where_that_is_the_policy() -> None:
-    status, said = program("""
+def test_a_process_that_waits_twice_as_long_ends_if_configured() -> None:
+    status, output = program("""
         import time
         from rice_jax.training import guards
         with guards.Watch(0.3, ends=True) as watch:
@@ -132,25 +132,25 @@ def test_a_run_that_stands_still_ends_where_that_is_the_policy() -> None:
             time.sleep(30)
     """)
     assert status == 1
-    assert "waits for the input for" in said and "still waiting for the input" in said and "Current thread" in said
+    assert "s for the input, after" in output and "still waiting for the input" in output and "Current thread" in output
 
 
-def test_memory_near_its_limit_is_told_once_with_figures(
+def test_memory_near_its_limit_is_reported_once_with_figures(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     held = guards.resident_bytes()
     assert 2**26 < held < guards.memory_limit()
     monkeypatch.setattr(guards, "resident_bytes", lambda: held)
     monkeypatch.setattr(guards, "memory_limit", lambda: int(held * 1.05))
-    monkeypatch.setattr(guards, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(guards, "CHECK_SECONDS", 0.05)
     with guards.Watch(0.0, ends=False):
-        told = until(capfd, "warning: memory:")
+        output = until(capfd, "warning: memory:")
         time.sleep(0.3)
-    told += capfd.readouterr().err
-    assert told.count("warning: memory:") == 1 and f"of {held * 1.05 / 2**30:.1f}" in told
+    output += capfd.readouterr().err
+    assert output.count("warning: memory:") == 1 and f"of {held * 1.05 / 2**30:.1f}" in output
 
 
-def test_the_limit_is_the_smallest_that_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_is_the_smallest_that_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "two").write_text("123456\n")
     (tmp_path / "none").write_text("max\n")
     monkeypatch.setattr(guards, "_memory_files", lambda: [tmp_path / "none", tmp_path / "two", tmp_path / "gone"])
@@ -159,8 +159,8 @@ def test_the_limit_is_the_smallest_that_applies(tmp_path: Path, monkeypatch: pyt
     assert guards.memory_limit() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_children_count() -> None:
-    status, said = program("""
+def test_the_memory_of_children_counts() -> None:
+    status, output = program("""
         import subprocess, sys
         from rice_jax.training import guards
         before = guards.resident_bytes()
@@ -172,4 +172,4 @@ def test_children_count() -> None:
         assert guards.resident_bytes() - before > 150_000_000
         child.communicate(b"\\n")
     """)
-    assert status == 0, said
+    assert status == 0, output
