@@ -73,7 +73,7 @@ def test_a_bad_subset_is_named(run: Path, converted: Path, tmp_path: Path, conte
         call(run, converted, "--subset", str(tmp_path / "ids.txt"))
 
 
-def test_an_interrupted_evaluation_goes_on_with_what_is_missing(
+def test_an_interrupted_evaluation_continues_with_the_missing_blocks(
     run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "whole"))
@@ -112,7 +112,7 @@ def test_queries_without_frames_count_as_misses(run: Path, converted: Path) -> N
     assert alone.figures["queries"] == 1 and alone.figures["recall@10"] == 0
 
 
-def test_every_query_counts_once_whatever_the_batch(run: Path, converted: Path) -> None:
+def test_each_query_counts_once_for_any_batch_size(run: Path, converted: Path) -> None:
     split = open_dataset(converted).split("test")
     rows = np.arange(split.num_clips)
     model = load(run)
@@ -124,7 +124,7 @@ def test_every_query_counts_once_whatever_the_batch(run: Path, converted: Path) 
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_a_split_without_galleries_says_what_to_do(run: Path, converted: Path) -> None:
+def test_a_split_without_galleries_is_refused_with_advice(run: Path, converted: Path) -> None:
     with pytest.raises(ValueError, match="split train has no galleries to rank in; evaluate val or test"):
         call(run, converted, "--split", "train")
     with pytest.raises(ValueError, match="nowhere"):
@@ -142,7 +142,7 @@ def test_evaluations_of_subsets_do_not_overwrite_each_other(run: Path, converted
     assert [(f["queries"], f["subset"], f["step"]) for f in found] == [(3, None, 3), (1, "first.txt", 3)]
 
 
-def test_what_was_trained_with_cannot_be_overridden(run: Path, converted: Path) -> None:
+def test_a_field_that_training_depended_on_cannot_be_overridden(run: Path, converted: Path) -> None:
     with pytest.raises(ValueError, match="was trained with it"):
         call(run, converted, "--config.data.image_size=64")
     with pytest.raises(SystemExit) as exit_:

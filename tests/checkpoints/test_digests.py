@@ -1,4 +1,4 @@
-"""Digests: every change shows, no mesh does."""
+"""Digests of arrays: each change changes them, and they are the same on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,19 @@ def some(shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_flipped_bit_changes_both_words(dtype: str) -> None:
     array = np.asarray(some((3, 5), dtype))
-    was, changed = text(array), []
+    before, changed = text(array), []
     bits = 1 if dtype == "bool" else 8 * array.dtype.itemsize  # a bool has one
-    for place in range(array.size):
+    for position in range(array.size):
         for bit in range(bits):
             data = bytearray(array.tobytes())
-            data[place * array.dtype.itemsize + bit // 8] ^= 1 << bit % 8
+            data[position * array.dtype.itemsize + bit // 8] ^= 1 << bit % 8
             changed.append(text(np.frombuffer(bytes(data), array.dtype).reshape(array.shape)))
-    assert all(now[:8] != was[:8] and now[8:] != was[8:] for now in changed)
-    assert len({was, *changed}) == 1 + array.size * bits
+    assert all(now[:8] != before[:8] and now[8:] != before[8:] for now in changed)
+    assert len({before, *changed}) == 1 + array.size * bits
 
 
-def test_two_changes_that_cancel_in_a_linear_sum_show() -> None:
-    """Two flipped sign bits, a number and its negative swapped, rows or columns swapped, a transpose."""
+def test_two_changes_that_cancel_in_a_linear_sum_are_noticed() -> None:
+    """Flips two sign bits, swaps a number and its negative, swaps rows or columns, transposes."""
     array = np.array(some((6, 6)))
     changed = [array.copy() for _ in range(5)]
     changed[0][1, 2] *= -1

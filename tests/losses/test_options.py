@@ -1,7 +1,7 @@
 """The oddities of the official code (docs/official.md 11): each option at both values, against a plain definition.
 
-Some rows are tested elsewhere: 9 and 34 in test_global_batch.py too, 15 in tests/input/test_sampling.py, 17 in test_decode.py, 16 in
-tests/input/test_batches.py. For the options of pixels this file only checks that the config reaches them.
+Some rows are tested elsewhere: 9 and 34 in test_global_batch.py too, 15, 16 and 17 in tests/input (test_sampling.py,
+test_batches.py, test_decode.py). For the options of pixels this file only checks that the config reaches them.
 """
 
 import functools
