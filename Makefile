@@ -1,16 +1,16 @@
-# Everything a machine with Python >= 3.11, make and a package index needs. `make help` lists the targets.
+# All tasks, for a machine with Python >= 3.11, make and a package index. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The two lines of jax that are supported: 0.10 is the last for Python 3.11, 0.12 needs 3.12 or newer.
+# Two versions of jax are supported: 0.10 is the last for Python 3.11, and 0.12 needs Python 3.12 or newer.
 PYTHONS ?= python3.11 python3.12
 
 .PHONY: help setup demo test lint types unit test-slow mutations chaos corruption fuzz test-versions clean
 
-help:  ## this list
+help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# Anew only when what is to be installed changed, so that a second `make test` needs no network.
+# Runs again only after setup.py or the version changed, so that a second `make test` needs no network.
 $(VENV)/installed: setup.py rice_jax/version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is missing or older than 3.11; give another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -18,12 +18,12 @@ $(VENV)/installed: setup.py rice_jax/version.py
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-setup: $(VENV)/installed  ## a virtual environment in .venv with the package, editable, and what tests need
+setup: $(VENV)/installed  ## make .venv with the package, editable, and all that the tests need
 
-demo: setup  ## a drawn shop, trained on and looked at: build/demo/report.json and queries.png
+demo: setup  ## draw a shop, train, evaluate and show queries: build/demo/report.json and queries.png; ten minutes
 	$(BIN)/python -m rice_jax.demo --output build/demo
 
-test: lint types unit  ## style, types and the tests that take minutes: what the continuous build runs
+test: lint types unit  ## check style and types and run the tests not marked slow, as the continuous build does
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,28 +32,28 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Each process begins with a part of the files and takes tests from others when it is done. More than four take more memory
-# than they are worth.
+# Each process starts with a part of the files and takes tests from the others when it has finished. More than four
+# processes need much memory and save little time.
 unit: setup
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-slow: setup  ## the tests marked slow
+test-slow: setup  ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow
 
-mutations: setup  ## mistakes made on purpose in a copy of the code, and which tests notice; most of an hour
+mutations: setup  ## make known mistakes in a copy of the code and list the tests that notice; most of an hour
 	$(BIN)/python -m tests.mutations
 
-chaos: setup  ## training killed at random moments, against undisturbed runs; most of an hour, goes on where it stopped
+chaos: setup  ## kill trainings at random moments and compare with undisturbed ones; most of an hour, can be resumed
 	$(BIN)/python -m tests.chaos
 
-corruption: setup  ## 10,000 single bytes of a converted set changed: build/corruption/report.json; a minute
+corruption: setup  ## change 10,000 single bytes of a converted set: build/corruption/report.json; a minute
 	$(BIN)/python -m tests.corruption --output build/corruption
 
-fuzz: setup  ## hypothesis and, where it has a wheel, atheris against parsers and readers, 10 minutes each: build/fuzz
+fuzz: setup  ## fuzz all readers by hypothesis, and by atheris where it has a wheel, 10 minutes each: build/fuzz
 	-$(BIN)/python -m pip install --quiet --only-binary :all: atheris  # has no wheel for every Python
 	$(BIN)/python -m tests.fuzzing --output build/fuzz
 
-test-versions:  ## the tests on each of PYTHONS, in an environment of its own each
+test-versions:  ## run make test on each of PYTHONS, each in its own environment
 	@for python in $(PYTHONS); do \
 	  $$python -c '' 2> /dev/null || { echo "error: $$python is missing; install it, or name others: make test-versions PYTHONS='python3.11 python3.13'" >&2; exit 1; }; \
 	done
@@ -61,5 +61,5 @@ test-versions:  ## the tests on each of PYTHONS, in an environment of its own ea
 	  echo "== $$python"; $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-versions/$$(basename $$python) || exit 1; \
 	done
 
-clean:  ## all that can be made again
+clean:  ## remove environments, builds and caches
 	rm -rf .venv .venv-versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

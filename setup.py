@@ -33,10 +33,6 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "fast": FAST,
     "parquet": PARQUET,
-    "tfds": [
-        "tensorflow-datasets>=4.9.10",
-        "importlib_resources",
-    ],  # the second is needed and not declared by the first
     "preflight": ["libtpu>=0.0.50"],  # the TPU compiler, 0.5 GB; needs no TPU. Older ones crash on v5p
     "torch": ["torch>=2.4"],  # to write .pth files; they are read without it. 6 GB from the index, hence not in `test`
     "test": [
@@ -64,6 +60,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rice_jax*", "configs*", "data_pipeline*"]),
     package_data={"rice_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["rice-jax = rice_jax.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

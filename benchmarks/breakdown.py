@@ -1,13 +1,13 @@
-"""Where a training step's time goes: python -m benchmarks.breakdown --config NAME --config.data.path=DIR
+"""Measures the parts of a training step: python -m benchmarks.breakdown --config NAME --config.data.path=DIR
 
-Six compiled pieces are timed in turn on one real batch, and the parts are differences of their medians:
-input           making a batch from the records; a run does that beside the step, so its share is of a step that waits
+Six compiled pieces are timed in turn on one real batch. The parts are differences of their medians:
+input           making a batch from the records; a run does this beside the step, here the step waits for it
 encoder         loss and gradient of ICL (and frame ICL) alone: pictures normalised and encoded, forward and backward
-mining          similarities and the three hardest, without gradient, timed by itself
-decoder         loss and gradient of ICL and PMD, less encoder and mining
-reconstruction  loss and gradient of all, less those of ICL and PMD
-optimiser       the training step, less loss and gradient: moments, weights, norm, average
-Differences of parts that cost little can come out below 0 on a busy machine.
+mining          similarities and the three hardest, without gradient, timed separately
+decoder         loss and gradient of ICL and PMD, minus encoder and mining
+reconstruction  loss and gradient of all losses, minus those of ICL and PMD
+optimiser       the training step, minus loss and gradient: moments, weights, norm, average
+A part that costs little can be below 0 on a busy machine.
 """
 
 import argparse
@@ -36,7 +36,10 @@ from rice_jax.training import step
 
 
 def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
-    """Loss and gradient with some losses left out, and with them the parameters that only they use."""
+    """Returns a call that computes loss and gradient with other loss weights.
+
+    A loss of weight 0 is left out, with the parameters that only it uses.
+    """
     config = copy.deepcopy(config)
     config.loss.update(weights)
     net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
@@ -69,7 +72,7 @@ def updating(config: Any, batch: Any) -> Callable[[], Any]:
 
 
 def reading(config: Any, split: Split) -> tuple[Any, Callable[[], Any]]:
-    """Batches one by one, no cache: what the first epoch costs."""
+    """Returns the batches and a call that makes the next one. Without a cache, as in the first epoch."""
     plan = Plan(split.num_clips, config.batch_size, config.seed)
     options, rows = frame_options(config.data, train=True), np.arange(config.batch_size)
     batches = train_batches(split, plan, rows, options, threads=0)
@@ -115,7 +118,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def parts_of(piece: dict[str, float]) -> dict[str, float]:
-    """The six parts from the six pieces' seconds; they add up to input and step."""
+    """Returns the six parts from the seconds of the six pieces. Their sum is that of input and step."""
     return {
         "input": piece["input"],
         "encoder": piece["icl"],

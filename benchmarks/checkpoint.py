@@ -1,9 +1,11 @@
-"""What a checkpoint costs the training loop: python -m benchmarks.checkpoint --config lpr750k [--repeats 10]
+"""Measures the cost of a checkpoint for the training loop: python -m benchmarks.checkpoint --config lpr750k
 
-The config's own state, on one device, is saved as the loop saves it, again and again. `blocked`: seconds until save()
-returns, the digest's dispatch in it; the save before has ended, as it has in a run. Then comes a stand-in for the next
-step: a jitted, donating pass over the whole state. `delay`: by how much that takes longer right after a save than
-without one; `written`: until the step is complete on disk. One checkpoint is kept at a time, in --scratch.
+The state of the config, on one device, is saved several times as the loop saves it. Figures, in seconds:
+blocked  until save() returns, with the dispatch of the digest; the save before has ended, as in a run
+delay    difference between the next step right after a save and without one. The step is a jitted pass over the whole
+         state, which it donates
+written  until the step is complete on disk
+--scratch keeps one checkpoint at a time.
 """
 
 import argparse
@@ -29,7 +31,7 @@ STEP_SECONDS = 0.26  # preflight's floor of a v5e step of 128 examples a chip, f
 
 
 def noise(abstract: Any) -> Any:
-    """A state whose every number is random: zeros, as moments are at first, would make small files."""
+    """Returns a state of random numbers, because zeros, which moments are at first, would make small files."""
     draw = lambda leaf: 1e4 * jax.random.normal(jax.random.key(0), leaf.shape)
     return jax.jit(lambda: jax.tree.map(lambda leaf: draw(leaf).astype(leaf.dtype), abstract))()
 
@@ -39,9 +41,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, arguments.config, mesh)
     state = noise(abstract)
-    # Changes every number, so that no save writes what is on disk already, and takes the state over as the step does.
+    # Changes every number, so that no save can reuse files on disk, and donates the state as the step does.
     following = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
-    jax.block_until_ready(digests.digests(state))  # compiled
+    jax.block_until_ready(digests.digests(state))  # compiles
 
     seconds: dict[str, list[float]] = {name: [] for name in ("blocked", "digest", "alone", "after_save", "written")}
 
@@ -64,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds["written"].append(time.perf_counter() - since)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         shutil.rmtree(Path(folder) / "checkpoints")
-    # The first save starts threads and makes folders; it does not count.
+    # The first save does not count: it starts threads and makes folders.
     rest = {name: values[1:] for name, values in seconds.items()}
     median = {name: statistics.median(values) for name, values in rest.items()}
     return {

@@ -1,8 +1,8 @@
-"""Conversion against copying the same files: python -m benchmarks.conversion --layout NAME --source DIR
+"""Compares conversion with a copy of the same files: python -m benchmarks.conversion --layout NAME --source DIR
 
-Ours: `convert`, which reads, checks and writes every picture and flushes it to the disk. Theirs: `cp -r` of the source,
-then `sync` of the files it wrote. Both into a new folder under --scratch, so on one file system; what was there before
-is removed untimed.
+`convert` reads, checks and writes every picture and flushes it to the disk. `cp -r` copies the source, and `sync`
+flushes the copied files. Both write to a new folder under --scratch, so to the same file system. Files of the turn
+before are removed before the time starts.
 """
 
 import argparse
@@ -32,10 +32,10 @@ def converting(arguments: argparse.Namespace, output: Path) -> Callable[[], None
     words |= {"splits": arguments.splits} if arguments.splits else {}
 
     def run() -> None:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # its tables
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # tables of convert
             status = convert.main(["--frames=all", *(f"--{name}={value}" for name, value in words.items())])
         if status:
-            raise SystemExit(status)  # it said why
+            raise SystemExit(status)  # convert has printed the error
 
     return run
 
@@ -66,10 +66,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layout", choices=sorted(convert.LAYOUTS), required=True)
-    parser.add_argument("--source", type=Path, required=True, help="as data_pipeline.convert takes it")
-    parser.add_argument("--splits", help="to convert, as data_pipeline.convert takes it; all files are copied")
+    parser.add_argument("--source", type=Path, required=True, help="source folder, as for data_pipeline.convert")
+    parser.add_argument("--splits", help="splits to convert, as for data_pipeline.convert; all files are copied")
     parser.add_argument("--workers", type=int, default=turns.cores())
-    parser.add_argument("--scratch", type=Path, default=Path("build/benchmarks"), help="both write under it")
+    parser.add_argument("--scratch", type=Path, default=Path("build/benchmarks"), help="folder that both write to")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/conversion.json"))
     return parser.parse_args(argv)

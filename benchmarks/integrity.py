@@ -1,8 +1,9 @@
-"""What checking the checksums of every record costs the input: python -m benchmarks.integrity --data DIR
+"""Measures what the checksums of every record cost the input: python -m benchmarks.integrity --data DIR
 
-The training clips are read with their two CRC32Cs verified and, with the same calls, unverified; and whole batches are
-made of them, decoded, cropped and flipped, as in training. The cost is the difference of the first two, as a share of
-the last: on its own the difference of two pipelines is lost in the noise of a busy machine.
+Three things are timed: unpacking the records of all training clips with their two CRC32Cs verified, the same without
+verification, and making whole batches of them, decoded, cropped and flipped as in training. The result is the
+difference of the first two as a share of the third. A difference of two whole pipelines would be lost in the noise of a
+busy machine.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rice_jax.errors import run
 
 
 def framed_records(split: Split) -> list[bytes]:
-    """The bytes of each training clip's record in its shard."""
+    """Returns the bytes of each clip's record with its framing, in the order of the rows."""
     framed = []
     for shard in sorted(split.path.glob(f"{split.name}-clips-*.tfrecord")):
         data, offsets = shard.read_bytes(), np.frombuffer(index_path(shard).read_bytes(), "<u8").tolist()
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="a converted data set; its training split is used")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--passes", type=int, default=50, help="over the records, a turn")
+    parser.add_argument("--passes", type=int, default=50, help="passes over the records in each turn")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/integrity.json"))
     return parser.parse_args(argv)

@@ -1,8 +1,9 @@
-"""Matching's cost beside encoding's at ViT-B/32: python -m benchmarks.matching --data DIR [--clips N] [--output FILE].
+"""Compares the costs of matching and encoding at ViT-B/32: python -m benchmarks.matching --data DIR [--clips N]
 
-Random weights, the pictures and galleries of a converted test split, float32. Three compiled pieces are timed in turn,
-a batch at a time: encoding; an image's self layer; a clip's keys and values and its meeting with all of its gallery.
-Medians a clip and an image, then the whole list's sum. Decoding of pictures is not counted.
+The weights are random, and pictures and galleries come from a converted test split. Three compiled pieces are timed in
+turn in float32, batch by batch: encoding; the self layer of an image; the keys and values of a clip and its scores
+against its whole gallery. The report has the medians per clip and per image, and their sums over the whole list.
+Decoding of pictures is not counted.
 """
 
 import argparse
@@ -38,7 +39,10 @@ def seconds(call: Callable[..., Any], *inputs: Any) -> float:
 
 
 def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
-    """Multiply-adds by SPEC 14, a clip's keys and values once, in thousands of millions."""
+    """Returns thousands of millions of multiply-adds per clip and per image, by piece (docs/official.md 14).
+
+    Keys and values count once per clip.
+    """
     width, patch = config.model.width, config.model.patch_size
     patches = (config.data.image_size // patch) ** 2
     tokens, keys = patches + 1, slots * (patches + 1)
@@ -54,11 +58,11 @@ def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the cost of both and writes it as JSON."""
+    """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a converted data set; its test split is used")
-    parser.add_argument("--clips", type=int, default=48, help="that are timed, evenly over the list")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips at once; of images, ten times that")
+    parser.add_argument("--clips", type=int, default=48, help="number of clips to time, evenly spaced in the list")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips at once, with ten times as many pictures")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/matching.json"))
     arguments = parser.parse_args()
 
@@ -66,8 +70,8 @@ def main() -> None:
     split = open_dataset(arguments.data).split("test")
     slots = config.data.eval_num_frames
     galleries = [np.asarray(split.galleries[name]) for name in sorted(split.galleries)]
-    where = {name: place for place, name in enumerate(sorted(split.galleries))}
-    gallery_of = np.array([where[split.gallery_name(row)] for row in range(split.num_clips)])
+    number_of = {name: number for number, name in enumerate(sorted(split.galleries))}
+    gallery_of = np.array([number_of[split.gallery_name(row)] for row in range(split.num_clips)])
     pairs = sum(len(galleries[gallery]) for gallery in gallery_of)
     images = len(np.unique(np.concatenate([galleries[gallery] for gallery in np.unique(gallery_of)])))
 
@@ -75,9 +79,9 @@ def main() -> None:
     params = jax.jit(lambda: step.init_params(net, config, step.random_key(0)))()
     at_once = AT_ONCE
     longest = -(-max(map(len, galleries)) // at_once) * at_once
-    shelves = np.full((len(galleries), longest), split.num_images, np.int32)
-    for row, gallery in zip(shelves, galleries, strict=True):
-        row[: len(gallery)] = gallery
+    gallery_rows = np.full((len(galleries), longest), split.num_images, np.int32)  # padded
+    for padded, gallery in zip(gallery_rows, galleries, strict=True):
+        padded[: len(gallery)] = gallery
     class_tokens = jnp.zeros((split.num_images + 1, config.model.width))
 
     @jax.jit
@@ -89,10 +93,12 @@ def main() -> None:
         return arrays.apply(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
 
     @jax.jit
-    def match(params: Any, tokens: jax.Array, mask: jax.Array, shelf: jax.Array, count: jax.Array) -> Any:
+    def match(params: Any, tokens: jax.Array, mask: jax.Array, gallery: jax.Array, count: jax.Array) -> Any:
         keys_values = arrays.apply(net.decoder, params["decoder"], tokens, method="keys_values")
         key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
-        return inference.shelf_scores(net, False, at_once, params, class_tokens, shelf, count, keys_values, key_mask)
+        return inference.gallery_scores(
+            net, False, at_once, params, class_tokens, gallery, count, keys_values, key_mask
+        )
 
     rows = np.linspace(0, split.num_clips - 1, arguments.clips).astype(int)
     rows = rows[: len(rows) // size * size]
@@ -105,12 +111,12 @@ def main() -> None:
             count = np.int32(-(-max(len(galleries[gallery]) for gallery in chosen) // at_once))
             tokens = encode(params, pictures)[0]
             by_clip = tokens.reshape(size, -1, tokens.shape[-1])
-            meeting = functools.partial(match, params, by_clip, jnp.asarray(batch["mask"]), shelves[chosen], count)
+            score = functools.partial(match, params, by_clip, jnp.asarray(batch["mask"]), gallery_rows[chosen], count)
             if number == 0:  # compiles
-                jax.block_until_ready((meeting(), self_layer(params, tokens)))
+                jax.block_until_ready((score(), self_layer(params, tokens)))
             timed["encode_clip"].append(seconds(encode, params, pictures) / size)
             timed["self_layer_image"].append(seconds(self_layer, params, tokens) / len(pictures))
-            timed["match_clip"].append(seconds(meeting) / size)
+            timed["match_clip"].append(seconds(score) / size)
 
     each = {name: float(np.median(values)) for name, values in timed.items()}
     each["encode_image"] = each["encode_clip"] / slots

@@ -1,8 +1,8 @@
-"""The memory that preflight says a step takes, against what steps on this CPU take: python -m benchmarks.memory
+"""Compares preflight's memory of a step with the memory of real steps on this CPU: python -m benchmarks.memory
 
-Each case in a process of its own: the step is compiled, the peak of resident memory is set back
-(/proc/self/clear_refs), then the state is put on the device and steps run, with the next batch copied in as training
-does. The growth from before to that peak is compared with the report for cpu:1. Needs Linux.
+Each case has a process of its own. It compiles the step, resets the peak of resident memory (/proc/self/clear_refs),
+puts the state on the device and runs steps, with the next batch copied in as training does. The growth of resident
+memory up to the peak is compared with preflight's figure for cpu:1. Needs Linux.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, to_global
 from rice_jax.preflight import topologies
 from rice_jax.preflight.advice import with_changes
-from rice_jax.preflight.assess import abstract_batch, assess
+from rice_jax.preflight.assessment import abstract_batch, assess
 from rice_jax.training import step
 
-SIZES: dict[str, dict[str, Any]] = {  # of the default config; activations outweigh parameters
+SIZES: dict[str, dict[str, Any]] = {  # changes of the default config; activations need more memory than parameters
     "tiny": {"data.num_frames": 2, "data.image_size": 32, "model.patch_size": 16, "model.width": 64, "model.layers": 2,
              "model.heads": 2, "model.hidden": 256, "model.embedding": 32, "model.decoder_heads": 2},
     "small": {"data.num_frames": 4, "data.image_size": 96, "model.patch_size": 16, "model.width": 192,
@@ -38,22 +38,25 @@ STEPS = 3
 
 
 def resident(field: str) -> int:
-    """VmRSS, now, or VmHWM, the peak since it was set back: bytes."""
+    """Returns bytes of resident memory. `field`: VmRSS for now, VmHWM for the peak since its reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def measured(config: Any) -> int:
-    """By how many bytes resident memory grows at most, from the compiled step over a few updates."""
+    """Returns the largest growth of resident memory in bytes over STEPS updates, after compiling.
+
+    Raises ValueError when the loss is not finite.
+    """
     net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract).lower(
         abstract, abstract_batch(config, mesh)
     ).compile()  # fmt: skip
-    start = jax.tree.map(np.array, step.init_state(net, config, abstract))  # on the host: making it compiles, too
+    start = jax.tree.map(np.array, step.init_state(net, config, abstract))  # on the host: init_state compiles, too
     drawn = [training_step.draw(config) for _ in range(2)]
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the state lies in what compiling left behind
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise the state would use memory that compiling has freed
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding, may_alias=False), start, abstract)
@@ -62,7 +65,7 @@ def measured(config: Any) -> int:
         state, metrics = compiled(state, batch)
         batch = to_global(drawn[(number + 1) % 2], mesh)
         if not np.isfinite(float(metrics["loss"])):
-            raise ValueError(f"update {number}: the loss is {metrics['loss']}; what it took means nothing.")
+            raise ValueError(f"update {number}: found the loss {metrics['loss']}, needs a finite one; find the cause.")
     return resident("VmHWM") - before
 
 

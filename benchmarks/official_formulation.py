@@ -1,11 +1,10 @@
-"""The official formulation on a mesh, for comparison.
+"""Runs preflight on the official formulation of the losses, for comparison.
 
-python -m benchmarks.official_formulation --config pod --topology v5e:16x16 [what else preflight takes]
+python -m benchmarks.official_formulation --config pod --topology v5e:16x16 [other options of preflight]
 
-Every device gathers the tokens of all clips of the global batch, and decodes each image, all its tokens, against its
-own clip and the hard ones (SPEC 5), where the image lives. The losses are those of rice_jax.losses.global_batch,
-which moves one vector an image; so are the encoder, ICL and the parts of the decoder. Prints what preflight does, of
-this formulation.
+Every device gathers the tokens of all clips of the global batch. It decodes all tokens of each of its images against
+the image's own clip and the hard ones (docs/official.md 5). rice_jax.losses.global_batch computes the same losses, and
+moves one vector per image. Encoder, ICL and the parts of the decoder are the same in both.
 """
 
 import functools
@@ -33,13 +32,13 @@ from rice_jax.parallel.mesh import (
 )
 from rice_jax.preflight.__main__ import main, parse
 
-IMAGES_AT_ONCE = 2  # as the official code takes them
+IMAGES_AT_ONCE = 2  # as in the official code
 
 
 def local_losses(
     net: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """ICL, PMD and PFR on one device of the mesh, inside shard_map."""
+    """Returns ({"icl", "pmd", "pfr"}, counts), as rice_jax.losses.global_batch.local_losses does inside shard_map."""
     params, key = jax.tree.map(all_gather_parameter, params, specs), varying(key)
     rows = batch["mask"].shape[0]
     own = first_row(rows) + jnp.arange(rows)
@@ -56,7 +55,7 @@ def local_losses(
             chunk=options.icl_chunk,
         )
     }
-    clip_tokens = gather_rows(encoded.clip_tokens)  # [G, S, D]: all of it, on every device
+    clip_tokens = gather_rows(encoded.clip_tokens)  # [G, S, D]: all clips, on every device
     key_mask = gather_rows(encoded.key_mask)
     same = "masked" if options.exclude_same_product else "negative"
     itself, also = positives_and_ignored(own, everyone.product, same)
@@ -64,7 +63,7 @@ def local_losses(
     decoder = functools.partial(apply, net.decoder, params["decoder"])
 
     def decode(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        """Logits of one image against its clips [1 + k], and PFR of its own."""
+        """Returns the logits of one image against its clips [1 + k], and its PFR loss."""
         image_tokens, position, clips = row
         x = decoder(jnp.broadcast_to(image_tokens, (len(clips), *image_tokens.shape)), method="image_tokens")
         keys_values = decoder(clip_tokens[clips], method="keys_values")
@@ -90,9 +89,9 @@ def local_losses(
 
 
 def make_loss(net: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
-    """As losses.make_loss; ValueError for options that the official code does not have."""
+    """Does what global_batch.make_loss does. Raises ValueError for options that the official code does not have."""
     if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
-        raise ValueError("the official formulation is of ICL, PMD and PFR, mined from image to clip; set loss so.")
+        raise ValueError("loss: the official formulation needs ICL, PMD and PFR, mined from image to clip; set them.")
     return global_batch.make_loss(net, options, mesh, specs, local=local_losses)
 
 

@@ -1,8 +1,8 @@
-"""The official training step in plain PyTorch, as SPEC 2 to 7 describe it: the formulation that ours is timed against.
+"""The official training step (docs/official.md 2 to 7) in plain PyTorch, for a comparison of times.
 
-Parameters are a dict by the official names. The decoder takes all tokens of an image to each of its four clips and once
-more to its own clip for PFR, as the official code does; but all pairs at once, where that takes two images at a time.
-Attention without dropout or map is torch's own fused one.
+Parameters are a dict by the official names. Like the official code, the decoder matches all tokens of an image with
+each of its four clips, and with its own clip once more for PFR. Unlike it, all pairs are decoded at once and not two
+images at a time. Attention that needs neither dropout nor its weights is torch's own fused attention.
 """
 
 import math
@@ -19,7 +19,7 @@ HARD = 3
 
 
 class OfficialStep:
-    """Parameters and moments; update(batch) is one training step. Sizes and rates are those of `config`."""
+    """Parameters, moments and the training step `update`. Sizes and rates are those of `config`."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], config: Any) -> None:
         self.config = config
@@ -28,7 +28,10 @@ class OfficialStep:
         self.updates = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Losses before the update. batch: video [B,N,3,px,px] and image [B,3,px,px], normalised; mask [B,N]."""
+        """Changes the parameters and returns the losses before that, {"icl", "pmd", "pfr"}.
+
+        batch: video [B,N,3,px,px] and image [B,3,px,px], normalised; mask [B,N].
+        """
         losses = self.losses(batch)
         sum(losses.values()).backward()
         self._descend()
@@ -77,7 +80,7 @@ class OfficialStep:
         return x, self._norm(f"{TOWER}.ln_post", x[:, 0]) @ p[f"{TOWER}.proj"]
 
     def _decode(self, image_tokens: Tensor, clip_tokens: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens after the self and the cross layer, and the cross layer's attention times sqrt(head width)."""
+        """Returns all tokens after both layers [n,T,D], and the cross attention times sqrt(head width) [n,H,T,S]."""
         p, heads, name = self.parameters, self.config.model.decoder_heads, f"{DECODER}.transformer.layers.1"
         x = self._block(f"{DECODER}.transformer.layers.0", image_tokens, heads, eps=1e-12)
         weights, biases = p[f"{name}.attn.in_proj_weight"].chunk(3), p[f"{name}.attn.in_proj_bias"].chunk(3)
@@ -124,7 +127,7 @@ class OfficialStep:
 
     @torch.no_grad()
     def _descend(self) -> None:
-        """AdamW of transformers 4.10 with warm-up and cosine, a rate and a decay for each tensor (SPEC 7)."""
+        """Applies AdamW of transformers 4.10: warm-up, cosine, a rate and a decay per tensor (docs/official.md 7)."""
         o, u, total = self.config.optimizer, self.updates, self.config.num_updates
         cosine = 0.5 * (1 + math.cos(math.pi * (u - o.warmup_updates) / (total - o.warmup_updates)))
         rate = o.learning_rate * (u / o.warmup_updates if u < o.warmup_updates else cosine)

@@ -1,9 +1,9 @@
-"""Our input against the official transforms in Pillow, on the same JPEGs: python -m benchmarks.pipeline --data DIR
+"""Compares our input with the official transforms in Pillow: python -m benchmarks.pipeline --data DIR
 
-The training pictures of a converted set are written out as files, as the official loader reads them. Theirs (SPEC 9):
-open, RGB, resize to 256 x 256 bilinear, random crop 224, flip, floats of 0 to 1, normalised, channels first, stacked.
-Ours: `train_batches`, from records to batches of uint8, which the device normalises. Both show the same clips with the
-same number of frames, one process, equal threads; nothing is cached but by the operating system.
+The official transforms (docs/official.md 9) read JPEG files, which are written from the training pictures of a
+converted set. They convert to RGB, resize to 256 x 256 (bilinear), crop 224 at random, flip, normalise floats of 0 to
+1, put channels first and stack. Ours is `train_batches`, from records to batches of uint8, which the device normalises.
+Both use the same clips, the same number of frames, one process and equal threads. Only the operating system caches.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input import decode
 from data_pipeline.input.batches import train_batches
-from data_pipeline.input.decode import load
+from data_pipeline.input.decode import load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.input.sampling import sample_frames
 from rice_jax import errors
 from rice_jax.models.arrays import MEAN, STD
 
-OPTIONS = FrameOptions(tail_cut=False)  # else the two would not show as many frames
+OPTIONS = FrameOptions(tail_cut=False)  # a tail cut would give the two different numbers of frames
 
 
 def write_pictures(split: Split, rows: np.ndarray, folder: Path) -> dict[int, tuple[list[Path], Path]]:
-    """By row: files of the frames that are sampled, and of the shop image."""
+    """Writes the pictures of clips and returns, by row, the files of the sampled frames and of the shop image."""
     files = {}
     for row in rows.tolist():
         record = split.clip(row)
@@ -90,12 +90,15 @@ def our_epoch(split: Split, plan: Plan, threads: int, batches: int) -> Callable[
 
 
 def level_difference(files: dict[int, tuple[list[Path], Path]]) -> int:
-    """The largest, in levels of 0 to 255, between the two ways of decoding and resizing; of at most 20 pictures."""
+    """Returns the largest difference between both ways of decoding and resizing, in levels of 0 to 255.
+
+    It is taken over the first frames of at most 20 clips.
+    """
     largest = 0
     for path in [paths[0] for paths, _ in files.values()][:20]:
         with Image.open(path) as opened:
             theirs = np.asarray(opened.convert("RGB").resize((OPTIONS.resize,) * 2, Image.Resampling.BILINEAR), int)
-        largest = max(largest, int(np.abs(load(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
+        largest = max(largest, int(np.abs(load_picture(path.read_bytes(), OPTIONS, train=True) - theirs).max()))
     return largest
 
 
@@ -135,7 +138,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="a converted data set; its training split is used")
-    parser.add_argument("--clips", type=int, default=128, help="that are read, rounded up to whole batches")
+    parser.add_argument("--clips", type=int, default=128, help="number of clips to read, rounded up to whole batches")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=turns.cores())
     parser.add_argument("--repeats", type=int, default=5)

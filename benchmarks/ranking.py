@@ -1,12 +1,13 @@
-"""Ranking at LPR4M's size against the official loop's arithmetic: python -m benchmarks.ranking [--output FILE].
+"""Compares our ranking at LPR4M's size with the official loop: python -m benchmarks.ranking [--output FILE].
 
-20,079 queries in 110 galleries of 66,358 shop images. Theirs: one dot product and one stable sort a query, in NumPy.
-Ours: `rank_queries`, from arrays to ranks and top 10, host work included. Both in one run, in turn; ratio of medians.
+There are 20,079 queries in 110 galleries of 66,358 shop images. The official loop has one dot product and one stable
+sort per query, in NumPy. Ours is `rank_queries`, from arrays to ranks and top 10, with its work on the host. Both are
+timed in turn in one run, and the result is the ratio of medians.
 """
 
 import os
 
-# More threads make a product of this size slower, and on a busy machine twenty times slower; theirs runs at its best.
+# The official loop is fastest with one thread: more make products of this size slower, on a busy machine 20 times.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import argparse
@@ -24,7 +25,11 @@ QUERIES, GALLERIES, IMAGES, WIDTH = 20_079, 110, 66_358, 512
 
 
 def draw(seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray, list[list[int]]]:
-    """Unit vectors with true pairs closer than chance; gallery sizes and queries a gallery spread log-normally."""
+    """Returns random embeddings, in which true pairs are closer than chance, and their galleries.
+
+    Gallery sizes and numbers of queries per gallery are log-normal. The result is (query embeddings [Q, E], image
+    embeddings [I, E], image rows of each gallery, gallery of each query [Q], true image rows of each query).
+    """
     rng = np.random.default_rng(seed)
     sizes, counts = (
         rng.multinomial(total - GALLERIES, share / share.sum()) + 1
@@ -47,17 +52,17 @@ def official_loop(
     gallery_of: np.ndarray,
     truth: list[list[int]],
 ) -> np.ndarray:
-    """Rank of each query's true entry, by a stable sort of all of its gallery."""
-    shelf = [image_ie[rows] for rows in galleries]
+    """Returns int32 [Q], the rank of each query's true entry, by a stable sort of its whole gallery."""
+    gallery_images = [image_ie[rows] for rows in galleries]
     rank_q = np.zeros(len(query_qe), np.int32)
     for query, gallery in enumerate(gallery_of):
-        order = np.argsort(-(shelf[gallery] @ query_qe[query]), kind="stable")
+        order = np.argsort(-(gallery_images[gallery] @ query_qe[query]), kind="stable")
         rank_q[query] = 1 + np.flatnonzero(galleries[gallery][order] == truth[query][0])[0]
     return rank_q
 
 
 def main() -> None:
-    """Prints the ratio and writes it as JSON."""
+    """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/ranking.json"))
     parser.add_argument("--repeats", type=int, default=3)

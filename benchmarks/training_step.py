@@ -1,13 +1,13 @@
-"""Our training step against PyTorch's of the same model and batch: python -m benchmarks.training_step [--size NAME ...]
+"""Compares our training step with the official one in PyTorch: python -m benchmarks.training_step [--size NAME ...]
 
-Both first take three updates from the same random weights; losses, gradient and parameters must agree. Then both are
-timed in turn on the same cores (`taskset -c 0` leaves one), without dropout, so that both compute the same numbers.
-Ours takes levels 0..255 and normalises them, theirs takes normalised floats. Needs `pip install 'rice_jax[torch]'`.
+Both first do three updates from the same random weights, and losses, gradient and parameters must agree. Then both are
+timed in turn on the same cores (`taskset -c 0` leaves one). Neither has dropout, so both compute the same numbers. Ours
+gets levels 0..255 and normalises them, and PyTorch gets normalised floats. Needs `pip install 'rice_jax[torch]'`.
 """
 
 import os
 
-# PyTorch's threads then sleep while they wait for one another; on a busy machine the spinning is all it would do.
+# PyTorch's threads then sleep while they wait for one another. On a busy machine they would only spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -32,7 +32,7 @@ from rice_jax.weights import naming
 if TYPE_CHECKING:
     from benchmarks.official_step import OfficialStep
 
-SIZES: dict[str, dict[str, int]] = {  # of the default config, all else official
+SIZES: dict[str, dict[str, int]] = {  # changes of the default config, which is official
     "tiny": {"batch_size": 4, "data.num_frames": 2, "data.image_size": 32, "model.patch_size": 16, "model.width": 32,
              "model.layers": 1, "model.heads": 2, "model.hidden": 64, "model.embedding": 16, "model.decoder_heads": 2},
     "small": {"batch_size": 64, "data.num_frames": 2, "data.image_size": 64, "model.patch_size": 16, "model.width": 192,
@@ -40,11 +40,11 @@ SIZES: dict[str, dict[str, int]] = {  # of the default config, all else official
               "model.decoder_heads": 3},
     "vit_b_32": {"batch_size": 4, "data.num_frames": 2},
 }  # fmt: skip
-AGREEMENT = {"loss": 1e-4, "gradient": 1e-4, "parameters": 1e-2}  # of `differences`
+AGREEMENT = {"loss": 1e-4, "gradient": 1e-4, "parameters": 1e-2}  # limits of `differences`
 
 
 def sized(size: str) -> Any:
-    """The config of a size; the rates let two updates move far enough to be compared."""
+    """Returns the config of a size. Its rates let two updates move the parameters far enough to compare them."""
     config = default.get_config()
     for field, value in SIZES[size].items():
         section, _, leaf = field.rpartition(".")
@@ -56,9 +56,9 @@ def sized(size: str) -> Any:
 
 
 def draw(config: Any) -> dict[str, np.ndarray]:
-    """A batch of smooth pictures in colours of their own: of noise all embeddings would be one, and mining a lottery.
+    """Returns a batch of smooth pictures in different colours. The last clip has one frame, the others fill all slots.
 
-    The last clip has one frame, the others all slots.
+    With noise as pictures all embeddings would be nearly equal, and rounding would decide which clips are hard.
     """
     rng = np.random.default_rng(0)
     count, slots, side = config.batch_size, config.data.num_frames, config.data.image_size
@@ -71,7 +71,7 @@ def draw(config: Any) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """Our jitted step with the state that it moves."""
+    """Our jitted step with its state."""
 
     def __init__(self, config: Any, batch: Mapping[str, np.ndarray]) -> None:
         net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
@@ -95,10 +95,10 @@ def by_official_name(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in naming.invert(naming.flattened(jax.device_get(tree))).items()}
 
 
-def theirs(
+def torch_step(
     config: Any, tensors: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]
 ) -> tuple["OfficialStep", Any]:
-    """PyTorch's step from these parameters, and the batch as it takes it."""
+    """Returns the step in PyTorch with these parameters, and the batch as tensors for it."""
     import torch
 
     from benchmarks.official_step import OfficialStep
@@ -114,11 +114,12 @@ def theirs(
 
 
 def differences(ours: Ours, official: "OfficialStep", inputs: Any) -> dict[str, float]:
-    """Over three updates, the first at rate 0 (SPEC 7.4): how far the two are apart.
+    """Returns the differences of the two over three updates, of which the first has rate 0 (docs/official.md 7.4).
 
-    loss: the largest, absolute. gradient: of the first update, over the largest entry of its tensor, or over 0.01 where
-    that is larger (a bias before a softmax has no gradient but rounding). parameters: the norm over that of the
-    movement, all together, since Adam makes of the noise of single entries a whole step.
+    loss: the largest absolute difference of a loss. gradient: the largest difference in the first update over the
+    largest entry of its tensor, or over 0.01 if that is larger (a bias before a softmax has only rounding as gradient).
+    parameters: the norm of the difference over the norm of the movement, for all tensors together, because Adam turns
+    the noise of a single entry into a whole step.
     """
     start, loss, gradient = ours.parameters(), 0.0, 0.0
     for number in range(3):
@@ -126,8 +127,8 @@ def differences(ours: Ours, official: "OfficialStep", inputs: Any) -> dict[str, 
         loss = max(loss, *(abs(a[name] - b[name]) for name in a))
         if number == 0:
             for name, mine in ours.momentum().items():
-                his = official.moments[name][0].numpy()  # the gradient times 1 - b1 = 0.1
-                gradient = max(gradient, float(np.abs(mine - his).max() / max(1e-3, np.abs(his).max())))
+                theirs = official.moments[name][0].numpy()  # the gradient times 1 - b1 = 0.1
+                gradient = max(gradient, float(np.abs(mine - theirs).max() / max(1e-3, np.abs(theirs).max())))
     apart = moved = 0.0
     for name, mine in ours.parameters().items():
         apart += float(np.square(mine - official.parameters[name].detach().numpy(), dtype=np.float64).sum())
@@ -136,14 +137,14 @@ def differences(ours: Ours, official: "OfficialStep", inputs: Any) -> dict[str, 
 
 
 def compare(size: str, repeats: int) -> dict[str, Any]:
-    """Times and their ratio; ValueError when the two do not compute the same."""
+    """Returns sizes, differences, seconds and their ratio. Raises ValueError if the differences exceed AGREEMENT."""
     config = sized(size)
     batch = draw(config)
     ours = Ours(config, batch)
-    official, inputs = theirs(config, ours.parameters(), batch)
+    official, inputs = torch_step(config, ours.parameters(), batch)
     gaps = differences(ours, official, inputs)
     if not all(gaps[name] <= AGREEMENT[name] for name in gaps):
-        raise ValueError(f"{size}: the two steps differ by {gaps}, needs {AGREEMENT}; what they cost means nothing.")
+        raise ValueError(f"{size}: the two steps differ by {gaps}, needs at most {AGREEMENT}; correct one of them.")
     seconds = turns.in_turn({"torch": lambda: official.update(inputs), "ours": ours.update}, repeats)
     return {
         "sizes": SIZES[size],

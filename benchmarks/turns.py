@@ -1,4 +1,4 @@
-"""What the yardsticks do alike: candidates timed in turn, and a report on the screen and in a file."""
+"""Times candidates in turn, and writes a report on the screen and in a file."""
 
 import json
 import os
@@ -17,15 +17,16 @@ from data_pipeline.system.processes import cores
 
 class Seconds(NamedTuple):
     wall: float
-    processor: float  # of all threads and of the processes that ended; on a busy machine the steadier of the two
+    processor: float  # of all threads and of ended child processes; steadier than wall on a busy machine
 
 
 def in_turn(
     candidates: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object] = lambda: None
 ) -> dict[str, Seconds]:
-    """Medians of `repeats` calls of each, A B A B ..., after one call of each that is not counted.
+    """Returns the medians of `repeats` calls of each candidate, after one call of each that is not counted.
 
-    In turn, so that what else the machine does falls on all of them alike. `prepare` runs before each call, untimed.
+    The order is A B A B ..., so that other work of the machine affects all of them equally. `prepare` runs before each
+    call and is not timed.
     """
     taken: dict[str, list[Seconds]] = {name: [] for name in candidates}
     for number in range(repeats + 1):
@@ -48,7 +49,7 @@ def ratio(above: Seconds, below: Seconds) -> dict[str, float]:
 
 
 def write_report(output: Path, report: Mapping[str, Any]) -> None:
-    """The report behind what it was measured on, printed and written as JSON; Seconds as {"wall", "processor"}."""
+    """Prints the machine and the report, and writes both as JSON. Seconds become {"wall", "processor"}."""
     machine = {
         "device": jax.devices()[0].device_kind,
         "processor": platform.processor() or platform.machine(),

@@ -1,11 +1,9 @@
-"""The smallest RICE that has every part: what tests and a first try on any machine run. Set data.path."""
-
-import ml_collections
+"""The smallest RICE that has every part, for tests and a first try on any machine. Set data.path."""
 
 from configs import default
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> default.Config:
     c = default.get_config()
     c.unlock()
     c.batch_size = 8

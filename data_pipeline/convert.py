@@ -238,9 +238,12 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse_options(arguments: Sequence[str] | None) -> Options:
-    """Returns the options in the arguments of the command, by default sys.argv. Raises SystemExit for wrong ones."""
-    parser = make_parser("data_pipeline.convert", __doc__)
+def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
+    """Returns the options in the arguments of the command, by default sys.argv. Raises SystemExit for wrong ones.
+
+    prog: the command's name in messages.
+    """
+    parser = make_parser(prog, __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="layout of the source on disk")
     parser.add_argument(
         "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
@@ -281,9 +284,9 @@ def _rate(text: str) -> float:
     return rate
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.convert") -> int:
     """Runs the command and returns its exit status."""
-    options = parse_options(arguments)
+    options = parse_options(arguments, prog)
     return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 
 

@@ -1,8 +1,8 @@
-"""Is this data fit to train on? python -m data_pipeline.doctor PATH
+"""Checks whether data is fit to train on: python -m data_pipeline.doctor PATH
 
 PATH is a source folder of any layout, before it is converted, or a converted set. Every list and every picture is
-looked at; all faults are told, not only the first, in OUTPUT/report.html and OUTPUT/report.json. Killed, the same
-command goes on where it stopped. Exit status: 0 training is safe (there may be warnings), 1 it is not, 2 wrong use.
+inspected, and all faults are reported, in OUTPUT/report.html and OUTPUT/report.json. If it is killed, the same command
+goes on where it stopped. Exit status: 0 training is safe (there may be warnings), 1 it is not, 2 wrong use.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import numpy as np
 from data_pipeline.faults import WrongUseError
 from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.tfrecord import write_file
-from data_pipeline.inspection.converted import ConvertedSet
-from data_pipeline.inspection.cross_checks import compare
+from data_pipeline.inspection.converted import InspectedSet
+from data_pipeline.inspection.cross_checks import cross_checks
 from data_pipeline.inspection.findings import Findings, distributions
-from data_pipeline.inspection.fingerprints import append_known, load_known
+from data_pipeline.inspection.fingerprints import KnownFingerprints, append_fingerprints, load_fingerprints
 from data_pipeline.inspection.page import make_page
-from data_pipeline.inspection.source import RawSource
-from data_pipeline.inspection.summary import Inspectable
+from data_pipeline.inspection.source import InspectedSource
+from data_pipeline.inspection.summary import Fingerprints, InspectedData
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
 from data_pipeline.system.output_folder import WORK, locked
@@ -34,58 +34,60 @@ from data_pipeline.system.workers import Workers
 
 CONVERTED = "converted"
 BUILD = Path("build/doctor")
-SHOWN = 5  # faults of a kind on the screen: one lost archive is not to drown in its thousand missing frames
+SHOWN = 5  # faults of a kind on the screen: thousands of missing frames of one lost archive would hide the rest
 
 
-def examine(options: argparse.Namespace) -> dict[str, Any]:
-    """Examines, writes report.html and report.json, and gives the report; WrongUseError."""
+def inspect(options: argparse.Namespace) -> dict[str, Any]:
+    """Inspects the data, writes report.html and report.json, and returns the report.
+
+    Raises WrongUseError if another run uses the output folder, or the source cannot be opened as the layout given.
+    """
     begin = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
     with locked(options.output):
-        return _examine(options, begin)
+        work = options.output / WORK
+        work.mkdir(exist_ok=True)
+        data = _inspect_data(options, work)
+        findings = Findings(frozenset(options.accept))
+        findings.add(data.faults)
+        findings.add(cross_checks(data))
+        report = {
+            "path": str(options.path),
+            "layout": options.layout,
+            **findings.as_json(),
+            "remarks": data.remarks,
+            "distributions": distributions(data),
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+        write_file(options.output / "report.json", _json(report).encode("utf-8", "backslashreplace"))
+        page = make_page(f"Data doctor: {options.path}", report, data)
+        write_file(options.output / "report.html", page.encode("utf-8", "backslashreplace"))
+        return report
 
 
-def _examine(options: argparse.Namespace, begin: float) -> dict[str, Any]:
-    work = options.output / WORK
-    work.mkdir(exist_ok=True)
-    patient = _patient(options, work)
-    findings = Findings(frozenset(options.accept))
-    findings.add(patient.faults)
-    findings.add(compare(patient))
-    report = {
-        "path": str(options.path),
-        "layout": options.layout,
-        **findings.as_json(),
-        "remarks": patient.remarks,
-        "distributions": distributions(patient),
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-    write_file(options.output / "report.json", _json(report).encode("utf-8", "backslashreplace"))
-    page = make_page(f"Data doctor: {options.path}", report, patient)
-    write_file(options.output / "report.html", page.encode("utf-8", "backslashreplace"))
-    return report
+def _inspect_data(options: argparse.Namespace, work: Path) -> InspectedData:
+    store = work / "looks.bin"  # an early name, kept so that the fingerprints of earlier runs are found
+    fingerprints, known_file = load_fingerprints(store), work / "known.npy"
+    np.save(known_file, fingerprints)
+    known = KnownFingerprints(known_file)
+    if len(fingerprints):
+        print(f"{options.output}: found {len(fingerprints):,} pictures inspected by an earlier run; those of unchanged "
+              "files are not decoded again.")  # fmt: skip
 
+    def on_new(fingerprints: Fingerprints) -> None:
+        append_fingerprints(store, fingerprints)
 
-def _patient(options: argparse.Namespace, work: Path) -> Inspectable:
-    store = work / "looks.bin"
-    known, known_file = load_known(store), work / "known.npy"
-    np.save(known_file, known)
-    if len(known):
-        print(f"{options.output}: {len(known):,} pictures were looked at before and are as they were then, if their "
-              "files are.")  # fmt: skip
-    remember = lambda looks: append_known(store, looks)
     if options.layout == CONVERTED:
-        converted = ConvertedSet(options.path, options.workers)
-        converted.examine(known_file, remember)
+        converted = InspectedSet(options.path, options.workers)
+        converted.inspect(known, on_new)
         return converted
-    layout, splits = open_source(
-        options.layout, options.path, stored_frames=SAMPLED_FRAMES if options.frames == "sampled" else None
-    )
-    patient = RawSource(layout, splits, options.workers)
+    stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
+    layout, splits = open_source(options.layout, options.path, stored_frames=stored_frames)
+    source = InspectedSource(layout, splits, options.workers)
     with Workers(options.workers, layout) as workers:
-        patient.read_lists(workers.run, work)
-    patient.examine(known_file, remember)
-    return patient
+        source.read_lists(workers.run, work)
+    source.inspect_pictures(known, on_new)
+    return source
 
 
 def _json(report: dict[str, Any]) -> str:
@@ -93,7 +95,7 @@ def _json(report: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names of files may hold bytes that are no text: as escapes, which JSON reads back."""
+    """Returns the text with bytes that are not UTF-8, as in file names, as escapes, which JSON reads back."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -124,18 +126,18 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     print(f"{report['path']}: {verdict}; {output / 'report.html'}")
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("data_pipeline.doctor", __doc__)
+def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = make_parser(prog, __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a source folder, or a converted set")
-    parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="what PATH is (found out)")
+    parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="layout of PATH (found by its folders)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
     parser.add_argument(
         "--frames", choices=("all", "sampled"), default="all",
-        help=f"look at every listed frame, or at the {SAMPLED_FRAMES} a clip that a conversion stores",
+        help=f"inspect every listed frame, or the {SAMPLED_FRAMES} of each clip that a conversion stores",
     )  # fmt: skip
     parser.add_argument(
         "--accept", type=lambda text: text.split(","), default=[], metavar="KINDS",
-        help="kinds of faults that you know of, separated by commas: they become warnings",
+        help="kinds of faults to count as warnings, separated by commas",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print report.json in place of the summary")
     add_workers(parser)
@@ -144,40 +146,43 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def complete(options: argparse.Namespace) -> None:
-    """Finds out what was not said; WrongUseError."""
+def check_options(options: argparse.Namespace) -> None:
+    """Sets options.layout where it was not given.
+
+    Raises WrongUseError if PATH is no folder or of no known layout, or if the output is inside PATH.
+    """
     if not options.path.is_dir():
         raise WrongUseError(f"{options.path}: found no folder, needs a source or a converted set; correct the path.")
     options.layout = options.layout or (CONVERTED if _is_converted(options.path) else layout_of(options.path))
     if options.layout is None:
         raise WrongUseError(
             f"{options.path}: found neither manifest.json nor annotations/ nor clips/ and shop/, needs one of them; "
-            "correct the path, or say --layout."
+            "correct the path, or give --layout."
         )
     if options.output.resolve().is_relative_to(options.path.resolve()):
         raise WrongUseError(
-            f"{options.output}: found the output inside of what is examined, needs it elsewhere; give --output."
+            f"{options.output}: found the output inside the data to inspect, needs another folder; give --output."
         )
 
 
 def _is_converted(path: Path) -> bool:
-    """Also where the conversion is unfinished, or its manifest is lost."""
+    """Returns whether PATH is a converted set, even if it is unfinished or its manifest is lost."""
     return (path / MANIFEST).exists() or any(path.glob("*.tfrecord")) or (path / WORK).is_dir()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.doctor") -> int:
+    options = parse_options(arguments, prog)
     report: dict[str, Any] = {}
 
     def job() -> bool:
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
-            complete(options)
-            report.update(examine(options))
+            check_options(options)
+            report.update(inspect(options))
             if not options.json:
                 print_report(report, options.output)
         return bool(report["safe"])
 
-    status = exit_status(job, output=options.output, kept="what was looked at is known")
+    status = exit_status(job, output=options.output, kept="pictures that were inspected are not decoded again")
     if options.json and report:
         print(_printable(_json(report)), end="")
     return status

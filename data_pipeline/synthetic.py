@@ -1,7 +1,7 @@
-"""A livestream shop drawn by the project itself: python -m data_pipeline.synthetic --output DIR
+"""Draws a livestream shop: python -m data_pipeline.synthetic --output DIR
 
-Products in 34 categories with siblings that differ in their pattern alone, shop images, clips and lists, laid out as
-LPR750K is. The same seed and sizes give the same files, whatever the number of workers. Killed, the same
+It has products in 34 categories, with siblings that differ in their pattern alone, shop images, clips and lists, in the
+layout of LPR750K. The same seed and sizes give the same files, with any number of workers. If it is killed, the same
 command goes on where it stopped. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
 """
 
@@ -22,8 +22,9 @@ from PIL import Image
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.input.sampling import sample_frames
 from data_pipeline.synthetic_shop.catalogue import Clip, Product, Shop, plan_shop
-from data_pipeline.synthetic_shop.categories import CATEGORIES, draw_product, shop_image
+from data_pipeline.synthetic_shop.categories import CATEGORIES
 from data_pipeline.synthetic_shop.dice import Dice
+from data_pipeline.synthetic_shop.products import draw_product, shop_image
 from data_pipeline.synthetic_shop.rooms import Room, draw_room
 from data_pipeline.synthetic_shop.scenes import Scene, backdrop, draw_overlay
 from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
@@ -33,21 +34,21 @@ from data_pipeline.system.workers import Workers
 
 PRODUCTS, CLIPS_A_PRODUCT = 102, 8
 SHELF = 9  # products that fit on the shelf behind the host
-SAMPLED = 10  # frames of a query (SPEC 8.8)
-NO_BOX = (0, 0, 0, 0)  # SPEC 8.5
-VERSION = 1  # of the drawing: raise it when the same seed gives other files
+SAMPLED = 10  # frames of a query (docs/official.md 8.8)
+NO_BOX = (0, 0, 0, 0)  # docs/official.md 8.5
+VERSION = 1  # of the drawing: to be raised when the same seed gives other files
 DONE, ANNOTATIONS = "synthetic.json", "annotations"
-SCALES = (
-    ("small", 0.1),
-    ("medium", 0.25),
-    ("large", 1.0),
-)  # up to which share of the frame the boxes cover, on average
-DURATIONS = (("short", 4), ("medium", 7), ("long", math.inf))  # up to how many seconds the product is shown
+SCALES = (("small", 0.1), ("medium", 0.25), ("large", 1.0))  # largest mean share of the frame that the boxes cover
+DURATIONS = (("short", 4), ("medium", 7), ("long", math.inf))  # most seconds that the product is shown
 Boxes = list[Box | None]  # of a clip's frames; None: the product is not shown
 
 
 def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: int) -> Shop:
-    """Draws the shop, unless it is there already. WrongUseError as `plan_shop` and `claim` say."""
+    """Draws the shop into `output`, unless it is there already, and returns its plan.
+
+    Raises WrongUseError if such a shop cannot be planned (see `plan_shop`), or if `output` has other files, another
+    shop, or is in use by another run.
+    """
     shop = plan_shop(products=products, clips=clips, seed=seed)
     identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}
     output.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
             print(f"{output}: already drawn, nothing to do.")
         else:
             for left_over in output.glob("[!.]*/.*.tmp"):
-                shutil.rmtree(left_over)  # of a clip that was being drawn when the run was killed
+                shutil.rmtree(left_over)  # of the clip that a killed run was drawing
             write_lists(shop, output, _draw(Studio(shop, output), workers))
             summary = summarize(shop)
             write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
@@ -66,7 +67,7 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
 
 
 def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
-    """All pictures; the boxes by clip."""
+    """Draws all pictures; returns the boxes by clip."""
     shop = studio.shop
     (studio.output / WORK / "sprites").mkdir(exist_ok=True)
     seconds = [sum(clip.length for clip in clips) for clips in shop.clips_by_livestream]
@@ -87,33 +88,33 @@ def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: a key of caches by what it is, not by all that it holds
+@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, as a key of caches
 class Studio:
-    """Draws what the shop plans, in whatever process."""
+    """Draws the products and clips of a planned shop; it is shared by the workers."""
 
     shop: Shop
     output: Path
 
     def draw_product(self, index: int) -> None:
-        """The sprite, kept for the clips, and the shop image wherever it is looked for."""
+        """Draws the product's sprite, for the clips, and its shop image into every folder that shows it."""
         kept = self.sprite_path(index)
         if kept.exists():
             return
         product, seed = self.shop.products[index], self.shop.seed
-        shape, light = Dice(seed, "shape", product.group), Dice(seed, "light", product.group)  # the siblings' too
+        shape, light = Dice(seed, "shape", product.group), Dice(seed, "light", product.group)  # siblings share them
         picture = draw_product(product.category, product.palette, product.pattern, shape, Dice(seed, "pattern", index))
         data = _encode(shop_image(picture, product.palette, light), "JPEG", quality=90)
         for path in image_paths(self.shop, product):
             (self.output / path).parent.mkdir(parents=True, exist_ok=True)
             (self.output / path).write_bytes(data)
-        write_file(kept, _encode(picture, "PNG", compress_level=1))  # last: where it is, the others are whole
+        write_file(kept, _encode(picture, "PNG", compress_level=1))  # last: then the shop images are complete
 
     def draw_livestream(self, index: int) -> dict[int, Boxes]:
-        """The livestream's clips; their boxes."""
+        """Draws the livestream's clips; returns their boxes by clip."""
         return {clip.index: self._draw_clip(clip) for clip in self.shop.clips_by_livestream[index]}
 
     def _draw_clip(self, clip: Clip) -> Boxes:
-        """The clip's folder, unless it is there; it appears whole or not at all."""
+        """Draws the clip's folder, unless it is there; it appears only when it is complete. Returns the boxes."""
         scene = self.scene(clip)
         folder = self.output / clip.folder
         if not folder.exists():
@@ -126,9 +127,10 @@ class Studio:
         return [scene.box(second) for second in range(clip.length)]
 
     def scene(self, clip: Clip) -> Scene:
+        """Returns the scene of a clip. Raises FileNotFoundError if a sprite of its products is not drawn yet."""
         seed, dice = self.shop.seed, Dice(self.shop.seed, "scene", clip.index)
         product, *others = (_sprite(self, index) for index in (clip.product, *clip.others))
-        room, palm, fingers, overlay = _set(self, clip.livestream)
+        room, palm, fingers, overlay = _stage(self, clip.livestream)
         lights = Dice(seed, "lights", clip.livestream)
         shots = plan_shots(lights, dice, product, clip.length, range(*clip.shown), passing=bool(others))
         behind = backdrop(room, dice, others, shots[sum(clip.shown) // 2])
@@ -145,8 +147,8 @@ def _sprite(studio: Studio, index: int) -> Sprite:
 
 
 @functools.lru_cache(maxsize=2)
-def _set(studio: Studio, livestream: int) -> tuple[Room, Sprite, Sprite, Image.Image]:
-    """The livestream's room, hand and overlay."""
+def _stage(studio: Studio, livestream: int) -> tuple[Room, Sprite, Sprite, Image.Image]:
+    """Returns the livestream's room, the palm and the fingers of its host, and its overlay."""
     dice = Dice(studio.shop.seed, "room", livestream)
     shelf = studio.shop.livestreams[livestream].shelf
     room = draw_room(dice, [_sprite(studio, index).picture for index in shelf[:SHELF]])
@@ -163,13 +165,13 @@ def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def image_paths(shop: Shop, product: Product) -> list[str]:
-    """Where the product's shop image lies: for training, and in every gallery that shows it."""
+    """Returns the paths of the product's shop image: for training if it is seen there, and in every gallery with it."""
     training = [f"training_image/{product.image_id}.jpg"] if product.seen else []
     return [*training, *(f"gallery/{live.id}/{product.image_id}-0.jpg" for live in shop.galleries_of[product.index])]
 
 
 def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
-    """The folder of annotations, whole or not at all: its presence is what the converter looks for."""
+    """Writes the folder of annotations, which appears only when it is complete: the converter looks for it."""
     products = shop.products
     test = shop.clips_of("test")
     truth = {clip.id: [products[clip.product].image_id] for clip in test}
@@ -212,7 +214,7 @@ def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
 
 
 def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
-    """Thirteen columns (SPEC 8.3, and 8.4's last three)."""
+    """Returns a line of thirteen columns: ten of docs/official.md 8.3, and the last three of 8.4."""
     frames = [f"{clip.folder}/{frame}.jpg" for frame in clip.frame_ids]
     category = str(list(CATEGORIES).index(product.category))
     cells = [
@@ -224,13 +226,14 @@ def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
 
 
 def scale_of(boxes: Boxes) -> str:
-    """By the share of the frame that the product's box covers, on average over the frames that show it."""
+    """Returns small, medium or large, by the mean share of the frame that the boxes cover where there is one."""
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in boxes if box]
     share = sum(areas) / len(areas) / (WIDTH * HEIGHT)
     return next(name for name, most in SCALES if share <= most)
 
 
 def duration_of(clip: Clip) -> str:
+    """Returns short, medium or long, by the seconds that the clip shows its product."""
     seconds = clip.shown[1] - clip.shown[0]
     return next(name for name, most in DURATIONS if seconds <= most)
 
@@ -239,7 +242,7 @@ def duration_of(clip: Clip) -> str:
 
 
 def summarize(shop: Shop) -> dict[str, Any]:
-    """What was drawn, in numbers. chance: recall@1 of a blind guess, percent."""
+    """Returns the shop's counts by name, and as "chance" the Recall@1 of a random guess, in per cent."""
     test = shop.clips_of("test")
     shelf = [len(shop.livestreams[clip.livestream].shelf) for clip in test]
     return {
@@ -260,8 +263,8 @@ def _print(summary: dict[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<18}{value:>12,}")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("data_pipeline.synthetic", __doc__)
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = make_parser(prog, __doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if missing")
     parser.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"with siblings ({PRODUCTS})")
     parser.add_argument("--clips", type=int, metavar="N", help=f"of all splits ({CLIPS_A_PRODUCT} a product)")
@@ -273,9 +276,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    return exit_status(lambda: synthesize(**vars(options)), output=options.output, kept="what is drawn is kept")
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.synthetic") -> int:
+    options = parse(arguments, prog)
+    return exit_status(lambda: synthesize(**vars(options)), output=options.output, kept="finished pictures are kept")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Reading a config: a file or the name of a shipped one, then overrides; and comparing two.
+"""Reads configs (a file or the name of a shipped one, then overrides), checks and compares them.
 
-Written as ml_collections' own flags are (`--config FILE[:ARG] --config.field=value`), but with argparse: those flags
-report a mistyped field as its bare name, and a file that is not there at the first use of the config.
+A command takes `--config FILE[:ARG] --config.field=value`, as with ml_collections' flags but by argparse: those flags
+report a mistyped field by its bare name, and a missing file only when the config is first used.
 """
 
 import argparse
@@ -10,23 +10,33 @@ import difflib
 import importlib.util
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
 from configs import default
+from configs.default import FIELDS
+
+if TYPE_CHECKING:
+    from configs.default import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, Section
+else:  # when the code runs, a config is a ConfigDict; tests check annotations then
+    Config = DataConfig = LossConfig = MeshConfig = ModelConfig = OptimizerConfig = Section = ml_collections.ConfigDict
 
 SHIPPED = Path(default.__file__).parent
+FITTED_BATCH = 64  # pairs: the largest batch that batch_size 0 stands for
+# Fields whose value may differ: when the run goes on, in an evaluation of it, and between its hosts.
+FREE = tuple(name for name, field in FIELDS.items() if field.change in ("on resume", "per host"))
+EVALUATED = tuple(name for name, field in FIELDS.items() if field.change != "no")
+PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per host")
 
 
 def shipped_path(name: str) -> str:
-    """'grocery', 'grocery.py', 'configs/grocery.py' or any path, with or without ':ARG', as a file that exists.
+    """Returns the path of an existing file for a path or a shipped config's name, with its ':ARG' if it has one.
 
     Raises:
-      FileNotFoundError: neither a file nor a shipped config; names those shipped.
+      FileNotFoundError: neither a file nor a shipped config; lists the shipped ones.
     """
     file, colon, argument = name.partition(":")
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
@@ -41,12 +51,13 @@ def shipped_path(name: str) -> str:
     )
 
 
-def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
-    """Raises ValueError, naming the nearest field, when `dotted` is no field of the config."""
+def check_field(config: Config, dotted: str) -> None:
+    """Raises ValueError, naming the nearest field, if the config has no field `dotted`."""
     known = flat(config)
-    sections = {name.rpartition(".")[0] for name in known}
-    if dotted in known or dotted in sections:
+    if dotted in known:
         return
+    if inside := [name for name in known if name.startswith(f"{dotted}.")]:
+        raise ValueError(f"--config.{dotted}: is a section; its fields are {', '.join(inside)}.")
     leaf = dotted.rpartition(".")[2]
     if "accum" in leaf:
         raise ValueError(
@@ -63,8 +74,12 @@ def check_field(config: ml_collections.ConfigDict, dotted: str) -> None:
     raise ValueError(f"--config.{dotted}: the config has no such field; {hint}.")
 
 
-def load(name: str) -> ml_collections.ConfigDict:
-    """The config of FILE[:ARG], FILE a path or the name of a shipped one."""
+def load(name: str) -> Config:
+    """Returns the config of FILE[:ARG], where FILE is a path or the name of a shipped config.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, no config in it, or an argument that it does not take.
+    """
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
@@ -78,33 +93,37 @@ def load(name: str) -> ml_collections.ConfigDict:
     return module.get_config(argument) if colon else module.get_config()
 
 
-def override(config: ml_collections.ConfigDict, dotted: str, text: str) -> None:
-    """Sets a field from text, which must read as the field's own type; tuples are words separated by commas."""
+def override(config: Config, dotted: str, text: str) -> None:
+    """Sets the field `dotted` to `text`, read as a value of the field's type; a tuple is written with commas.
+
+    Raises:
+      ValueError: no such field, or a text that its type cannot be read from.
+    """
     check_field(config, dotted)
-    *parents, leaf = dotted.split(".")
-    section = config
-    for parent in parents:
-        section = section[parent]
-    kind = type(section[leaf])
+    old = flat(config)[dotted]
+    # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
+    item = FIELDS[dotted].item if dotted in FIELDS else str if isinstance(old, tuple) else type(old)
     try:
-        if kind is bool:
-            value: Any = {"true": True, "false": False}[text.lower()]
-        elif kind is tuple:
-            words = [word for word in text.split(",") if word]
-            value = tuple(int(word) for word in words) if dotted.startswith("model.") else tuple(words)
-        elif kind in (int, float, str):
-            value = kind(text)
+        if isinstance(old, tuple):
+            value: Any = tuple(item(word) for word in text.split(",") if word)
+        elif item is bool:
+            value = {"true": True, "false": False}[text.lower()]
         else:
-            raise ValueError
+            value = {int: int, float: float, str: str}[item](text)
     except (ValueError, KeyError):
-        raise ValueError(
-            f"--config.{dotted}={text}: needs a value of type {kind.__name__}, such as {section[leaf]!r}."
-        ) from None
-    section[leaf] = value
+        needed = FIELDS[dotted].values if dotted in FIELDS else f"a value of type {item.__name__}"
+        raise ValueError(f"--config.{dotted}={text}: needs {needed}.") from None
+    set_field(config, dotted, value)
+
+
+def set_field(config: Config, dotted: str, value: Any) -> None:
+    """Sets the field `dotted`, such as data.path."""
+    section, _, name = dotted.rpartition(".")
+    (config[section] if section else config)[name] = value
 
 
 def split_override(word: str) -> tuple[str, str]:
-    """'--config.a.b=c' as ('a.b', 'c'); ValueError for anything else."""
+    """Returns '--config.a.b=c' as ('a.b', 'c'). Raises ValueError for anything else."""
     name, equals, text = word.removeprefix("--config.").partition("=")
     if not word.startswith("--config."):
         raise ValueError(f"{word}: there is no such option; --help lists them.")
@@ -114,9 +133,9 @@ def split_override(word: str) -> tuple[str, str]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command that takes --config and --config.field=value; `config` is then the config, locked.
+    """Parses a command that takes --config and --config.field=value. Its `config` is the locked config.
 
-    Wrong use is one line on stderr and exit status 2.
+    Wrong use prints one line on stderr and exits with status 2.
     """
     parser.add_argument(
         "--config",
@@ -135,75 +154,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return arguments
 
 
-# What a run may change when it goes on: none of it moves a batch or a loss.
-FREE = (
-    "mesh", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept",
-    "checkpoints_kept_every", "checkpoints_kept_best", "max_nonfinite_updates", "stall_seconds", "stall_ends",
-    "data.path",
-    "data.threads", "data.workers", "data.cache_bytes", "data.eval_split", "data.eval_num_frames",
-    "data.test_tail_cut", "eval_batch_size", "eval_flip",
-)  # fmt: skip
-
-
-EVALUATED = (*FREE, "data.apply_exif")  # what an evaluation may set
-
-
-FITTED_BATCH = 64  # pairs, at most, of a batch that fits to the set
-
-
-CHOICES = {
-    "data.resize_mode": ("stretch", "keep_ratio"),
-    "data.frame_sampling": ("uniform", "random"),
-    "model.activation": ("quick_gelu", "gelu"),
-    "model.pool": ("class_token", "mean"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-    "loss.icl_form": ("softmax", "sigmoid"),
-    "loss.icl_same_product": ("negative", "masked", "positive"),
-    "loss.mining_direction": ("image_to_clip", "clip_to_image", "both"),
-    "loss.pfr_attention": ("prob_scaled", "prob", "score"),
-    "optimizer.eps_placing": ("uncorrected", "corrected"),
-    "optimizer.decay_rule": ("official", "no_1d"),
-}
-
-
-COUNTS = (  # at least 1
-    "num_updates", "log_every", "checkpoint_every", "eval_batch_size", "checkpoints_kept",
-    "data.num_frames", "data.eval_num_frames", "data.image_size", "model.patch_size", "model.width", "model.layers",
-    "model.heads", "model.hidden", "model.embedding", "model.decoder_heads", "loss.unit_slots", "loss.unit_chunk",
-)  # fmt: skip
-
-
-NOT_NEGATIVE = (
-    "seed", "batch_size", "eval_every", "checkpoints_kept_every", "max_nonfinite_updates", "stall_seconds",
-    "data.threads", "data.workers", "data.cache_bytes",
-    "loss.icl", "loss.pmd", "loss.pfr", "loss.frame_icl", "loss.icl_chunk", "loss.micro_batch",
-    "loss.pair_chunk",
-    "model.decoder_self_eps", "optimizer.learning_rate", "optimizer.decoder_lr_multiplier",
-    "optimizer.logit_scale_lr_multiplier", "optimizer.warmup_updates", "optimizer.eps", "optimizer.weight_decay",
-    "optimizer.clip_norm",
-)  # fmt: skip
-
-
-SHARES = (  # 0 to 1, without 1
-    "loss.cross_dropout", "loss.patch_drop", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay",
-)  # fmt: skip
-
-
-def validate(config: Any) -> None:
-    """Raises ValueError with every value of the config that cannot be meant (data_pipeline checks the frames')."""
-    f, faults = flat(config), []
-    for name, choices in CHOICES.items():
-        if f[name] not in choices:
-            faults.append(f"{name} is {f[name]!r}, needs one of {', '.join(choices)}")
-    for names, low, high in ((COUNTS, 1, math.inf), (NOT_NEGATIVE, 0, math.inf), (SHARES, 0, 1)):
-        for name in names:
-            if not low <= f[name] < high:
-                faults.append(
-                    f"{name} is {f[name]}, needs at least {low}" + (f" and less than {high}" if high == 1 else "")
-                )
+def validate(config: Config) -> None:
+    """Raises ValueError with all values that the table does not allow, or else all that do not fit each other."""
+    f = flat(config)
+    faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
+    if not faults:
+        faults = _misfits(config)
     if faults:
         raise ValueError("config: " + "; ".join(faults) + ".")
+
+
+def _misfits(config: Config) -> list[str]:
+    faults, f, model, optimizer = [], flat(config), config.model, config.optimizer
     for whole, part in (
         ("data.image_size", "model.patch_size"),
         ("model.width", "model.heads"),
@@ -211,31 +173,31 @@ def validate(config: Any) -> None:
     ):
         if f[whole] % f[part]:
             faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
-    stem, blocks = f["model.stem_channels"], f["model.stem_blocks"]
-    if stem and 2 ** len(stem) != f["model.patch_size"]:
+    stem, blocks, size = model.stem_channels, model.stem_blocks, model.patch_size
+    if stem and 2 ** len(stem) != size:
         faults.append(
             f"model.stem_channels {stem} has {len(stem)} numbers, which make patches of {2 ** len(stem)} px, a halving "
-            f"each; model.patch_size {f['model.patch_size']} needs {f['model.patch_size'].bit_length() - 1}"
+            f"each; model.patch_size {size} needs {size.bit_length() - 1}"
         )
-    if len(blocks) != len(stem) or any(channels < 1 for channels in stem) or any(count < 0 for count in blocks):
+    if len(blocks) != len(stem):
+        faults.append(f"model.stem_blocks {blocks} needs as many numbers as model.stem_channels {stem}")
+    if optimizer.warmup_updates >= config.num_updates:
         faults.append(
-            f"model.stem_channels {stem} needs positive numbers, and model.stem_blocks {blocks} as many, 0 or more"
+            f"optimizer.warmup_updates {optimizer.warmup_updates} must lie below num_updates {config.num_updates}"
         )
-    if f["optimizer.warmup_updates"] >= f["num_updates"]:
-        faults.append(
-            f"optimizer.warmup_updates {f['optimizer.warmup_updates']} must lie below num_updates {f['num_updates']}"
-        )
-    if not f["data.path"]:
+    if not config.data.path:
         faults.append("data.path is not set; give --config.data.path=FOLDER, as data_pipeline.convert made it")
-    if faults:
-        raise ValueError("config: " + "; ".join(faults) + ".")
+    return faults
 
 
-def fitted(config: Any, *, clips: int, splits: Sequence[str], devices: int) -> Any:
-    """The config with what it leaves to the data set filled in: batch_size 0, data.eval_split "auto".
+def fitted(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
+    """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
-    clips: to train on. The batch is that of equal batches of at most FITTED_BATCH, so that an epoch leaves few clips
-    out, and divides by the devices.
+    An epoch of `clips` training clips is split into as few equal batches of at most FITTED_BATCH as possible, so that
+    it leaves few clips out; the batch is then rounded down to a multiple of `devices`.
+
+    Raises:
+      ValueError: fewer clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:
@@ -248,8 +210,8 @@ def fitted(config: Any, *, clips: int, splits: Sequence[str], devices: int) -> A
     return config
 
 
-def flat(config: Any) -> dict[str, Any]:
-    """{'data.path': ..., ...} of a ConfigDict or of nested dicts."""
+def flat(config: Section | dict[str, Any]) -> dict[str, Any]:
+    """Returns {'data.path': ..., ...} for a config or nested dicts."""
     out: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, (ml_collections.ConfigDict, dict)):
@@ -259,17 +221,17 @@ def flat(config: Any) -> dict[str, Any]:
     return out
 
 
-def to_json(config: Any) -> str:
-    """The config as text, the same for equal configs: what a workdir keeps and hosts compare."""
+def to_json(config: Config | dict[str, Any]) -> str:
+    """Returns the config as text. Equal configs have equal texts, which a workdir keeps and hosts compare."""
     nested = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     return json.dumps(nested, indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-    """The config of a text. A field that came after it was written has its default.
+def from_json(text: str) -> Config:
+    """Returns the config of a text by to_json. A field that is newer than the text has its default.
 
     Raises:
-      ValueError: no JSON, or fields that the defaults do not have.
+      ValueError: the text is no JSON, or has fields that the defaults lack.
     """
 
     def tuples(node: Any) -> Any:  # JSON has lists only
@@ -289,11 +251,11 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return config
 
 
-def differences(old: Any, new: Any, *, free: tuple[str, ...] = ()) -> list[str]:
-    """Fields whose values differ, as 'field: old -> new'; those under a name in `free` may."""
+def differences(old: Config, new: Config, *, free: tuple[str, ...] = ()) -> list[str]:
+    """Returns the fields that differ, as 'field: old -> new', without those in `free`."""
     a, b = (flat(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
     return [
         f"{name}: {a.get(name)!r} -> {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name) and not any(name == f or name.startswith(f + ".") for f in free)
+        if a.get(name) != b.get(name) and name not in free
     ]

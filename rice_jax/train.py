@@ -28,16 +28,36 @@ from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
 from rice_jax.training.step import State, abstract_state, init_state, make_train_step
-from rice_jax.weights.readers import initialise
+from rice_jax.weights.start import initialise
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
-    """Trains from scratch or from the newest checkpoint to config.num_updates; returns the last evaluation's figures.
+    """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one, and evaluates.
 
-    Of several processes (rice_jax.parallel.hosts) all run this; the first decides what was there, and writes.
+    With several processes (rice_jax.parallel.hosts) all of them must call it; process 0 writes.
+
+    Args:
+      config: a locked or unlocked config, such as configs.grocery.get_config(); docs/config.md lists its fields.
+      workdir: the run's folder, made if missing: checkpoints, config.json, metrics.jsonl and TensorBoard.
+
+    Returns:
+      The figures of the last evaluation, as Result.figures of rice_jax.retrieval.evaluation: "recall@1" and others in
+      percent, "queries" and so on. Empty if config.data.eval_split is "".
 
     Raises:
-      ValueError: as set_up, a damaged record, or a loss that stays not finite.
+      ValueError: the config is invalid or does not fit the data, `workdir` has another run, a checkpoint or record is
+        damaged, or the loss was not finite for too many updates in a row.
+      OSError: a file is missing or cannot be written.
+      SystemExit: a signal stopped the run, after a checkpoint was saved.
+
+    Example:
+      from pathlib import Path
+      from configs import smoke
+
+      config = smoke.get_config()
+      config.data.path = "records"  # made by data_pipeline.convert
+      figures = rice_jax.train_and_evaluate(config, Path("runs/smoke"))
+      print(figures["recall@1"])  # percent, of the validation split
     """
     run, start, state = set_up(config, workdir)
     config, net, mesh, train, held_out, plan, abstract, checkpoints, meta, log = run
@@ -69,7 +89,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
                 if evaluation_is_due(start, config) and not log.has_evaluation(start, held_out.name):
                     with stop.at_once():  # killed between save and evaluation
                         evaluate_held_out(config, net, state, mesh, held_out, log, start)
-                checkpoints.figures = log.recalls(held_out.name)
+                checkpoints.recall = log.recalls(held_out.name)
             for step in range(start, config.num_updates):
                 watch.waits_for("input", step)
                 batch = to_global(next(batches), mesh)
@@ -98,7 +118,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, int | float]:
                     watch.waits_for("", done)
                     with stop.at_once():
                         evaluate_held_out(config, net, state, mesh, held_out, log, done)  # waits
-                    checkpoints.figures = log.recalls(held_out.name)
+                    checkpoints.recall = log.recalls(held_out.name)
                     progress.pause(done)
             watch.waits_for("", done)
             if done > start:
@@ -166,7 +186,7 @@ def set_up(config: Any, workdir: Path) -> tuple[Run, int, State]:
         start, state = 0, init_state(net, config, abstract)
         state, notes = initialise(state, config, workdir) if config.init_from else (state, [])
     else:
-        (start, state), notes = checkpoints.newest_state(abstract), []
+        (start, state), notes = checkpoints.restore(abstract), []
     log = Log(workdir, step=start)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
     for note in notes:
@@ -242,10 +262,8 @@ def main(arguments: argparse.Namespace) -> None:
     train_and_evaluate(arguments.config, arguments.workdir)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
     )
@@ -253,5 +271,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return config_module.parse(parser, argv)
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> None:
+    hosts.run(main, parse(argv, prog), facts, stops_together=True)
+
+
 if __name__ == "__main__":
-    hosts.run(main, parse(), facts, stops_together=True)
+    command()

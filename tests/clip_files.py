@@ -1,4 +1,4 @@
-"""Small random CLIP models as files of each source, and their embeddings by the plain definition (SPEC 2)."""
+"""Small random CLIP models as files of each kind, and their embeddings by the definition (docs/official.md 2)."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def vision_tower(*, width: int = 128, layers: int = 3, px: int = 24, patch: int = 8, embedding: int = 48) -> Tensors:
-    """OpenAI's names without `visual.`; half-precision numbers, as float32."""
+    """Returns float32 tensors of half-precision values, by OpenAI's names without `visual.`."""
     rng = np.random.default_rng(0)
     grid = px // patch
     shapes = {
@@ -52,7 +52,7 @@ def quick_gelu(z: np.ndarray) -> np.ndarray:
 def embed(
     tensors: Tensors, pictures: np.ndarray, *, heads: int, activation: Callable[[np.ndarray], np.ndarray] = quick_gelu
 ) -> np.ndarray:
-    """Unit embeddings of normalised pictures [n, px, px, 3], a picture and a head at a time, in float64."""
+    """Returns unit embeddings [n, E] of normalised pictures [n, px, px, 3], one picture and head at a time."""
     t = {name: array.astype(np.float64) for name, array in tensors.items()}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -96,7 +96,7 @@ def visual(tensors: Tensors) -> Tensors:
 
 
 def write_openai(path: Path, tensors: Tensors, **more: np.ndarray) -> Path:
-    """As OpenAI's .pt: TorchScript, halves but for norms and embeddings (SPEC 15.2)."""
+    """Writes OpenAI's .pt: TorchScript, float16 except norms and embeddings (docs/official.md 15.2)."""
     halves = {
         name: array if "ln_" in name or "embedding" in name else array.astype(np.float16)
         for name, array in visual(tensors).items()
@@ -108,7 +108,7 @@ def write_openai(path: Path, tensors: Tensors, **more: np.ndarray) -> Path:
 
 
 def hugging_face_names(tensors: Tensors) -> Tensors:
-    """Renamed by hand, with q, k and v apart."""
+    """Returns the tensors by Hugging Face's names, with q, k and v apart."""
     out = {}
     for name, array in tensors.items():
         name = name.replace("transformer.resblocks", "encoder.layers").replace("mlp.c_fc", "mlp.fc1")
@@ -145,7 +145,7 @@ def hugging_face_config(tensors: Tensors, *, heads: int, activation: str = "quic
 
 
 def write_hugging_face(folder: Path, tensors: Tensors, *, whole: bool = False, **stated: object) -> Path:
-    """CLIPVisionModelWithProjection, or with `whole` CLIPModel, whose config has the sizes in vision_config."""
+    """Writes a CLIPVisionModelWithProjection, or with `whole` a CLIPModel, which has its sizes in vision_config."""
     folder.mkdir()
     renamed = hugging_face_names(tensors)
     config = hugging_face_config(tensors, heads=2) | stated

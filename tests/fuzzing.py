@@ -1,9 +1,9 @@
-"""Parsers and readers against what nobody would write: python -m tests.fuzzing [--minutes M] [--only NAME ...]
+"""Fuzzes parsers and readers: python -m tests.fuzzing [--minutes M] [--only NAME ...]
 
-Hypothesis builds annotations, boxes, records, lists, pictures and frame options; atheris, where it has a wheel for this
-Python, mutates bytes under coverage: records, indices, manifests, lines, tables, stores of looks. Each engine has its
-minutes, shared by its targets. A target fails when anything but the error that its users catch comes out of it, or when
-something that was read is not what it must be. Exit status 1 and the input in OUTPUT/report.json if one did.
+Hypothesis builds annotations, boxes, records, lists, pictures, frame options and torch's pickles; atheris, where it
+has a wheel for this Python, mutates bytes under coverage: records, indices, manifests, lines, tables, files of
+fingerprints. Each engine has its minutes, shared by its targets. A target fails if it raises another error than its
+users catch, or if something that was read is wrong. Then the exit status is 1, and OUTPUT/report.json has the input.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
+import pickletools
 import re
 import subprocess
 import sys
@@ -34,26 +36,27 @@ from data_pipeline.format.manifest import MANIFEST, content_hash, shard_name
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.format.schema import Clip, Picture, ShopImage
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record, write_file
-from data_pipeline.input import augment
 from data_pipeline.input import decode as decode_module
-from data_pipeline.input.augment import WHOLE_CLIP
+from data_pipeline.input.augment import WHOLE_CLIP, augment_words
 from data_pipeline.input.decode import MAX_PIXELS
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.sampling import choose_frames
-from data_pipeline.inspection import fingerprints as looks
+from data_pipeline.inspection import fingerprints
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.listing import TrainingRow
 from data_pipeline.layouts.own_folder import read_table
+from rice_jax.weights import archives
+from tests import torch_files
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES, TRAIN, training_row
 
 EXAMPLES = 500  # of hypothesis at a time
 SEED_ROWS = [training_row(clip, paths=paths).encode() for clip in TRAIN[:3] for paths in (True, False)]
 
-# --- targets: given bytes or values, nothing but the expected error, and what is read makes sense ---------------------
+# --- targets: for any bytes or values they raise the expected error or read something that makes sense ----------------
 
 
 def check_row(line: bytes) -> None:
-    """A line of a training list (SPEC 8.3, 8.4)."""
+    """A line of a training list (docs/official.md 8.3, 8.4)."""
     with contextlib.suppress(BadInputError):
         row = annotations.parse_row(line)
         assert isinstance(row, TrainingRow) and row.frames and all(frame.isprintable() for frame in row.frames)
@@ -66,7 +69,7 @@ def check_row(line: bytes) -> None:
 
 
 def check_record(data: bytes) -> None:
-    """The data of a record, whose checksum somebody made to agree."""
+    """The data of a record with a checksum that agrees."""
     for decode in (schema.decode_clip, schema.decode_image):
         with contextlib.suppress(ValueError):
             record = decode(data)
@@ -80,7 +83,7 @@ def check_framing(data: bytes) -> None:
 
 
 class OneShard:
-    """A shard of two shop images, to be read by an index that is given."""
+    """A shard of two shop images, read by whatever index is given."""
 
     def __init__(self, folder: Path) -> None:
         image = ShopImage("a", "a.jpg")
@@ -108,7 +111,7 @@ def check_manifest(data: bytes, folder: Path) -> None:
 
 
 def check_lists(data: bytes, folder: Path) -> None:
-    """The JSON files and small lists of the test split: faults or BadInputError, whatever they hold."""
+    """The JSON files and small lists of the test split: any content gives faults or BadInputError."""
     path = folder / "annotations" / "list.json"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
@@ -125,7 +128,7 @@ def check_lists(data: bytes, folder: Path) -> None:
 
 
 def check_lines(data: bytes, folder: Path, cut: int) -> None:
-    """Parts of a list have its lines, each once, wherever the list is cut."""
+    """The two parts of a list have its lines, each once, wherever it is cut."""
     path = folder / "lines.txt"
     path.write_bytes(data)
     whole = [(offset, line) for _, offset, line in annotations.read_lines(path)]
@@ -136,8 +139,8 @@ def check_lines(data: bytes, folder: Path, cut: int) -> None:
 def check_picture(data: bytes) -> None:
     for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"):
         with contextlib.suppress(BadInputError):
-            seen = looks.inspect_picture(data, name).look
-            assert 0 < int(seen["width"]) * int(seen["height"]) <= MAX_PIXELS
+            found = fingerprints.inspect_picture(data, name).fingerprint
+            assert 0 < int(found["width"]) * int(found["height"]) <= MAX_PIXELS
     with contextlib.suppress(ValueError):
         assert decode_module.decode(data).shape[2] == 3
 
@@ -145,25 +148,25 @@ def check_picture(data: bytes) -> None:
 def check_store(data: bytes, folder: Path) -> None:
     path = folder / "looks.bin"
     path.write_bytes(data)
-    found = looks.load_known(path)
+    found = fingerprints.load_fingerprints(path)
     assert (np.diff(found["key"].astype(object)) > 0).all()
-    assert looks.load_known(path).tobytes() == found.tobytes()  # what was damaged is gone
+    assert fingerprints.load_fingerprints(path).tobytes() == found.tobytes()  # the damaged end was cut off
 
 
 def check_options(values: dict[str, Any], count: int, word: int, train: bool) -> None:
-    """Which frames a clip shows: some, each once, in order, no more than there are slots."""
+    """A clip shows at least one frame and at most as many as it has slots, each once, in order."""
     try:
         options = FrameOptions(**values)
     except ValueError:
         return
-    words = augment.draw_words(word, 1, 2, WHOLE_CLIP, 2 + options.num_frames)
+    words = augment_words(word, 1, 2, WHOLE_CLIP, 2 + options.num_frames)
     chosen = choose_frames(count, options, words, train=train)
     assert 1 <= len(chosen) <= min(count, options.num_frames)
     assert (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < count
 
 
 def check_clip(given_clip: tuple[Clip, list[bytes]], place: int, change: int) -> None:
-    """A clip comes back from its record; and from a record with a byte changed comes ValueError or a clip."""
+    """A clip comes back from its record. A record with a changed byte gives ValueError or a clip."""
     clip, pictures = given_clip
     data = schema.encode_clip(clip, pictures, ordinal=1, image_index=2, product_index=-1)
     record = schema.decode_clip(data)
@@ -175,6 +178,14 @@ def check_clip(given_clip: tuple[Clip, list[bytes]], place: int, change: int) ->
     changed = bytearray(data)
     changed[place % len(data)] ^= change
     check_record(bytes(changed))
+
+
+def check_archive(pickle: bytes, folder: Path, script: bool) -> None:
+    """An archive with this pickle: refused, or its tensors are read in the shapes that it states."""
+    torch_files.write_archive(folder / "archive.pt", pickle, [np.arange(6, dtype=np.float32)] * 2, script=script)
+    with contextlib.suppress(ValueError):
+        for tensor in archives.read(folder / "archive.pt").tensors.values():
+            assert tensor.read().shape == tensor.shape
 
 
 # --- hypothesis -------------------------------------------------------------------------------------------------------
@@ -232,6 +243,26 @@ def pictures(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 
+def opcodes(pickle: bytes) -> list[bytes]:
+    places = [place for _, _, place in pickletools.genops(pickle)] + [len(pickle)]
+    return [pickle[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+SIX = torch_files.pickled(np.arange(6, dtype=np.float32).reshape(2, 3), [])
+A, B = torch_files.text("a"), torch_files.text("b")
+SEED = opcodes(b"\x80\x02}q\0(" + A + b"q\1" + SIX + b"q\2" + B + b"c__torch__\nX\n)\x81}h\1h\2sbu.")
+OTHERS = opcodes(b"\x85\x86\x87(t]aeNh\0\x94j\2\0\0\0\x9302\x8a\5\0\0\0\0\x7f\x95" + bytes(8) + b"ctorch\nSize\n.")
+
+
+@st.composite
+def pickles(draw: st.DrawFn) -> bytes:
+    """A state dict's pickle with some of its opcodes removed, replaced or followed by others."""
+    found, several = list(SEED), st.lists(st.sampled_from(SEED + OTHERS), max_size=3)
+    for place in draw(st.lists(st.integers(0, len(SEED) - 1), max_size=5)):
+        found[place : place + draw(st.integers(0, 3))] = draw(several)
+    return b"".join(found)
+
+
 def picture_seeds() -> list[bytes]:
     seeds = [path.read_bytes() for path in (FRAMES[0], SHOP_IMAGES[0])]
     with Image.open(FRAMES[0]) as image:
@@ -264,7 +295,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def hypothesis_targets(folder: Path) -> dict[str, tuple[Any, Callable[..., None]]]:
-    """By name: a strategy of arguments, and what must hold of them."""
+    """By name: a strategy of arguments, and the check for them."""
     lists = st.dictionaries(TEXTS, JSON, max_size=4).map(lambda value: json.dumps(value).encode())
     texts = st.lists(st.binary(max_size=6)).map(b"\n".join)
     return {
@@ -275,6 +306,7 @@ def hypothesis_targets(folder: Path) -> dict[str, tuple[Any, Callable[..., None]
         "records": (st.tuples(clips(), st.integers(0, 10**6), st.integers(1, 255)), check_clip),
         "options": (st.tuples(OPTIONS, st.integers(1, 40), st.integers(0, 2**64 - 1), st.booleans()), check_options),
         "pictures": (st.tuples(pictures()), check_picture),
+        "archives": (st.tuples(pickles(), st.booleans()), lambda data, script: check_archive(data, folder, script)),
     }
 
 
@@ -285,7 +317,7 @@ def _boxes(value: Any) -> None:
 
 @dataclasses.dataclass
 class Result:
-    """What came of a target."""
+    """The result of a target."""
 
     target: str
     executions: int = 0
@@ -294,7 +326,7 @@ class Result:
 
 
 def run_hypothesis(name: str, strategy: Any, check: Callable[..., None], seconds: float, *, first_seed: int) -> Result:
-    """Seeds from the first one on until the time is up or something is found."""
+    """Runs a target with seeds from the first one on, until the time is up or something is found."""
     result, begin = Result(f"hypothesis: {name}"), time.monotonic()
     quiet = settings(
         max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
@@ -310,7 +342,7 @@ def run_hypothesis(name: str, strategy: Any, check: Callable[..., None], seconds
         number += 1
         try:
             seed(number)(quiet(given(strategy)(counted)))()
-        except Exception as err:  # whatever comes is the finding
+        except Exception as err:  # any error is a finding
             result.finding = f"seed {number}: {err!r} {' '.join(getattr(err, '__notes__', []))}"[:4000]
     result.seconds = round(time.monotonic() - begin, 1)
     return result
@@ -345,12 +377,12 @@ def atheris_seeds() -> dict[str, list[bytes]]:
         "manifest": [json.dumps(manifest).encode()],
         "row": SEED_ROWS,
         "lists": [b'{"a": ["b"], "c": [[0, 1, 2, 3]]}', b"a\tb\n", b"product,clip,split\na,b,train\n"],
-        "store": [frame_record(np.ones(2, looks.FINGERPRINT).tobytes())],
+        "store": [frame_record(np.ones(2, fingerprints.FINGERPRINT).tobytes())],
     }
 
 
 def run_atheris(name: str, seconds: float, output: Path) -> Result:
-    """In a process of its own, which libFuzzer ends."""
+    """Runs a target in a process of its own, which libFuzzer ends."""
     result, begin = Result(f"atheris: {name}"), time.monotonic()
     corpus = output / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
@@ -369,10 +401,10 @@ def run_atheris(name: str, seconds: float, output: Path) -> Result:
 
 
 def be_target(name: str, arguments: list[str]) -> None:
-    """The process of a target: instruments what is fuzzed, and hands over to libFuzzer."""
+    """Becomes the process of a target: instruments the modules under test and starts libFuzzer."""
     import atheris
 
-    for module in (annotations, example, schema, records, looks):
+    for module in (annotations, example, schema, records, fingerprints):
         for key, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"):
                 setattr(module, key, atheris.instrument_func(value))

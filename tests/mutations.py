@@ -70,7 +70,7 @@ MISTAKES = (
     mistake(
         "decoder self layer eps 1e-5 instead of 1e-12",
         FORWARD,
-        (DEFAULT, "c.model.decoder_self_eps = 1e-12", "c.model.decoder_self_eps = 1e-5"),
+        (DEFAULT, "decoder_self_eps: NotNegative = field(1e-12,", "decoder_self_eps: NotNegative = field(1e-5,"),
     ),
     mistake("encoder heads: 4 instead of D/64", FORWARD, (MODEL, "heads=c.heads,", "heads=4,")),
     mistake(
@@ -143,7 +143,11 @@ MISTAKES = (
     mistake(
         "negatives mined the other way (clip anchors, image negatives)",
         FORWARD,
-        (DEFAULT, 'c.loss.mining_direction = "image_to_clip"', 'c.loss.mining_direction = "clip_to_image"'),
+        (
+            DEFAULT,
+            'mining_direction: Literal["image_to_clip", "clip_to_image", "both"] = field(\n        "image_to_clip",',
+            'mining_direction: Literal["image_to_clip", "clip_to_image", "both"] = field(\n        "clip_to_image",',
+        ),
     ),
     mistake(
         "easiest instead of hardest negatives",
@@ -167,7 +171,7 @@ MISTAKES = (
     mistake(
         "keys/values passed through ln_1",
         FORWARD,
-        (DEFAULT, "c.model.cross_kv_norm = False", "c.model.cross_kv_norm = True"),
+        (DEFAULT, "cross_kv_norm: bool = field(False,", "cross_kv_norm: bool = field(True,"),
     ),
     mistake(
         "class tokens dropped from keys/values in PMD",
@@ -212,16 +216,28 @@ MISTAKES = (
         (NAMING, 'transformer.layers.1", "decoder/cross_layer")', 'transformer.layers.1", "decoder/self_layer")'),
     ),
     # -- PFR
-    mistake("softmax masked", FORWARD, (DEFAULT, "c.loss.pfr_mask_padding = False", "c.loss.pfr_mask_padding = True")),
+    mistake(
+        "softmax masked",
+        FORWARD,
+        (DEFAULT, "pfr_mask_padding: bool = field(False,", "pfr_mask_padding: bool = field(True,"),
+    ),
     mistake(
         "attention not multiplied by sqrt(head width)",
         FORWARD,
-        (DEFAULT, 'c.loss.pfr_attention = "prob_scaled"', 'c.loss.pfr_attention = "prob"'),
+        (
+            DEFAULT,
+            'pfr_attention: Literal["prob_scaled", "prob", "score"] = field(\n        "prob_scaled",',
+            'pfr_attention: Literal["prob_scaled", "prob", "score"] = field(\n        "prob",',
+        ),
     ),
     mistake(
         "raw scores instead of softmax weights as input",
         FORWARD,
-        (DEFAULT, 'c.loss.pfr_attention = "prob_scaled"', 'c.loss.pfr_attention = "score"'),
+        (
+            DEFAULT,
+            'pfr_attention: Literal["prob_scaled", "prob", "score"] = field(\n        "prob_scaled",',
+            'pfr_attention: Literal["prob_scaled", "prob", "score"] = field(\n        "score",',
+        ),
     ),
     mistake(
         "no second softmax (head mean of the maps)",
@@ -271,7 +287,11 @@ MISTAKES = (
     mistake(
         "eps on the corrected sqrt (usual Adam)",
         UPDATES,
-        (DEFAULT, 'c.optimizer.eps_placing = "uncorrected"', 'c.optimizer.eps_placing = "corrected"'),
+        (
+            DEFAULT,
+            'eps_placing: Literal["uncorrected", "corrected"] = field(\n        "uncorrected",',
+            'eps_placing: Literal["uncorrected", "corrected"] = field(\n        "corrected",',
+        ),
     ),
     mistake("decay before the step", UPDATES, (OPTIMIZER, RESIDUAL, "-step * u - decay * theta")),
     mistake("no bias correction", UPDATES, (OPTIMIZER, UNCORRECTED, "m / (jnp.sqrt(v) + eps)")),
@@ -297,7 +317,11 @@ MISTAKES = (
     mistake(
         "no decay on anything with one dimension",
         UPDATES,
-        (DEFAULT, 'c.optimizer.decay_rule = "official"', 'c.optimizer.decay_rule = "no_1d"'),
+        (
+            DEFAULT,
+            'decay_rule: Literal["official", "no_1d"] = field("official",',
+            'decay_rule: Literal["official", "no_1d"] = field("no_1d",',
+        ),
     ),
     mistake(
         "decay not multiplied by 100 for the decoder",
@@ -319,7 +343,11 @@ MISTAKES = (
     mistake(
         "logit scale at x100",
         UPDATES,
-        (DEFAULT, "c.optimizer.logit_scale_lr_multiplier = 1.0", "c.optimizer.logit_scale_lr_multiplier = 100.0"),
+        (
+            DEFAULT,
+            "logit_scale_lr_multiplier: NotNegative = field(1.0,",
+            "logit_scale_lr_multiplier: NotNegative = field(100.0,",
+        ),
     ),
     mistake(
         "schedule one step early (first factor 1/w)",
@@ -337,7 +365,11 @@ MISTAKES = (
     ),
     mistake("beta2 0.98", UPDATES, (OPTIMIZER, "adam(o.b1, o.b2, o.eps)", "adam(o.b1, 0.98, o.eps)")),
     mistake("eps 1e-8", UPDATES, (OPTIMIZER, "adam(o.b1, o.b2, o.eps)", "adam(o.b1, o.b2, 1e-8)")),
-    mistake("clipping to norm 1", UPDATES, (DEFAULT, "c.optimizer.clip_norm = 0.0", "c.optimizer.clip_norm = 1.0")),
+    mistake(
+        "clipping to norm 1",
+        UPDATES,
+        (DEFAULT, "clip_norm: NotNegative = field(0.0,", "clip_norm: NotNegative = field(1.0,"),
+    ),
     # -- data and evaluation
     mistake(
         "rounded instead of truncated indices",

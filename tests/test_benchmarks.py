@@ -1,4 +1,4 @@
-"""Each yardstick at a tiny size: it runs, and its report has what RESULTS.md quotes. No figure of time is judged."""
+"""Each benchmark runs at a tiny size, and its report has the figures that RESULTS.md quotes. No time is judged."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The data doctor: every fault is found and named, sound data raise no alarm, a killed run goes on, a page is safe."""
+"""The data doctor: every fault is found and named, sound data raise no alarm, a killed run goes on, pages are safe."""
 
 import dataclasses
 import io
@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data_pipeline import convert, doctor
 from data_pipeline.faults import BadInputError
-from data_pipeline.inspection import duplicates as twins
-from data_pipeline.inspection import fingerprints as looks
+from data_pipeline.inspection import duplicates, fingerprints
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,
@@ -49,7 +48,7 @@ REPO = Path(__file__).parents[1]
 
 
 def make_own_frames(picture: Path) -> None:
-    """Shifts a picture by a number of its own: the layouts' clips share photographs, which the doctor would tell."""
+    """Makes a picture unlike the others: the layouts' clips share photographs, which the doctor would report."""
     shift = int.from_bytes(picture.name.encode(), "little") % 97 * 7
     pixels = np.roll(np.asarray(Image.open(picture)), (shift % 31, shift % 101), (0, 1))
     drawn = Image.fromarray(pixels)
@@ -59,7 +58,7 @@ def make_own_frames(picture: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source whose clips have frames of their own, and its conversion with two clips a shard."""
+    """A source in which no two clips share a frame, and its conversion with two clips a shard."""
     folder = tmp_path_factory.mktemp("sound")
     source = make_lpr750k(folder / "source")
     for picture in sorted([*source.glob("training_video_*/*/*.jpg"), *source.glob("query/*/*.jpg")]):
@@ -70,7 +69,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(sound: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(sound / "source", tmp_path / "source")
 
 
@@ -79,7 +78,7 @@ def records(sound: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sound / "records", tmp_path / "records")
 
 
-def examine(path: Path, *more: str) -> tuple[int, dict[str, Any]]:
+def inspect(path: Path, *more: str) -> tuple[int, dict[str, Any]]:
     """Exit status and report.json of the command."""
     output = path.parent / "checked"
     status = doctor.main([str(path), f"--output={output}", "--workers=1", *more])
@@ -94,21 +93,21 @@ def kinds(report: dict[str, Any]) -> dict[str, int]:
 
 
 def test_a_sound_source_raises_no_alarm(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, report = examine(sound / "source")
+    status, report = inspect(sound / "source")
     assert (status, report["safe"], report["counts"], report["faults"]) == (0, True, {}, [])
     assert report["layout"] == "lpr750k"
     assert "train: 7 clips, 27 of 27 frames and 3 of 3 shop images sound" in capsys.readouterr().out
 
 
 def test_a_sound_conversion_raises_no_alarm(sound: Path) -> None:
-    status, report = examine(sound / "records")
+    status, report = inspect(sound / "records")
     assert (status, report["safe"], report["counts"], report["layout"]) == (0, True, {}, "converted")
     assert report["distributions"]["train"]["sound_frames"] == 25
 
 
 @pytest.mark.parametrize("tars", [False, True])
 def test_a_sound_download_raises_no_alarm_but_that_its_clips_share_photographs(tmp_path: Path, tars: bool) -> None:
-    status, report = examine(make_lpr4m(tmp_path / "source", tars=tars, failed=[CLIP.frame_ids[1]]))
+    status, report = inspect(make_lpr4m(tmp_path / "source", tars=tars, failed=[CLIP.frame_ids[1]]))
     assert report["layout"] == "lpr4m"
     assert set(kinds(report)) == {
         "frame in train and val", "frame in train and test", "frame in val and test", "frame of two products",
@@ -117,9 +116,9 @@ def test_a_sound_download_raises_no_alarm_but_that_its_clips_share_photographs(t
     assert "training_frame: 1 of 30 downloads failed (training_frame)" in report["remarks"]
 
 
-def test_a_folder_of_ones_own_is_told_by_its_folders(tmp_path: Path) -> None:
+def test_an_own_folder_is_recognised_by_its_folders(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "source")
-    status, report = examine(source)
+    status, report = inspect(source)
     assert (status, report["layout"], report["counts"]) == (0, "folder", {})
 
 
@@ -135,7 +134,7 @@ def make_folder(source: Path) -> Path:
 
 
 def test_distributions_say_what_there_is(sound: Path) -> None:
-    _, report = examine(sound / "source")
+    _, report = inspect(sound / "source")
     train = report["distributions"]["train"]
     assert train["clips"] == len(TRAIN)
     assert train["frames_a_clip"] == {"1": 1, "2": 2, "3": 2, "4": 1, "12": 1}
@@ -152,13 +151,13 @@ def test_distributions_say_what_there_is(sound: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """A fault: how to make it, its kind, and what its file, subject and detail must say."""
+    """A fault: its kind, how to make it, and the text of its file, subject and detail."""
 
     kind: str
     plant: Callable[[Path], object]
     named: str  # a regular expression over "file line N (subject): detail"
     severity: str = "error"
-    also: tuple[str, ...] = ()  # kinds that follow from it
+    also: tuple[str, ...] = ()  # further kinds that it causes
 
 
 def write(path: str, data: bytes) -> Callable[[Path], object]:
@@ -210,7 +209,7 @@ def copy(one: str, other: str) -> Callable[[Path], object]:
 
 
 def recode(one: str, other: str) -> Callable[[Path], object]:
-    """The picture again, smaller and with other bytes."""
+    """Encodes the picture anew, smaller."""
 
     def plant(source: Path) -> None:
         with Image.open(source / one) as opened:
@@ -220,13 +219,13 @@ def recode(one: str, other: str) -> Callable[[Path], object]:
 
 
 def half_grey(source: Path) -> None:
-    """Truncated, with an end mark."""
+    """Truncates a frame and appends an end mark."""
     data = (source / FRAME).read_bytes()
     (source / FRAME).write_bytes(data[: len(data) // 2] + b"\xff\xd9")
 
 
 def dotted(image: Image.Image) -> Image.Image:
-    """Black, but for one pixel that is not."""
+    """A black picture with one white pixel."""
     black = Image.new("RGB", image.size)
     black.putpixel((5, 5), (255, 255, 255))
     return black
@@ -248,7 +247,7 @@ def shop(number: int) -> str:
 ONE_BOX = "[[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9], {}]"
 LINE = rf"^{re.escape(LIST)} line 2 \(clip {CLIP.id}\): "
 TURNED = Image.Exif()
-TURNED[looks.ORIENTATION] = 6
+TURNED[fingerprints.ORIENTATION] = 6
 HTML = b"<!DOCTYPE html><title>404</title>"
 PLANTED = [
     Planted("truncated picture", lambda s: (s / FRAME).write_bytes((s / FRAME).read_bytes()[:-600]), FRAME),
@@ -312,7 +311,7 @@ PLANTED = [
     Planted("frame in train and test", lambda s: picture(FRAME, lambda _: ImageOps.mirror(
         Image.open(s / QUERY_FRAME).convert("RGB")), quality=80)(s), rf"{FRAME} .*the same picture as"),
     Planted("frame of two products", copy(FRAME, f"{folder_of(TRAIN[0])}/{TRAIN[0].id}/{TRAIN[0].frame_ids[0]}.jpg"),
-            "whose product is another", "warning"),
+            "of another product; check", "warning"),
     Planted("frame listed twice", cell(1, str(4 * [FRAME])), LINE + "found the frame", "warning"),
     Planted("shop image under two products", copy(shop(1), shop(0)), rf"{IMAGE_IDS[0]}.*{IMAGE_IDS[1]}|"
             rf"{IMAGE_IDS[1]}.*{IMAGE_IDS[0]}", also=("two shop images under one id",)),
@@ -345,7 +344,7 @@ def named(report: dict[str, Any], kind: str) -> list[str]:
 @pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.kind)
 def test_a_planted_fault_is_found_and_nothing_else(fault: Planted, source: Path) -> None:
     fault.plant(source)
-    status, report = examine(source)
+    status, report = inspect(source)
     shown = named(report, fault.kind)
     assert any(re.search(fault.named, each) for each in shown), (shown, kinds(report))
     assert set(kinds(report)) <= {fault.kind, *fault.also}
@@ -355,26 +354,28 @@ def test_a_planted_fault_is_found_and_nothing_else(fault: Planted, source: Path)
     assert not (REPO / "pwned").exists()
 
 
-def test_all_faults_of_a_source_are_told_together(source: Path) -> None:
+def test_all_faults_of_a_source_are_reported_together(source: Path) -> None:
     (source / FRAME).unlink()
     (source / QUERY_FRAME).write_bytes(b"")
     edit_cell(source / LIST, 4, 1, "nonsense")
     edit_cell(source / LIST, 5, 2, "nonsense")
     edit_json(source / TRUTH, lambda truth: truth.pop(TEST[2].id))
     (source / BOXES).write_bytes(b"[")
-    assert kinds(examine(source)[1]) == {
+    assert kinds(inspect(source)[1]) == {
         "missing frame": 1, "not a list": 2, "not JSON": 1, "empty picture": 1,
     }  # fmt: skip
     (source / BOXES).unlink()
-    assert kinds(examine(source)[1]) == {
+    assert kinds(inspect(source)[1]) == {
         "missing frame": 1, "empty picture": 1, "not a list": 2, "query without truth": 1,
     }  # fmt: skip
 
 
-def test_what_a_jpeg_lost_is_seen_without_the_strict_decoder_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lost_end_of_a_jpeg_is_seen_without_the_strict_decoder_too(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     half_grey(source)
-    monkeypatch.setattr(looks, "simplejpeg", None)
-    status, report = examine(source)
+    monkeypatch.setattr(fingerprints, "simplejpeg", None)
+    status, report = inspect(source)
     assert (status, kinds(report)) == (0, {"damaged picture": 1})
     assert "grey in its lowest rows" in named(report, "damaged picture")[0]
 
@@ -383,36 +384,36 @@ def test_each_kind_is_on_the_screen(source: Path, capsys: pytest.CaptureFixture[
     for path in source.glob("training_video_*/*/*.jpg"):
         path.unlink()
     (source / QUERY_FRAME).write_bytes(b"")
-    _, report = examine(source)
-    said = capsys.readouterr().out
+    _, report = inspect(source)
+    shown = capsys.readouterr().out
     missing = kinds(report)["missing frame"]
-    assert missing > 20 and said.count("error: training_video_") == doctor.SHOWN
-    assert f"error: {QUERY_FRAME}" in said and f"... and {missing - doctor.SHOWN} more" in said
+    assert missing > 20 and shown.count("error: training_video_") == doctor.SHOWN
+    assert f"error: {QUERY_FRAME}" in shown and f"... and {missing - doctor.SHOWN} more" in shown
 
 
 def test_a_known_kind_may_be_accepted(source: Path) -> None:
     picture(FRAME, lambda image: Image.new("RGB", image.size))(source)
-    assert examine(source)[0] == 1
-    status, report = examine(source, "--accept=uniform picture,other kind")
+    assert inspect(source)[0] == 1
+    status, report = inspect(source, "--accept=uniform picture,other kind")
     assert (status, report["safe"], kinds(report)) == (0, True, {"uniform picture": 1})
 
 
 def test_a_folder_that_links_into_itself_ends(source: Path) -> None:
     (source / "training_video_00" / "again").symlink_to(source, target_is_directory=True)
-    assert examine(source)[0] == 0
+    assert inspect(source)[0] == 0
 
 
 def test_a_picture_that_may_not_be_read_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the system's refusal: a superuser, as whom tests may run, is refused nothing."""
-    whole = looks.PictureReader.read
+    """The refusal is imitated: tests may run as a superuser, who may read every file."""
+    whole = fingerprints.PictureReader.read
 
-    def read(self: looks.PictureReader, found: Any) -> bytes:
+    def read(self: fingerprints.PictureReader, found: Any) -> bytes:
         if found.path == FRAME:
             raise BadInputError("unreadable picture", "cannot be read (Permission denied)", found.path)
         return whole(self, found)
 
-    monkeypatch.setattr(looks.PictureReader, "read", read)
-    assert kinds(examine(source)[1]) == {"unreadable picture": 1}
+    monkeypatch.setattr(fingerprints.PictureReader, "read", read)
+    assert kinds(inspect(source)[1]) == {"unreadable picture": 1}
 
 
 def test_faults_of_a_download_are_found_in_folders_and_in_tars(tmp_path: Path) -> None:
@@ -424,21 +425,21 @@ def test_faults_of_a_download_are_found_in_folders_and_in_tars(tmp_path: Path) -
         data[at : at + 3] = b"abc"
         shard.write_bytes(data)
         edit_cell(source / "annotations/training_videoinfo_full_part_00.txt", 1, 2, ONE_BOX.format([0, 0, 999, 9]))
-        status, report = examine(source)
+        status, report = inspect(source)
         assert status == 1
         assert kinds(report)["not a picture"] == 1
         assert "training_frame/00000" in named(report, "not a picture")[0]
         assert f"(clip {CLIP.id}): found the box" in named(report, "box outside the frame")[0]
         (source / "training_frame" / ("00001.tar" if tars else "00001/0000100.jpg")).write_bytes(b"nonsense")
-        assert kinds(examine(source)[1]).keys() >= ({"unreadable archive"} if tars else {"not a picture"})
+        assert kinds(inspect(source)[1]).keys() >= ({"unreadable archive"} if tars else {"not a picture"})
 
 
-def test_a_sidecar_that_says_otherwise_than_the_table_is_named(tmp_path: Path) -> None:
+def test_a_sidecar_that_disagrees_with_its_table_is_named(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     sidecar = source / "training_frame/00000/0000002.json"
     sidecar.write_text(sidecar.read_text().replace("-0002.jpg", "-0001.jpg"))
     (source / "test_image/00000/0000001.json").write_text("{}")
-    _, report = examine(source)
+    _, report = inspect(source)
     assert re.search(
         r"training_frame/00000/0000002.json: found \S+-0001 .*-0002 in the table", named(report, DIFFER)[0]
     )
@@ -448,13 +449,13 @@ def test_a_sidecar_that_says_otherwise_than_the_table_is_named(tmp_path: Path) -
 DIFFER = "table and sidecar differ"
 
 
-def test_faults_of_a_folder_of_ones_own_are_told_together(tmp_path: Path) -> None:
+def test_faults_of_an_own_folder_are_reported_together(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "source")
     (source / "products.csv").write_text("product,title\nnobody,x\n0,Lime\n")
     (source / "clips/1/take 0/10.jpg").write_bytes(b"")
     (source / "shop/2.jpg").unlink()
     (source / "clips/0/.hidden").mkdir()
-    status, report = examine(source)
+    status, report = inspect(source)
     assert status == 1
     assert kinds(report) == {
         "unknown product": 1, "bad name": 1, "empty picture": 1, "product without shop image": 3,
@@ -501,55 +502,55 @@ DAMAGED = [
 @pytest.mark.parametrize("fault", DAMAGED, ids=lambda fault: fault.kind)
 def test_damage_of_a_converted_set_is_named(fault: Planted, records: Path) -> None:
     fault.plant(records)
-    status, report = examine(records)
+    status, report = inspect(records)
     shown = named(report, fault.kind)
     assert any(re.search(fault.named, each) for each in shown), (shown, kinds(report))
     assert set(kinds(report)) <= {fault.kind, *fault.also}
     assert status == (0 if fault.severity == "warning" else 1)
 
 
-def test_what_was_seen_in_a_shard_is_forgotten_when_the_shard_changes(records: Path) -> None:
-    assert examine(records)[0] == 0
+def test_fingerprints_of_a_shard_are_not_used_when_the_shard_changes(records: Path) -> None:
+    assert inspect(records)[0] == 0
     flip(SHARD, -1000)(records)
-    assert kinds(examine(records)[1]) == {"damaged record": 1, "damaged file": 1}
+    assert kinds(inspect(records)[1]) == {"damaged record": 1, "damaged file": 1}
 
 
 # --- again and again --------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_decodes_only_what_changed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, first = examine(source)
-    seen: list[str] = []
-    whole = looks.decode_picture
+    _, first = inspect(source)
+    decoded: list[str] = []
+    whole = fingerprints.decode_picture
 
     def decode(data: bytes, path: str, *, named: bool = True) -> Image.Image:
-        seen.append(path)
+        decoded.append(path)
         return whole(data, path, named=named)
 
-    monkeypatch.setattr(looks, "decode_picture", decode)
+    monkeypatch.setattr(fingerprints, "decode_picture", decode)
     time.sleep(0.01)
     (source / FRAME).write_bytes(b"changed")
-    status, second = examine(source)
-    assert seen == [FRAME]
+    status, second = inspect(source)
+    assert decoded == [FRAME]
     assert (status, kinds(second)) == (1, {"not a picture": 1})
     assert second["distributions"]["test"] == first["distributions"]["test"]
 
 
-def test_what_a_kill_left_half_written_is_cut_off(tmp_path: Path) -> None:
+def test_a_block_that_a_kill_left_half_written_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "looks.bin"
-    rows = np.zeros(3, looks.FINGERPRINT)
+    rows = np.zeros(3, fingerprints.FINGERPRINT)
     rows["key"] = (5, 3, 9)
-    looks.append_known(path, rows)
-    looks.append_known(path, rows[:1])
+    fingerprints.append_fingerprints(path, rows)
+    fingerprints.append_fingerprints(path, rows[:1])
     sound_size = path.stat().st_size
     with path.open("ab") as file:
         file.write(path.read_bytes()[:50])
-    assert looks.load_known(path)["key"].tolist() == [3, 5, 9]
+    assert fingerprints.load_fingerprints(path)["key"].tolist() == [3, 5, 9]
     assert path.stat().st_size == sound_size
     flipped = bytearray(path.read_bytes())
     flipped[20] ^= 1
     path.write_bytes(flipped)
-    assert not len(looks.load_known(path))
+    assert not len(fingerprints.load_fingerprints(path))
 
 
 def test_a_killed_run_goes_on_where_it_stopped(source: Path) -> None:
@@ -561,29 +562,29 @@ def test_a_killed_run_goes_on_where_it_stopped(source: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(looks.load_known(store))
-    status, report = examine(source)
+    assert len(fingerprints.load_fingerprints(store))
+    status, report = inspect(source)
     assert (status, report["counts"]) == (0, {})
 
 
-def test_any_number_of_workers_tells_the_same(source: Path) -> None:
+def test_any_number_of_workers_gives_the_same_report(source: Path) -> None:
     (source / FRAME).write_bytes(b"")
     reports = []
     for workers in (1, 2):
         shutil.rmtree(source.parent / "checked", ignore_errors=True)
-        reports.append(examine(source, f"--workers={workers}")[1] | {"seconds": 0})
+        reports.append(inspect(source, f"--workers={workers}")[1] | {"seconds": 0})
     assert reports[0] == reports[1]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_escapes_what_the_data_say(source: Path) -> None:
+def test_the_page_escapes_the_texts_of_the_data(source: Path) -> None:
     attack = "<script>alert(1)</script>\"'<img src=x onerror=alert(2)>"
     edit_cell(source / LIST, 1, 7, attack)
     edit_cell(source / LIST, 2, 1, attack)
     edit_lines(source / GALLERY, lambda rows: rows.append(attack.encode()))
-    examine(source)
+    inspect(source)
     page = (source.parent / "checked/report.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page
@@ -593,13 +594,13 @@ def test_the_page_escapes_what_the_data_say(source: Path) -> None:
     assert len(page) < 2_000_000
 
 
-def test_names_that_are_no_text_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf8_are_reported(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         (source / os.fsdecode(b"query/\xff.jpg")).write_bytes(b"text")
     except OSError:
         pytest.skip("this file system takes names of UTF-8 only")
     edit_json(source / QUERIES, lambda queries: queries.update({"\ud800": {"frames": ["a/b.jpg"]}}))
-    status, report = examine(source)
+    status, report = inspect(source)
     assert (status, kinds(report)) == (1, {"bad id": 1, "not a picture": 1})
     assert [fault["file"] for fault in report["faults"] if fault["kind"] == "not a picture"] == ["query/\udcff.jpg"]
     assert r"query/\udcff.jpg (named by no list): found bytes" in capsys.readouterr().out
@@ -617,7 +618,7 @@ def test_json_alone_is_on_the_output(sound: Path, tmp_path: Path, capsys: pytest
     [
         (["/nowhere"], "/nowhere: found no folder"),
         (["EMPTY"], "found neither manifest.json nor annotations/"),
-        (["SOURCE", "--output=SOURCE/out"], "found the output inside of what is examined"),
+        (["SOURCE", "--output=SOURCE/out"], "found the output inside the data to inspect"),
         (["SOURCE", "--layout=folder"], "found no folder clips/ and shop/"),
         (["SOURCE", "--workers=0"], "found 0, needs at least 1"),
     ],
@@ -640,8 +641,14 @@ def test_wrong_use_is_exit_status_2(
 # --- pictures that show the same --------------------------------------------------------------------------------------
 
 
-def look_of(data: bytes) -> Any:
-    return looks.inspect_picture(data, "picture.jpg").look
+def fingerprints_of(pictures: Sequence[bytes]) -> fingerprints.Fingerprints:
+    each = [fingerprints.inspect_picture(data, "picture.jpg").fingerprint for data in pictures]
+    return np.array(each, fingerprints.FINGERPRINT)
+
+
+def pairs_within(pictures: Sequence[bytes]) -> list[duplicates.Pair]:
+    read = pictures.__getitem__
+    return list(duplicates.same_picture(fingerprints_of(pictures), None, read, read))
 
 
 def encoded(image: Image.Image, quality: int) -> bytes:
@@ -656,38 +663,35 @@ def test_a_picture_encoded_anew_is_found_and_another_product_is_not() -> None:
     for path, quality, size in zip(SHOP_IMAGES, (30, 60, 80, 95), (96, 224, 128, 300), strict=True):
         with Image.open(path) as image:
             again.append(encoded(image.convert("RGB").resize((size, size)), quality))
-    ours, theirs = (np.array([look_of(data) for data in group], looks.FINGERPRINT) for group in (pictures, again))
-    assert sorted(twins.same_picture(ours, theirs, pictures.__getitem__, again.__getitem__)) == [
-        (k, k) for k in range(4)
-    ]
-    assert list(twins.same_picture(ours, None, pictures.__getitem__, pictures.__getitem__)) == []
-    assert list(twins.same_bytes(ours)) == []
-    assert list(twins.same_bytes(ours, ours[2:])) == [(2, 0), (3, 1)]
+    ours, theirs = fingerprints_of(pictures), fingerprints_of(again)
+    found = duplicates.same_picture(ours, theirs, pictures.__getitem__, again.__getitem__)
+    assert sorted(found) == [(k, k) for k in range(4)]
+    assert pairs_within(pictures) == []
+    assert list(duplicates.same_bytes(ours)) == []
+    assert list(duplicates.same_bytes(ours, ours[2:])) == [(2, 0), (3, 1)]
 
 
 def test_large_sets_are_searched_by_parts_of_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [path.read_bytes() for path in (*SHOP_IMAGES, *FRAMES)]
     with Image.open(FRAMES[3]) as image:
         pictures.append(encoded(image.convert("RGB"), 80))
-    seen = np.array([look_of(data) for data in pictures], looks.FINGERPRINT)
-    whole = set(twins.same_picture(seen, None, pictures.__getitem__, pictures.__getitem__))
-    monkeypatch.setattr(twins, "ALL_PAIRS", 0)
-    assert set(twins.same_picture(seen, None, pictures.__getitem__, pictures.__getitem__)) == whole
+    whole = set(pairs_within(pictures))
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 0)
+    assert set(pairs_within(pictures)) == whole
     assert (len(SHOP_IMAGES) + 3, len(pictures) - 1) in whole
 
 
 def test_black_frames_are_not_the_same_frame() -> None:
     black = [encoded(Image.new("RGB", (64, 64), (shade, 0, 0)), 90) for shade in (0, 0, 3)]
-    seen = np.array([look_of(data) for data in black], looks.FINGERPRINT)
-    assert list(twins.same_bytes(seen)) == []
-    assert list(twins.same_picture(seen, None, black.__getitem__, black.__getitem__)) == []
+    assert list(duplicates.same_bytes(fingerprints_of(black))) == []
+    assert pairs_within(black) == []
 
 
-def test_sixteen_bits_and_animation_are_told() -> None:
+def test_sixteen_bits_and_animation_are_reported() -> None:
     deep = io.BytesIO()
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(deep, "PNG")
     moving = io.BytesIO()
     frames = [Image.open(path).convert("RGB") for path in FRAMES[:2]]
     frames[0].save(moving, "WEBP", save_all=True, append_images=frames[1:])
     for data, name, reason in ((deep, "a.png", "unusual colours"), (moving, "a.webp", "several pictures in a file")):
-        assert [err.reason for err in looks.inspect_picture(data.getvalue(), name).problems] == [reason]
+        assert [err.reason for err in fingerprints.inspect_picture(data.getvalue(), name).problems] == [reason]

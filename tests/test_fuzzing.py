@@ -1,4 +1,4 @@
-"""The fuzzing itself: each target of hypothesis for a moment, and a finding is told."""
+"""The fuzzing itself: each hypothesis target runs for a moment, and a finding is reported."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_the_seeds_of_the_other_engine_pass_whole_cut_and_changed(name: str, tmp
             check(data[:end] + b"\xff" + data[end + 1 :])
 
 
-def test_a_finding_is_told_and_ends_in_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finding_is_reported_and_ends_in_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses_large(number: int) -> None:
         assert number < 1000, "too large"
 

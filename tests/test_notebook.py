@@ -1,4 +1,4 @@
-"""The Colab notebook: all of it runs, top to bottom, and what is committed can be read as a page."""
+"""The Colab notebook runs from top to bottom, and the committed outputs show a picture and no error."""
 
 import os
 import re
@@ -26,14 +26,14 @@ def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    # The sizes are its parameters; the installation is what this test runs on.
+    # Smaller sizes replace the parameters. The installation is not run: the package is installed already.
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "install")]
     next(cell for cell in notebook.cells if tagged(cell, "parameters")).source += SIZES
     done = NotebookClient(
         notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
-    # The second training goes on where the first one was stopped, or had ended before the stop.
+    # The second training starts where the first one was stopped, or ended before the stop.
     starts = [int(start) for start in re.findall(r"from update (\d+) to 150", printed)]
     assert starts[0] == 0 < starts[1] and "R@1" in printed
     assert printed.count("shop images a gallery") == 3  # three evaluations: all, seen, unseen

@@ -1,5 +1,6 @@
-"""Every command and every line of Python that README.md shows, run as it stands on data and models of a tiny size."""
+"""README.md's commands and Python run on tiny data and models, and the documents name only files that exist."""
 
+import pkgutil
 import re
 import runpy
 import shlex
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in README.splitlines() if line.startswith("python -m")]
 UPDATES = 2
-# Appended to a training command: the sizes of the tiny weights, two updates.
+# Appended to each training command: a small batch and two updates.
 TINY = [
     "--config.batch_size=8",
     f"--config.num_updates={UPDATES}",
@@ -34,13 +35,19 @@ SIZES = {
     "--config.model.embedding=48",
 }
 SIZES["pod"] = f"{SIZES['lpr750k']} --config.mesh.data=1 --config.mesh.fsdp=1 --config.data.num_frames=2"
-# What a command names that two updates on a CPU do not have, and what stands for it.
+# Words of the commands that need a TPU compiler or a long run, and their replacements.
 HERE = {"v5e:16x16": "cpu:1", "1200": str(UPDATES)}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "rice_jax|data_pipeline|configs|tests|docs|benchmarks|launch|colab"
+PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w-]+\.(?:py|md|npz|csv|json|txt|ipynb|yaml))?")
+COMMAND = re.compile(r"python -m ((?:rice_jax|data_pipeline|configs|tests|benchmarks)(?:\.\w+)*)")
+NAME = re.compile(r"`((?:rice_jax|data_pipeline|benchmarks)(?:\.\w+)+)")
+OFFICIAL = ("configs/datasets/",)  # paths of the official code in docs/official.md
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what README takes for given."""
+    """Returns a folder with the data and weights that README's commands need."""
     make_folder(tmp_path / "my_shop", ("Cola", "Tea", "Milk", "Soap"), clips=4)
     clips = [lpr_layouts.TinyClip(k % 2, 1000 * (k + 20), 1 + k % 4, k % 3) for k in range(8)]
     monkeypatch.setattr(lpr_layouts, "TRAIN", clips)
@@ -57,7 +64,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commands_and_the_python_of_the_readme_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(COMMANDS) == 11 and topologies.parse("v5e:16x16").size == 256
-    # beartype knows a class by its name, and the second run's __main__.Run is another class than the first one's.
+    # beartype identifies a class by its name, and each run of a command has its own class __main__.Run.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for line in COMMANDS:
         _, _, module, *words = shlex.split(line)
@@ -67,7 +74,7 @@ def test_the_commands_and_the_python_of_the_readme_run(home: Path, monkeypatch: 
             words += [*TINY, *SIZES[config].split()]
         monkeypatch.setattr("sys.argv", [module, *words])
         status = None
-        monkeypatch.delitem(sys.modules, module, raising=False)  # as a fresh process would have it
+        monkeypatch.delitem(sys.modules, module, raising=False)  # as in a fresh process
         try:
             runpy.run_module(module, run_name="__main__")
         except SystemExit as end:
@@ -86,10 +93,34 @@ def test_the_commands_and_the_python_of_the_readme_run(home: Path, monkeypatch: 
     assert given["clips"].shape == (2, 48) and given["shop_images"].shape == (4, 48) and given["scores"].shape == (2, 4)
 
 
-def test_every_target_and_every_link_of_the_readme_exists() -> None:
+def test_every_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_module_and_link_of_a_document_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for path in PATH.findall(text):
+        assert path.startswith(OFFICIAL) or (ROOT / path).exists(), path
+    for module in COMMAND.findall(text):
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+    for name in NAME.findall(text):
+        pkgutil.resolve_name(name)  # raises where there is no such module or attribute
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        assert link.startswith("http") or (document.parent / link).exists(), link
+
+
+def test_a_path_or_module_that_does_not_exist_is_found() -> None:
+    assert PATH.findall("see `rice_jax/losses.py`, tests/<room>/ or https://x.y/docs/z.md.") == [
+        "rice_jax/losses.py",
+        "tests/",
+    ]
+    assert COMMAND.findall("    python -m rice_jax.exports --help") == ["rice_jax.exports"]
+    assert NAME.findall("`rice_jax.load(RUN)` and `rice_jax.weights.exports`") == [
+        "rice_jax.load",
+        "rice_jax.weights.exports",
+    ]

@@ -1,4 +1,4 @@
-"""The shop that the project draws: it converts, it is the same everywhere, and its labels are true."""
+"""The drawn shop: it converts, it is the same with any number of workers, and its labels are true."""
 
 import ast
 import dataclasses
@@ -64,7 +64,7 @@ def test_it_converts_without_a_word_of_warning(drawn: Path, tmp_path: Path, caps
     assert not report["remarks"]
     for split in ("train", "val", "test"):
         clips, counts = SHOP.clips_of(split), report["splits"][split]
-        listed = [min(10, clip.length) if split == "test" else clip.length for clip in clips]  # SPEC 8.8
+        listed = [min(10, clip.length) if split == "test" else clip.length for clip in clips]  # docs/official.md 8.8
         assert (counts["clips"], counts["frames"]) == (len(clips), sum(listed))
         assert not counts["skipped"]
     test = open_dataset(tmp_path / "records").split("test")
@@ -95,7 +95,7 @@ def test_a_run_that_was_stopped_goes_on_and_draws_nothing_twice(drawn: Path, tmp
 
     with stopping_at(100):
         assert draw(output) == 1
-    assert not (output / "annotations").exists()  # so that the converter does not take it for a whole set
+    assert not (output / "annotations").exists()  # the converter must not take it for a complete set
     lengths = [clip.length for clips in SHOP.clips_by_livestream for clip in clips]  # in the order of the drawing
     whole = max(frames for frames in itertools.accumulate(lengths) if frames <= 100)
     assert 50 < whole < 100
@@ -117,14 +117,13 @@ def test_a_finished_set_is_left_alone(drawn: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("products", "clips"), [(6, 12), (10, 60), (33, 100), (102, 714), (500, 2000)])
-def test_a_shop_of_any_size_keeps_its_promises(products: int, clips: int) -> None:
+def test_a_shop_of_any_size_has_the_products_splits_and_shelves_it_should(products: int, clips: int) -> None:
     shop = plan_shop(products=products, clips=clips, seed=3)
     assert (len(shop.products), len(shop.clips)) == (products, clips)
     assert len({clip.id for clip in shop.clips}) == clips
     assert len({product.image_id for product in shop.products}) == products
     assert len({product.category for product in shop.products}) == min(len(CATEGORIES), products // 3)
-    looks = {(product.category, product.palette, product.pattern) for product in shop.products}
-    assert len(looks) == products
+    assert len({(product.category, product.palette, product.pattern) for product in shop.products}) == products
 
     seen = {product.index for product in shop.products if product.seen}
     assert {clip.product for clip in shop.clips_of("train")} == seen
@@ -189,7 +188,7 @@ def test_every_pattern_gives_each_colour_its_share(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Studio:
-    """With its sprites, which a finished set has no more."""
+    """A studio with all sprites, which a finished set does not keep."""
     output = tmp_path_factory.mktemp("studio")
     (output / ".work" / "sprites").mkdir(parents=True)
     studio = synthetic.Studio(SHOP, output)
@@ -225,7 +224,7 @@ def _tinted(sprite: Sprite, level: int) -> Sprite:
     return Sprite(Image.merge("RGBA", (picture, picture, picture, sprite.picture.getchannel("A"))))
 
 
-def test_types_mean_what_they_say(drawn: Path) -> None:
+def test_types_of_clips_agree_with_their_boxes_and_frames(drawn: Path) -> None:
     rows = training_rows(drawn)
     clips = [clip for clip in SHOP.clips if clip.split != "test"]
     assert list(rows) == [clip.id for split in ("train", "val") for clip in SHOP.clips_of(split)]
@@ -285,7 +284,7 @@ def test_a_shop_that_cannot_be_drawn_is_refused_before_anything_is_written(
     assert not (tmp_path / "shop").exists()
 
 
-def test_the_least_that_is_asked_for_can_be_drawn() -> None:
+def test_the_smallest_number_of_clips_can_be_drawn() -> None:
     shop = plan_shop(products=16, clips=30, seed=0)
     assert {split: len(shop.clips_of(split)) for split in ("train", "val", "test")} == {
         "train": 13,

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import rice_jax
 from configs import smoke
 from data_pipeline.format.reader import open_dataset
-from data_pipeline.input.decode import centre_crop, load
+from data_pipeline.input.decode import centre_crop, load_picture
 from rice_jax import train
 from rice_jax.config import from_json
 from rice_jax.retrieval.embeddings import EmbeddingStore, embed
@@ -173,7 +173,7 @@ def test_evaluation_takes_the_step_before_a_damaged_one_and_changes_nothing(
     before = there()
     assert rice_jax.load(tmp_path / "run").step == 3
     assert there() == before
-    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is passed over\.\n", capsys.readouterr().err)
+    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is skipped\.\n", capsys.readouterr().err)
     with pytest.raises(ValueError, match="checkpoints/6 is damaged"):
         rice_jax.load(tmp_path / "run", step=6)
 
@@ -380,7 +380,7 @@ def test_pictures_are_prepared_as_evaluation_has_them_and_a_bad_one_is_named(
     (tmp_path / "one.jpg").write_bytes(data)
     (tmp_path / "no.jpg").write_text("text")
     prepared = loaded.prepare([str(tmp_path / "one.jpg"), tmp_path / "one.jpg", data])
-    expected = centre_crop(load(data, options, train=False), options)
+    expected = centre_crop(load_picture(data, options, train=False), options)
     assert prepared.shape == (3, 32, 32, 3)
     np.testing.assert_array_equal(prepared, np.stack([expected] * 3))
     assert loaded.prepare([]).shape == (0, 32, 32, 3)

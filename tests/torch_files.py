@@ -1,4 +1,4 @@
-"""Files as torch writes them, made without torch: opcodes by hand, storages as stored zip entries."""
+"""Writes files as torch does, without torch: pickle opcodes by hand, storages as stored zip entries."""
 
 import struct
 import zipfile
@@ -19,7 +19,7 @@ ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 class View(NamedTuple):
-    """A tensor as a part of a storage; strides and offset count numbers."""
+    """A tensor as a part of a storage; strides and offset are in numbers, not bytes."""
 
     storage: np.ndarray  # 1-D
     offset: int
@@ -40,7 +40,7 @@ def numbers(values: tuple[int, ...]) -> bytes:
 
 
 def pickled(value: Any, storages: list[np.ndarray]) -> bytes:
-    """A value as torch's pickler has it. Tensors go to `storages`; a `bytes` is taken as opcodes."""
+    """Returns a value's opcodes as torch's pickler writes them. Tensors go to `storages`; bytes are opcodes already."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, np.ndarray):
@@ -78,7 +78,7 @@ def write_archive(
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, Any], **options: Any) -> None:
-    """As torch.save(model.state_dict(), path)."""
+    """Writes what torch.save(model.state_dict(), path) does."""
     storages: list[np.ndarray] = []
     items = b"".join(text(name) + pickled(value, storages) for name, value in tensors.items())
     metadata = b"}" + text("_metadata") + ORDERED_DICT + b"sb"  # an OrderedDict's own attribute
@@ -86,7 +86,7 @@ def write_state_dict(path: Path, tensors: Mapping[str, Any], **options: Any) -> 
 
 
 def write_torchscript(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """As torch.jit.save(model, path): a tree of objects of classes that only the archive knows."""
+    """Writes what torch.jit.save(model, path) does: a tree of objects of classes that only the archive defines."""
     storages: list[np.ndarray] = []
 
     def module(prefix: str, name: str) -> bytes:

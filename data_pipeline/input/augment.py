@@ -1,120 +1,109 @@
-"""Random words and the changes that training makes to pictures by them."""
+"""The random changes that training makes to a picture: crop, mirror, colours, erased square.
+
+Each change reads its random words at fixed positions. So a picture changes the same way on every host, and enabling one
+option leaves the words of the others as they are.
+"""
 
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from data_pipeline.input.decode import Pixels, resampling
 from data_pipeline.input.options import FrameOptions
+from data_pipeline.input.random_words import AUGMENT_STREAM, RandomWords, below, random_words, uniform
 
-Words = NDArray[np.uint64]
-
-
-AUGMENT_STREAM = int.from_bytes(b"augment")  # second half of the Philox key: no other use of the seed gets these words
-
-
-SHOP_IMAGE, FIRST_FRAME, WHOLE_CLIP = 0, 1, 2**32  # `picture` in words(): slot k of the clip is FIRST_FRAME + k
-
-
-PICTURE_WORDS = 15  # a picture's words by position: an option that is turned on leaves the others' words alone
-
-
+SHOP_IMAGE, FIRST_FRAME, WHOLE_CLIP = 0, 1, 2**32  # `picture` of augment_words; slot k of the clip is FIRST_FRAME + k
+PICTURE_WORDS = 15  # random words of a picture, by position:
 CROP_Y, CROP_X, FLIP, AREA, ASPECT, BRIGHTNESS, CONTRAST, SATURATION = range(8)
-
-
 RED, GREEN, BLUE, ERASE, ERASE_Y, ERASE_X, ERASE_SIDE = range(8, PICTURE_WORDS)
+ERASED = (123, 117, 104)  # CLIP's mean colour (docs/official.md 9.5): zero after normalisation
 
 
-ERASED = (123, 117, 104)  # CLIP's mean colour (SPEC 9.5): nothing, to the network
+def augment_words(seed: int, epoch: int, example: int, picture: int, count: int = PICTURE_WORDS) -> RandomWords:
+    """Returns the random words, uint64 [count], of one picture in one epoch.
+
+    example: row of the clip in its split. picture: SHOP_IMAGE, FIRST_FRAME + slot, or WHOLE_CLIP for frame sampling.
+    """
+    return random_words(seed, AUGMENT_STREAM, count, epoch=epoch, example=example, picture=picture)
 
 
-def draw_words(seed: int, epoch: int, example: int, picture: int, count: int = PICTURE_WORDS) -> Words:
-    """`count` random words of one picture of one example (its row in the split) in one epoch, uint64."""
-    return np.random.Philox(
-        key=np.array((seed, AUGMENT_STREAM), np.uint64), counter=np.array((0, picture, example, epoch), np.uint64)
-    ).random_raw(count)
+def augment(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
+    """Returns a loaded picture after the random changes of `options`: uint8 [image_size, image_size, 3].
 
-
-def below(word: np.uint64, bound: int) -> int:
-    """An integer of 0 to bound - 1, each equally likely (to 1 part in 2**64 / bound)."""
-    return int(word) * bound >> 64
-
-
-def uniform(word: np.uint64, low: float, high: float) -> float:
-    return low + (high - low) * ((int(word) >> 11) * 2.0**-53)
-
-
-def augment(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixels:
-    """A loaded picture of training, cropped, mirrored and coloured by its words: [image_size, image_size, 3]."""
+    words: PICTURE_WORDS random words of the picture.
+    """
     crop = random_scale_crop if options.crops_at_random_scale else random_crop
-    pixels = crop(pixels, options, picture_words)
-    if options.flip and below(picture_words[FLIP], 2):
+    pixels = crop(pixels, options, words)
+    if options.flip and below(words[FLIP], 2):
         pixels = mirror(pixels)
     if options.colour_jitter:
-        pixels = jitter(pixels, options.colour_jitter, picture_words)
+        pixels = jitter(pixels, options.colour_jitter, words)
     if options.white_balance:
-        pixels = balance(pixels, options.white_balance, picture_words)
-    return erase(pixels, options.erase, picture_words) if options.erase else pixels
+        pixels = balance(pixels, options.white_balance, words)
+    return erase(pixels, options.erase, words) if options.erase else pixels
 
 
 def mirror(pixels: Pixels) -> Pixels:
-    """pixels[:, ::-1], copied channel by channel: NumPy takes five times as long for runs of three bytes."""
+    """Returns pixels[:, ::-1] as a copy, made by channel: NumPy takes five times as long for runs of three bytes."""
     mirrored = np.empty(pixels.shape, np.uint8)
     for channel in range(3):
         mirrored[..., channel] = pixels[:, ::-1, channel]
     return mirrored
 
 
-def random_crop(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixels:
+def random_crop(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
+    """Returns a view of image_size x image_size pixels, each position within the picture equally likely."""
     size = options.image_size
-    top = below(picture_words[CROP_Y], pixels.shape[0] - size + 1)
-    left = below(picture_words[CROP_X], pixels.shape[1] - size + 1)
+    top = below(words[CROP_Y], pixels.shape[0] - size + 1)
+    left = below(words[CROP_X], pixels.shape[1] - size + 1)
     return pixels[top : top + size, left : left + size]
 
 
-def random_scale_crop(pixels: Pixels, options: FrameOptions, picture_words: Words) -> Pixels:
-    """A random share of the area of the decoded picture, resized from there to image_size in one step.
+def random_scale_crop(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
+    """Returns a random part of the picture, resized to [image_size, image_size, 3] in one step.
 
-    "stretch" measures area and aspect on the picture as stretched to a square, "keep_ratio" in its own pixels. A side
-    that would leave the picture becomes the whole side.
+    The part has min_scale to 1 of the area and an aspect of 1 / max_aspect to max_aspect: of the picture stretched to a
+    square for resize_mode "stretch", of its own pixels for "keep_ratio". A side longer than the picture's is cut to it.
     """
     height, width = pixels.shape[:2]
-    area = uniform(picture_words[AREA], options.min_scale, 1.0)
-    aspect = math.exp(uniform(picture_words[ASPECT], -1.0, 1.0) * math.log(options.max_aspect))
+    area = uniform(words[AREA], options.min_scale, 1.0)
+    aspect = math.exp(uniform(words[ASPECT], -1.0, 1.0) * math.log(options.max_aspect))
     unit = (width, height) if options.resize_mode == "stretch" else (math.sqrt(width * height),) * 2
     crop_width = min(width, unit[0] * math.sqrt(area * aspect))
     crop_height = min(height, unit[1] * math.sqrt(area / aspect))
-    left = uniform(picture_words[CROP_X], 0.0, width - crop_width)
-    top = uniform(picture_words[CROP_Y], 0.0, height - crop_height)
+    left = uniform(words[CROP_X], 0.0, width - crop_width)
+    top = uniform(words[CROP_Y], 0.0, height - crop_height)
     box = (left, top, min(width, left + crop_width), min(height, top + crop_height))
     size = (options.image_size, options.image_size)
     return np.asarray(Image.fromarray(pixels).resize(size, resampling(options), box=box))
 
 
-def jitter(pixels: Pixels, strength: float, picture_words: Words) -> Pixels:
-    """Brightness, contrast and saturation, in this order, each times a factor of 1 - strength to 1 + strength."""
+def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
+    """Returns the pixels with brightness, then contrast, then saturation scaled by 1 - strength to 1 + strength."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     steps = ((ImageEnhance.Brightness, BRIGHTNESS), (ImageEnhance.Contrast, CONTRAST), (ImageEnhance.Color, SATURATION))
     for enhancer, position in steps:
-        picture = enhancer(picture).enhance(uniform(picture_words[position], 1 - strength, 1 + strength))
+        picture = enhancer(picture).enhance(uniform(words[position], 1 - strength, 1 + strength))
     return np.asarray(picture)
 
 
-def balance(pixels: Pixels, strength: float, picture_words: Words) -> Pixels:
-    """Each channel times a factor of its own, 1 - strength to 1 + strength: the same thing under another lamp."""
-    factors = [uniform(picture_words[position], 1 - strength, 1 + strength) for position in (RED, GREEN, BLUE)]
+def balance(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
+    """Returns the pixels with red, green and blue each scaled by a factor of its own, 1 - strength to 1 + strength."""
+    factors = [uniform(words[position], 1 - strength, 1 + strength) for position in (RED, GREEN, BLUE)]
     return np.clip(pixels * np.array(factors, np.float32) + 0.5, 0, 255).astype(np.uint8)
 
 
-def erase(pixels: Pixels, chance: float, picture_words: Words) -> Pixels:
-    """With that chance, a square of 0.2 to 0.5 of the side is painted over; cut at its edge: its centre is anywhere."""
-    if uniform(picture_words[ERASE], 0.0, 1.0) >= chance:
+def erase(pixels: Pixels, chance: float, words: RandomWords) -> Pixels:
+    """Returns, with probability `chance`, a copy with one square painted ERASED; otherwise `pixels` itself.
+
+    The square's side is 0.2 to 0.5 of the picture's. Its centre is anywhere in the picture, which cuts it at the edge.
+    """
+    if uniform(words[ERASE], 0.0, 1.0) >= chance:
         return pixels
     height, width = pixels.shape[:2]
-    half = uniform(picture_words[ERASE_SIDE], 0.1, 0.25)
-    y, x = (uniform(picture_words[position], 0.0, 1.0) for position in (ERASE_Y, ERASE_X))
+    half = uniform(words[ERASE_SIDE], 0.1, 0.25)
+    y, x = (uniform(words[position], 0.0, 1.0) for position in (ERASE_Y, ERASE_X))
     rows, columns = (
         slice(max(0, round((centre - half) * side)), round((centre + half) * side))
         for centre, side in ((y, height), (x, width))

@@ -1,8 +1,8 @@
-"""Batches as NumPy arrays: this process's rows of each global batch in training, every row once in evaluation.
+"""Batches of NumPy arrays: this process's part of each global batch in training, every row once in evaluation.
 
-Grain carries it: threads, worker processes, prefetching. Its elements are parts of a batch, joined in order, and each
-is a pure function of its index, so no number of threads or workers can change a batch, and nothing is saved but the
-step. `import grain` imports jax; no jax backend is ever initialised here, in the parent or in a worker.
+Grain runs the threads, the worker processes and the prefetching. It is given the parts of batches by number. Each part
+is a pure function of its number, so threads and workers cannot change a batch, and a run resumes from its step alone.
+Importing grain imports jax; neither this process nor a worker initialises a jax backend here.
 """
 
 import dataclasses
@@ -20,99 +20,99 @@ from absl import flags
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input.clips import PADDING, Arrays, Examples, PictureCache
+from data_pipeline.input.clips import PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.system.processes import end_with_parent
 
 Rows = Sequence[int] | NDArray[np.integer]
 
-ELEMENT_EXAMPLES = 32  # at most: a host's 1,024 clips are 1.7 GB, and one element is decoded by one thread
-ENDLESS = 2**48  # elements: training stops asking before that
+PART_EXAMPLES = 32  # at most: one thread decodes a part, and a host's batch of 1,024 clips has 1.7 GB
+ENDLESS = 2**48  # batches: more than any training takes
 
 
-# --- parts of a batch, by index ---------------------------------------------------------------------------------------
+# --- parts of batches, by number --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Elements:
-    """A source for Grain: element i is the i-th part, of at most ELEMENT_EXAMPLES examples, of all batches in order."""
+class _BatchParts:
+    """A data source for Grain: the parts, of at most PART_EXAMPLES examples, of all batches in order."""
 
     batch_size: int  # examples of this process in a batch
     num_batches: int
-    blank: Callable[[int], Arrays]  # arrays of so many examples, to be filled
-    fill: Callable[[Arrays, int, slice], None]  # (arrays, number of the batch, which of its examples)
-    # Batches that threads are filling, each its own part: a copy of 1,024 clips in the caller's thread takes longer
-    # than the step on a TPU. None in workers, which can only send.
+    zeros: Callable[[int], Arrays]  # makes the arrays of so many examples
+    fill: Callable[[Arrays, int, slice], None]  # fills them with examples of a batch: (arrays, batch, which examples)
+    # Batches that threads are filling, each thread its own part: to copy 1,024 clips in the caller's thread takes
+    # longer than the step on a TPU. None with workers, which can only send their parts.
     shared: dict[int, Arrays] | None
 
     @property
     def per_batch(self) -> int:
-        return -(-self.batch_size // ELEMENT_EXAMPLES)
+        return -(-self.batch_size // PART_EXAMPLES)
 
-    def part(self, index: int) -> tuple[int, slice]:
-        batch, part = divmod(index, self.per_batch)
-        return batch, slice(part * ELEMENT_EXAMPLES, min(self.batch_size, (part + 1) * ELEMENT_EXAMPLES))
+    def part(self, number: int) -> tuple[int, slice]:
+        """Returns the batch that a part belongs to, and the part's examples within it."""
+        batch, part = divmod(number, self.per_batch)
+        return batch, slice(part * PART_EXAMPLES, min(self.batch_size, (part + 1) * PART_EXAMPLES))
 
     def __len__(self) -> int:
         return self.num_batches * self.per_batch
 
-    def __getitem__(self, index: int) -> Arrays:
-        batch, within = self.part(index)
+    def __getitem__(self, number: int) -> Arrays:
+        batch, within = self.part(number)
         if self.shared is None:
-            part = self.blank(within.stop - within.start)
+            part = self.zeros(within.stop - within.start)
         else:
-            whole = self.shared.get(batch) or self.shared.setdefault(batch, self.blank(self.batch_size))
+            whole = self.shared.get(batch) or self.shared.setdefault(batch, self.zeros(self.batch_size))
             part = {name: array[within] for name, array in whole.items()}
         self.fill(part, batch, within)
         return part
 
 
 def _fill_training(
-    source: Examples, plan: Plan, rows: NDArray[np.int64], start_step: int, part: Arrays, batch: int, within: slice
+    loader: ClipLoader, plan: Plan, positions: Rows, start_step: int, part: Arrays, batch: int, within: slice
 ) -> None:
     step = start_step + batch
-    epoch, examples = plan.epoch(step), plan.batch(step)[rows[within]]
-    columns = source.split.columns
-    source.fill_clips(part, examples, epoch)
-    source.fill_images(part, columns["image"][examples], examples, epoch)
-    part["product"][:] = columns["product"][examples]
-    part["index"][:] = examples
+    epoch, rows = plan.epoch(step), plan.batch(step)[positions[within]]
+    columns = loader.split.columns
+    loader.fill_clips(part, rows, epoch)
+    loader.fill_images(part, columns["image"][rows], rows, epoch)
+    part["product"][:] = columns["product"][rows]
+    part["index"][:] = rows
 
 
-def _fill_clips(source: Examples, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice) -> None:
+def _fill_evaluation(
+    loader: ClipLoader, kind: Kind, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice
+) -> None:
     part["row"][:] = rows = padded[batch, within]
     part["valid"][:] = rows != PADDING
-    source.fill_clips(part, rows, epoch=0)
-
-
-def _fill_images(source: Examples, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice) -> None:
-    part["row"][:] = rows = padded[batch, within]
-    part["valid"][:] = rows != PADDING
-    source.fill_images(part, rows, rows, epoch=0)
+    if kind == "clip":
+        loader.fill_clips(part, rows, epoch=0)
+    else:
+        loader.fill_images(part, rows, rows, epoch=0)
 
 
 # --- threads and workers ----------------------------------------------------------------------------------------------
 
 
 class Batches(Iterator[Arrays]):
-    """An iterator of batches that owns threads and processes; close it, or use it in a `with`.
+    """An iterator of batches (dicts of arrays by name) that owns threads and processes; num_batches is their number.
 
-    It closes itself at its end and after an error: no later call can return what comes after a bad record.
-    num_batches: how many there are from the start.
+    Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
+    threads or workers below 0 or prefetch_batches below 1.
     """
 
-    def __init__(self, elements: _Elements, *, threads: int, workers: int, prefetch_batches: int) -> None:
+    def __init__(self, parts: _BatchParts, *, threads: int, workers: int, prefetch_batches: int) -> None:
         if threads < 0 or workers < 0 or prefetch_batches < 1:
             raise ValueError(
                 f"threads, workers, prefetch_batches: found {threads}, {workers}, {prefetch_batches}; "
                 "needs 0 or more threads and workers, and at least one batch."
             )
-        self.num_batches = elements.num_batches
+        self.num_batches = parts.num_batches
         self._served = 0
-        self._elements = elements
-        ahead = max(threads, -(-prefetch_batches * elements.per_batch // max(1, workers)))  # Grain's default is 500
-        dataset = grain.MapDataset.source(elements).to_iter_dataset(
+        self._parts = parts
+        ahead = max(threads, -(-prefetch_batches * parts.per_batch // max(1, workers)))  # Grain's default is 500
+        dataset = grain.MapDataset.source(parts).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
         )
         if workers:
@@ -121,7 +121,7 @@ class Batches(Iterator[Arrays]):
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(workers, per_worker_buffer_size=1), _start_worker
             )
-        self._open = [iter(dataset)]  # emptied when closed
+        self._open = [iter(dataset)]  # empty once closed
         self._finalizer = weakref.finalize(self, _close, self._open, workers)  # runs at exit too, if nobody closes
 
     def __next__(self) -> Arrays:
@@ -135,20 +135,20 @@ class Batches(Iterator[Arrays]):
         try:
             batch = self._next()
         except BaseException:
-            self.close()
+            self.close()  # so that no later call returns what comes after a bad record
             raise
         self._served += 1
         return batch
 
     def _next(self) -> Arrays:
-        indices = range(self._served * self._elements.per_batch, (self._served + 1) * self._elements.per_batch)
-        if self._elements.shared is not None:
-            for _ in indices:
-                next(self._open[0])
-            return self._elements.shared.pop(self._served)
-        batch = self._elements.blank(self._elements.batch_size)
-        for index in indices:
-            within = self._elements.part(index)[1]
+        numbers = range(self._served * self._parts.per_batch, (self._served + 1) * self._parts.per_batch)
+        if self._parts.shared is not None:
+            for _ in numbers:
+                next(self._open[0])  # a part of the shared batch has been filled
+            return self._parts.shared.pop(self._served)
+        batch = self._parts.zeros(self._parts.batch_size)
+        for number in numbers:
+            within = self._parts.part(number)[1]
             for name, part in next(self._open[0]).items():
                 batch[name][within] = part
         return batch
@@ -160,7 +160,7 @@ class Batches(Iterator[Arrays]):
         self.close()
 
     def close(self) -> None:
-        """Ends threads and workers; safe to call twice."""
+        """Ends threads and workers. A second call does nothing."""
         self._finalizer()
 
 
@@ -172,7 +172,7 @@ def _close(iterators: list[grain.DatasetIterator[Arrays]], workers: int) -> None
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in each worker: it never touches an accelerator, and ends when its parent does, however that ends."""
+    """Runs first in each worker: keeps it off accelerators, and makes it end with its parent, even a killed one."""
     import jax  # here, not above: only a worker sets jax's options
 
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -187,7 +187,7 @@ def _start_worker(index: int, count: int) -> None:
 def train_batches(
     split: Split,
     plan: Plan,
-    rows: Rows,
+    positions: Rows,
     options: FrameOptions,
     *,
     start_step: int = 0,
@@ -196,36 +196,62 @@ def train_batches(
     prefetch_batches: int = 2,
     cache_bytes: int = 0,
 ) -> Batches:
-    """Global batches start_step, start_step + 1, ... without end, reduced to the `rows` of this process.
+    """Returns an endless iterator of training batches, from global batch `start_step` on.
 
-    rows: positions in the global batch, 0 to G - 1, in any order and not necessarily contiguous; b = len(rows).
-    threads: of this process, or of each worker; 0 decodes in the caller's thread. workers: processes; 200 MB each.
-    cache_bytes: keep pictures, decoded and resized, up to so many bytes of memory (all workers together); the same
-    pixels, faster from the second epoch on. Only for a set that fits.
+    Args:
+      split: a split of a converted data set.
+      plan: the order of its examples. Global batch i has the G = plan.batch_size rows `plan.batch(i)`.
+      positions: the positions of the global batch that this process loads, each 0 to G - 1, in any order; b of them.
+      options: how pictures become arrays; N = options.num_frames, px = options.image_size.
+      start_step: number of the first global batch, 0 or more.
+      threads: decoding threads of this process, or of each worker. 0 decodes in the calling thread.
+      workers: worker processes, of 200 MB each. 0 starts none.
+      prefetch_batches: batches prepared ahead, at least 1.
+      cache_bytes: memory for decoded and resized pictures, shared out evenly to the workers. From the second epoch on,
+        cached pictures are not decoded again; the pixels are the same. Useful only for a set that fits.
 
-    Each batch: frames uint8 [b, N, px, px, 3] (empty slots 0), mask int32 [b, N] (1 = a frame), image uint8
-    [b, px, px, 3], product int32 [b], index int32 [b] (row of the split).
-    Raises ValueError for rows outside the batch, clips without shop image, or too few stored frames; and, from the
-    iterator, for a record or picture that cannot be read, naming it.
+    Returns:
+      Batches, which yield dicts of arrays:
+        frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
+        mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
+        image: uint8 [b, px, px, 3], RGB, the clip's shop image.
+        product: int32 [b], the clip's product: its index in `dataset.tables["product"]`.
+        index: int32 [b], the clip's row in the split.
+
+    Raises:
+      ValueError: no position, or one outside 0 to G - 1; a clip without shop image; a clip with fewer than N stored
+        frames where the source had more; threads, workers or prefetch_batches out of range. From next(): a record or
+        picture that cannot be read (the message names it), a negative start_step, or batches that were closed.
+      RuntimeError: from next(), a worker process died.
+
+    Example:
+        from data_pipeline import FrameOptions, Plan, open_dataset, train_batches
+
+        split = open_dataset(path).split("train")
+        plan = Plan(split.num_clips, batch_size=2, seed=0)
+        with train_batches(split, plan, range(2), FrameOptions()) as batches:
+            batch = next(batches)
+        assert batch["frames"].shape == (2, 10, 224, 224, 3)
     """
-    batch_rows = np.asarray(rows, np.int64)
-    if batch_rows.ndim != 1 or not len(batch_rows) or np.any((batch_rows < 0) | (batch_rows >= plan.batch_size)):
-        raise ValueError(f"rows: found {batch_rows.tolist()}, needs positions of 0 to {plan.batch_size - 1}.")
+    batch_positions = np.asarray(positions, np.int64)
+    outside = np.any((batch_positions < 0) | (batch_positions >= plan.batch_size))
+    if batch_positions.ndim != 1 or not len(batch_positions) or outside:
+        raise ValueError(f"positions: found {batch_positions.tolist()}, needs positions of 0 to {plan.batch_size - 1}.")
     used = slice(None) if plan.keep is None else plan.keep
     _check_stored_frames(split, np.arange(split.num_clips)[used], options)
-    lonely = np.flatnonzero(np.asarray(split.columns["image"])[used] < 0)
-    if len(lonely):
-        row = int(np.arange(split.num_clips)[used][lonely[0]])
+    without_image = np.flatnonzero(np.asarray(split.columns["image"])[used] < 0)
+    if len(without_image):
+        row = int(np.arange(split.num_clips)[used][without_image[0]])
         raise ValueError(
-            f"split {split.name} clip {split.clip_ids[row]}: found no shop image ({len(lonely)} such clips), "
+            f"split {split.name} clip {split.clip_ids[row]}: found no shop image ({len(without_image)} such clips), "
             "needs one to train on; list them in skip_clips."
         )
     cache = PictureCache(cache_bytes // max(1, workers))
-    source = Examples(split=split, options=options, seed=plan.seed, train=True, cache=cache)
-    blank = functools.partial(source.blank, names=("frames", "mask", "image", "product", "index"))
-    fill = functools.partial(_fill_training, source, plan, batch_rows, start_step)
-    elements = _Elements(len(batch_rows), ENDLESS, blank, fill, shared=None if workers else {})
-    return Batches(elements, threads=threads, workers=workers, prefetch_batches=prefetch_batches)
+    loader = ClipLoader(split=split, options=options, seed=plan.seed, train=True, cache=cache)
+    zeros = functools.partial(loader.zeros, names=("frames", "mask", "image", "product", "index"))
+    fill = functools.partial(_fill_training, loader, plan, batch_positions, start_step)
+    parts = _BatchParts(len(batch_positions), ENDLESS, zeros, fill, shared=None if workers else {})
+    return Batches(parts, threads=threads, workers=workers, prefetch_batches=prefetch_batches)
 
 
 def clip_batches(
@@ -238,20 +264,42 @@ def clip_batches(
     threads: int = 2,
     workers: int = 0,
 ) -> Batches:
-    """The clips `rows` of the split in this order, each exactly once, in ceil(len(rows) / batch_size) batches.
+    """Returns an iterator of evaluation batches: the clips `rows`, in this order, each exactly once.
 
-    Each batch: frames uint8 [b, N, px, px, 3], mask int32 [b, N], row int32 [b], valid bool [b], b = batch_size. The
-    last is filled up with examples that are not valid: row -1, black, one frame (so that no mean is 0 / 0). A host that
-    has its own part of each batch may put -1 among its rows where the batch has no more.
-    seed: of the random tail cut, if options.test_tail_cut asks for it.
+    Args:
+      split: a split of a converted data set.
+      rows: rows of its clips. -1 means no clip: a host with too few clips for its part of a batch fills it up with -1.
+      options: how pictures become arrays; N = options.num_frames, px = options.image_size.
+      batch_size: examples of a batch, b.
+      seed: of the random tail cut, used only with options.test_tail_cut.
+      threads: decoding threads of this process, or of each worker. 0 decodes in the calling thread.
+      workers: worker processes, of 200 MB each. 0 starts none.
+
+    Returns:
+      Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
+        frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
+        mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
+        row: int32 [b], the clip's row in the split.
+        valid: bool [b], False for examples that fill up a batch: their row is -1, and they have one black frame, so
+          that no mean over frames is 0 / 0.
+
+    Raises:
+      ValueError: a row outside -1 to num_clips - 1; batch_size below 1; a clip with fewer than N stored frames where
+        the source had more; threads or workers below 0. From next(): a record or picture that cannot be read (the
+        message names it), or batches that were closed before their end.
+      RuntimeError: from next(), a worker process died.
+
+    Example:
+        from data_pipeline import FrameOptions, clip_batches, open_dataset
+
+        split = open_dataset(path).split("train")
+        with clip_batches(split, range(split.num_clips), FrameOptions(), batch_size=4) as batches:
+            shown = sum(int(batch["valid"].sum()) for batch in batches)
+        assert shown == split.num_clips
     """
     padded = _padded(rows, split.num_clips, split.name, batch_size)
     _check_stored_frames(split, padded[padded != PADDING], options)
-    source = Examples(split=split, options=options, seed=seed, train=False, cache=PictureCache(0))
-    blank = functools.partial(source.blank, names=("frames", "mask", "row", "valid"))
-    fill = functools.partial(_fill_clips, source, padded)
-    elements = _Elements(batch_size, len(padded), blank, fill, shared=None if workers else {})
-    return Batches(elements, threads=threads, workers=workers, prefetch_batches=2)
+    return _evaluation_batches("clip", split, padded, options, seed, threads, workers)
 
 
 def image_batches(
@@ -263,17 +311,50 @@ def image_batches(
     threads: int = 2,
     workers: int = 0,
 ) -> Batches:
-    """The shop images `rows` of the split as clip_batches gives clips: image uint8 [b, px, px, 3], row, valid."""
+    """Returns an iterator of evaluation batches: the shop images `rows`, in this order, each exactly once.
+
+    Args:
+      split, rows, options, batch_size, threads, workers: as for `clip_batches`, with rows of shop images.
+
+    Returns:
+      Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
+        image: uint8 [b, px, px, 3], RGB, the centre crop; px = options.image_size, b = batch_size.
+        row: int32 [b], the image's row in the split.
+        valid: bool [b], False for black images that fill up a batch: their row is -1.
+
+    Raises:
+      ValueError: a row outside -1 to num_images - 1; batch_size below 1; threads or workers below 0. From next(): a
+        record or picture that cannot be read (the message names it), or batches that were closed before their end.
+      RuntimeError: from next(), a worker process died.
+
+    Example:
+        from data_pipeline import FrameOptions, image_batches, open_dataset
+
+        split = open_dataset(path).split("train")
+        with image_batches(split, range(split.num_images), FrameOptions(), batch_size=4) as batches:
+            first = next(batches)
+        assert first["image"].shape == (4, 224, 224, 3)
+    """
     padded = _padded(rows, split.num_images, split.name, batch_size)
-    source = Examples(split=split, options=options, seed=0, train=False, cache=PictureCache(0))
-    blank = functools.partial(source.blank, names=("image", "row", "valid"))
-    fill = functools.partial(_fill_images, source, padded)
-    elements = _Elements(batch_size, len(padded), blank, fill, shared=None if workers else {})
-    return Batches(elements, threads=threads, workers=workers, prefetch_batches=2)
+    return _evaluation_batches("image", split, padded, options, 0, threads, workers)
+
+
+def _evaluation_batches(
+    kind: Kind, split: Split, padded: NDArray[np.int32], options: FrameOptions, seed: int, threads: int, workers: int
+) -> Batches:
+    loader = ClipLoader(split=split, options=options, seed=seed, train=False, cache=PictureCache(0))
+    pictures = ("frames", "mask") if kind == "clip" else ("image",)
+    zeros = functools.partial(loader.zeros, names=(*pictures, "row", "valid"))
+    fill = functools.partial(_fill_evaluation, loader, kind, padded)
+    parts = _BatchParts(padded.shape[1], len(padded), zeros, fill, shared=None if workers else {})
+    return Batches(parts, threads=threads, workers=workers, prefetch_batches=2)
 
 
 def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDArray[np.int32]:
-    """The rows as [batches, batch_size], filled up with PADDING."""
+    """Returns the rows as int32 [batches, batch_size], filled up with PADDING.
+
+    Raises ValueError for rows outside PADDING to num_rows - 1, or a batch_size below 1.
+    """
     wanted = np.asarray(rows, np.int64)
     if wanted.ndim != 1 or np.any((wanted < PADDING) | (wanted >= num_rows)):
         raise ValueError(f"rows: found some outside split {split_name}, needs 0 to {num_rows - 1}.")

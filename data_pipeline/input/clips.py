@@ -1,6 +1,6 @@
-"""Examples of a split as arrays: its clips and shop images by row, decoded, cropped, in slots with a mask.
+"""Clips and shop images of a split as arrays: read by row, decoded, cropped, put into slots with a mask.
 
-An array is a pure function of the split, the options, the seed, the epoch and the rows asked for.
+An array is a pure function of the split, the options, the seed, the epoch and the rows.
 """
 
 import dataclasses
@@ -12,19 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, draw_words
-from data_pipeline.input.decode import Pixels, centre_crop, load
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, augment_words
+from data_pipeline.input.decode import Pixels, centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
-LISTED = {"clip": "it", "image": "its clips"}
-PADDING = -1  # the row of an example that only fills a batch
+SKIPPING = {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"}
+PADDING = -1  # the row of an example that only fills up a batch
 
 
 class PictureCache:
-    """Pictures by key, first come, up to `limit` bytes; none is ever thrown out, none is stored above the limit."""
+    """Loaded pictures by key, at most `limit` bytes of them. The first that fit stay; later ones are not stored.
+
+    A pickled cache arrives empty: each worker fills its own.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
@@ -32,7 +35,7 @@ class PictureCache:
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["PictureCache"], tuple[int]]:
-        return PictureCache, (self.limit,)  # each worker fills its own
+        return PictureCache, (self.limit,)
 
     def add(self, key: tuple[str, int, int], pixels: Pixels) -> None:
         with self.lock:
@@ -42,8 +45,8 @@ class PictureCache:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Examples:
-    """The pictures of a split as the network sees them."""
+class ClipLoader:
+    """Loads clips and shop images of a split into arrays. train: augment at random; otherwise take centre crops."""
 
     split: Split
     options: FrameOptions
@@ -51,8 +54,8 @@ class Examples:
     train: bool
     cache: PictureCache
 
-    def blank(self, count: int, names: Sequence[str]) -> Arrays:
-        """The named arrays of `count` examples, all zero, to be filled."""
+    def zeros(self, count: int, names: Sequence[str]) -> Arrays:
+        """Returns the named arrays of `count` examples, filled with zeros."""
         side, slots = self.options.image_size, self.options.num_frames
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "frames": ((slots, side, side, 3), np.uint8),
@@ -65,36 +68,43 @@ class Examples:
         }
         return {name: np.zeros((count, *shapes[name][0]), shapes[name][1]) for name in names}
 
-    def fill_clips(self, blank: Arrays, rows: NDArray[np.integer], epoch: int) -> None:
-        """Puts clips into "frames" and "mask", which are zero; a PADDING row becomes one black frame."""
-        for place, row in enumerate(rows.tolist()):
-            kept = 1 if row == PADDING else self._fill(blank["frames"][place], row, epoch)
-            blank["mask"][place, :kept] = 1
+    def fill_clips(self, arrays: Arrays, rows: NDArray[np.integer], epoch: int) -> None:
+        """Writes the clips `rows` into "frames" and "mask", which must be zero.
 
-    def fill_images(self, blank: Arrays, rows: NDArray[np.integer], examples: NDArray[np.integer], epoch: int) -> None:
-        """Puts shop images into "image", each with the random words of the example that shows it."""
-        for place, (row, example) in enumerate(zip(rows.tolist(), examples.tolist(), strict=True)):
+        A PADDING row gets one black frame, so that no mean over its frames is 0 / 0. Raises ValueError for a record or
+        picture that cannot be read; the message names it.
+        """
+        for position, row in enumerate(rows.tolist()):
+            shown = 1 if row == PADDING else self._fill_slots(arrays["frames"][position], row, epoch)
+            arrays["mask"][position, :shown] = 1
+
+    def fill_images(self, arrays: Arrays, rows: NDArray[np.integer], examples: NDArray[np.integer], epoch: int) -> None:
+        """Writes the shop images `rows` into "image", which must be zero; a PADDING row stays black.
+
+        examples: for each image, the clip row that decides its augmentation. Raises ValueError as `fill_clips` does.
+        """
+        for position, (row, example) in enumerate(zip(rows.tolist(), examples.tolist(), strict=True)):
             if row != PADDING:
-                pixels = self._loaded("image", row, [0])[0]
-                blank["image"][place] = self._finished(pixels, example, epoch, SHOP_IMAGE)
+                pixels = self._load("image", row, [0])[0]
+                arrays["image"][position] = self._crop(pixels, example, epoch, SHOP_IMAGE)
 
-    def _fill(self, slots: Pixels, row: int, epoch: int) -> int:
-        """Puts a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
-        clip_words = draw_words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
+    def _fill_slots(self, slots: Pixels, row: int, epoch: int) -> int:
+        """Writes a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
+        words = augment_words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
         count = int(self.split.columns["frames"][row])
-        chosen = choose_frames(count, self.options, clip_words, train=self.train).tolist()
-        for slot, pixels in enumerate(self._loaded("clip", row, chosen)):
+        chosen = choose_frames(count, self.options, words, train=self.train).tolist()
+        for slot, pixels in enumerate(self._load("clip", row, chosen)):
             picture = FIRST_FRAME + (0 if self.options.consistent_augment else slot)
-            slots[slot] = self._finished(pixels, row, epoch, picture)
+            slots[slot] = self._crop(pixels, row, epoch, picture)
         return len(chosen)
 
-    def _finished(self, pixels: Pixels, example: int, epoch: int, picture: int) -> Pixels:
+    def _crop(self, pixels: Pixels, example: int, epoch: int, picture: int) -> Pixels:
         if not self.train:
             return centre_crop(pixels, self.options)
-        return augment(pixels, self.options, draw_words(self.seed, epoch, example, picture))
+        return augment(pixels, self.options, augment_words(self.seed, epoch, example, picture))
 
-    def _loaded(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
-        """Pictures of one record, decoded and resized; the record is read only for what the cache does not hold."""
+    def _load(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
+        """Returns the record's pictures at `positions`, loaded. Reads the record only if the cache lacks one."""
         encoded: Sequence[bytes] = ()
         loaded = []
         for position in positions:
@@ -102,30 +112,28 @@ class Examples:
             if pixels is None:
                 encoded = encoded or self._read(kind, row)
                 try:
-                    pixels = load(encoded[position], self.options, train=self.train)
+                    pixels = load_picture(encoded[position], self.options, train=self.train)
                 except ValueError as err:
                     what = f"frame {position + 1} of {len(encoded)}" if kind == "clip" else "the picture"
-                    raise self._fault(kind, row, f"{what} {err}") from err
+                    raise self._error(kind, row, f"{what} {err}") from err
                 self.cache.add((kind, row, position), pixels)
             loaded.append(pixels)
         return loaded
 
     def _read(self, kind: Kind, row: int) -> Sequence[bytes]:
-        """The encoded pictures of a record."""
+        """Returns the encoded pictures of a record. Raises ValueError if it cannot be read or lacks frames."""
         try:
             frames = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [frame.encoded for frame in frames]
-        except ValueError as err:  # names shard and record, and says what to do
-            raise ValueError(f"{self._name(kind, row)}: {err} Or list {LISTED[kind]} in skip_clips.") from err
+        except ValueError as err:  # its message names shard and record, and ends with what to do
+            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {SKIPPING[kind]}.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:
-            raise self._fault(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
+            raise self._error(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
         return encoded
 
     def _name(self, kind: Kind, row: int) -> str:
         return f"{kind} {(self.split.clip_ids if kind == 'clip' else self.split.image_ids)[row]}"
 
-    def _fault(self, kind: Kind, row: int, fault: str) -> ValueError:
-        return ValueError(
-            f"{self.split.where(kind, row)} ({self._name(kind, row)}): {fault}; "
-            f"convert again, or list {LISTED[kind]} in skip_clips."
-        )
+    def _error(self, kind: Kind, row: int, fault: str) -> ValueError:
+        where = f"{self.split.where(kind, row)} ({self._name(kind, row)})"
+        return ValueError(f"{where}: {fault}; convert again, or {SKIPPING[kind]}.")

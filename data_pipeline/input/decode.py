@@ -1,7 +1,6 @@
-"""From the bytes of a clip's pictures to pixels: choose, decode, resize, crop, flip. Pure functions of (bytes, words).
+"""From the bytes of a picture to pixels: decode, resize, shrink, centre crop.
 
-Pixels are uint8 [height, width, 3], RGB. Words are uint64 from a counter-based generator (`words`), so that a
-picture is augmented the same way whichever host, worker or thread does it, and in whatever order.
+Pixels are uint8 [height, width, 3], RGB.
 """
 
 import io
@@ -19,24 +18,18 @@ try:
 except ImportError:  # an extra: 1.5 times Pillow's speed, the same pixels
     simplejpeg = None
 
-
 Pixels = NDArray[np.uint8]
-
-
-MAX_PIXELS = 2**26  # 8192 x 8192: a decompression bomb declares more, a photograph less
-
-
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # the suffixes that the official loader tries (SPEC 8.9)
-
-
+MAX_PIXELS = 2**26  # 8192 x 8192: a photograph has fewer, a decompression bomb declares more
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of the suffixes in docs/official.md 8.9
 # Pillow's readers raise more than OSError on damaged files.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
 def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Pixels of one encoded picture, as Pillow's convert("RGB") gives them (SPEC 8.9).
+    """Returns the pixels of an encoded picture, equal to Pillow's convert("RGB") (docs/official.md 8.9).
 
-    Raises ValueError with what is wrong and what is needed; the caller says which picture it is.
+    apply_exif: rotate the picture by its EXIF orientation. Raises ValueError if bytes are empty, damaged, of another
+    format than FORMATS, or declare more than max_pixels. The message says what is wrong; the caller adds the place.
     """
     if not data:
         raise ValueError("has 0 bytes, needs a JPEG, PNG or WebP")
@@ -47,7 +40,7 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
                 pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
                 return pixels
         except ValueError:
-            pass  # stricter than Pillow, which then decides and has the better message
+            pass  # simplejpeg is stricter than Pillow, which then decides and has the better message
     try:
         return _decode_with_pillow(data, apply_exif, max_pixels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
@@ -62,15 +55,31 @@ def _decode_with_pillow(data: bytes, apply_exif: bool, max_pixels: int) -> Pixel
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > max_pixels:
             raise Image.DecompressionBombError
-        picture = ImageOps.exif_transpose(opened) if apply_exif else opened
-        if picture.mode == "P":
-            picture.load()
-            picture.info.pop("transparency", None)  # convert() drops it anyway, with a warning
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(convert_rgb(ImageOps.exif_transpose(opened) if apply_exif else opened))
+
+
+def convert_rgb(picture: Image.Image) -> Image.Image:
+    """Returns the picture in mode RGB."""
+    if picture.mode == "P":
+        picture.load()
+        picture.info.pop("transparency", None)  # convert() drops it anyway, with a warning
+    return picture.convert("RGB")
+
+
+def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
+    """Returns a decoded picture, ready for the crop: resized, or only shrunk if a training crop will resize it.
+
+    Raises ValueError as `decode` and `resize` do.
+    """
+    pixels = decode(data, apply_exif=options.apply_exif)
+    return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
 
 
 def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """To resize x resize ("stretch"), or its shorter side to resize ("keep_ratio"); as it is if it has that size."""
+    """Returns the pixels resized to resize x resize ("stretch"), or their shorter side to `resize` ("keep_ratio").
+
+    Pixels of that size are returned as they are. Raises ValueError if the result would have more than MAX_PIXELS.
+    """
     height, width = pixels.shape[:2]
     if options.resize_mode == "stretch":
         size = (options.resize, options.resize)
@@ -84,18 +93,11 @@ def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, resampling(options)))
 
 
-def resampling(options: FrameOptions) -> Image.Resampling:
-    return Image.Resampling.BILINEAR if options.resize_mode == "stretch" else Image.Resampling.BICUBIC
-
-
-def load(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
-    """All that no random word touches: decoded, and resized unless the crop resizes."""
-    pixels = decode(data, apply_exif=options.apply_exif)
-    return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
-
-
 def shrink(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """Its shorter side to shrink_to, if it is longer: a photograph of 12 million pixels takes 36 MB of the cache."""
+    """Returns the pixels with their shorter side reduced to shrink_to, or as they are if it is no longer or that is 0.
+
+    A photograph of 12 million pixels would take 36 MB of the cache.
+    """
     height, width = pixels.shape[:2]
     short = min(height, width)
     if not 0 < options.shrink_to < short:
@@ -104,7 +106,11 @@ def shrink(pixels: Pixels, options: FrameOptions) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, resampling(options)))
 
 
+def resampling(options: FrameOptions) -> Image.Resampling:
+    return Image.Resampling.BILINEAR if options.resize_mode == "stretch" else Image.Resampling.BICUBIC
+
+
 def centre_crop(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """The middle image_size x image_size: offset 16 of 256 for 224."""
+    """Returns a view of the middle image_size x image_size pixels: offset 16 of 256 for 224."""
     top, left = (round((side - options.image_size) / 2) for side in pixels.shape[:2])  # torchvision's rounding
     return pixels[top : top + options.image_size, left : left + options.image_size]

@@ -1,4 +1,4 @@
-"""How clips become frames of one size: the options, checked."""
+"""The options by which clips become frames of one size, with their checks."""
 
 import dataclasses
 from typing import Literal
@@ -6,27 +6,59 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameOptions:
-    """How pictures become arrays; the defaults are the official code's (SPEC 9), sizes in pixels.
+    """How frames are chosen and how pictures become arrays. The defaults are the official code's (docs/official.md 9).
 
-    Only training crops, flips, cuts and jitters at random; evaluation takes the centre crop of every sampled frame.
+    Evaluation takes evenly spaced frames and centre crops. What is random happens in training only, except for
+    test_tail_cut.
+
+    Attributes:
+      image_size: side of the square picture that the network sees, in pixels.
+      resize: pixels before the crop: of both sides ("stretch"), or of the shorter side ("keep_ratio").
+      resize_mode: "stretch" makes a square by bilinear resizing, as RICE does. "keep_ratio" keeps the aspect ratio by
+        bicubic resizing, as CLIP does (docs/official.md 11, row 17).
+      num_frames: slots of a clip, N.
+      frame_sampling: "uniform" takes evenly spaced frames. "random" draws any num_frames frames, in their order.
+      tail_cut: with probability 0.5, a clip that fills every slot keeps only its first 1 to num_frames frames
+        (docs/official.md 9.2).
+      test_tail_cut: the same cut in evaluation, as the official code does (docs/official.md 11, row 15).
+      flip: mirror a picture with probability 0.5.
+      consistent_augment: all frames of a clip share one crop, flip and colour change (docs/official.md 11, row 16).
+      min_scale: least share of the area that a crop has. Below 1, the crop has a random share and is resized to
+        image_size, in place of resize and crop.
+      max_aspect: largest factor by which such a crop's width : height differs from 1, either way. Above 1, crops are
+        made in this way even if min_scale is 1.
+      shrink_to: longest shorter side, in pixels, of the picture that such a crop is taken from; 0 never shrinks it.
+      colour_jitter: brightness, contrast and saturation are scaled by 1 - colour_jitter to 1 + colour_jitter.
+      white_balance: red, green and blue are scaled, each by 1 - white_balance to 1 + white_balance.
+      erase: probability that a square of 0.2 to 0.5 of the side is painted over.
+      apply_exif: rotate pictures by their EXIF orientation, which the official code does not do.
+
+    Raises:
+      ValueError: a field is outside its range. The message names the field, the value and the range.
+
+    Example:
+        from data_pipeline import FrameOptions
+
+        options = FrameOptions(image_size=224, resize=256, num_frames=10)
+        assert options.resize_mode == "stretch"
     """
 
-    image_size: int = 224  # side of what the network sees
-    resize: int = 256  # before the crop: both sides ("stretch") or the shorter one ("keep_ratio")
-    resize_mode: Literal["stretch", "keep_ratio"] = "stretch"  # bilinear as RICE, or bicubic as CLIP (SPEC 11, row 17)
-    num_frames: int = 10  # slots of a clip
-    frame_sampling: Literal["uniform", "random"] = "uniform"  # "random", in training: any num_frames, in order
-    tail_cut: bool = True  # in training, half of the clips that fill every slot lose a random tail (SPEC 9.2)
-    test_tail_cut: bool = False  # the same in evaluation, as the official code does unasked (SPEC 11, row 15)
-    flip: bool = True  # mirror, with chance one half
-    consistent_augment: bool = False  # one crop, flip and colour for all frames of a clip (SPEC 11, row 16)
-    min_scale: float = 1.0  # below 1: crop a random share of the area, at least this much, in place of resize + crop
-    max_aspect: float = 1.0  # above 1: that crop's width : height is off by up to this factor, either way
-    shrink_to: int = 0  # such crops are of a picture whose shorter side is at most this; 0: of the picture as it is
-    colour_jitter: float = 0.0  # brightness, contrast and saturation times 1 - c to 1 + c
-    white_balance: float = 0.0  # red, green and blue, each times 1 - w to 1 + w
-    erase: float = 0.0  # chance that a square of 0.2 to 0.5 of the side is painted over
-    apply_exif: bool = False  # turn pictures as their EXIF orientation says; the official code does not
+    image_size: int = 224
+    resize: int = 256
+    resize_mode: Literal["stretch", "keep_ratio"] = "stretch"
+    num_frames: int = 10
+    frame_sampling: Literal["uniform", "random"] = "uniform"
+    tail_cut: bool = True
+    test_tail_cut: bool = False
+    flip: bool = True
+    consistent_augment: bool = False
+    min_scale: float = 1.0
+    max_aspect: float = 1.0
+    shrink_to: int = 0
+    colour_jitter: float = 0.0
+    white_balance: float = 0.0
+    erase: float = 0.0
+    apply_exif: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("resize_mode", ("stretch", "keep_ratio")), ("frame_sampling", ("uniform", "random"))):

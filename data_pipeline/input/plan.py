@@ -1,8 +1,8 @@
 """Which examples make global batch i: a pure function of (seed, i), the same on every machine.
 
-An epoch is a permutation of the examples, cut in order into batches of G; the last n mod G of it are left out, as
-the official loader does. Nothing here knows about hosts, workers or threads, so a run may go on with other numbers
-of them in mid-epoch, and its position in the data is the step itself.
+An epoch is a permutation of the examples, cut in order into batches of G. The last n mod G examples are left out, as
+the official loader does. Nothing here depends on the numbers of hosts, workers or threads. So a run may resume with
+other numbers in mid-epoch, and its position in the data is the step alone.
 """
 
 import dataclasses
@@ -14,20 +14,33 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Second halves of the Philox key: no other use of the seed gets these words.
-ORDER_STREAM, SPREAD_STREAM = int.from_bytes(b"order"), int.from_bytes(b"spread")
+from data_pipeline.input.random_words import ORDER_STREAM, SPREAD_STREAM, random_words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a training run.
+    """The order of the examples in a training run.
 
-    num_examples: rows of the split, n. batch_size: G, over all hosts. seed: 0 to 2**64 - 1.
-    keep: the rows to train on, sorted and distinct (from `rows_without`); None means all n.
-    product: int [n], the product of every row. Given, each product's clips are spread evenly over an epoch, so that a
-    batch of a small set shows as many products as it can; None: they fall where chance has them.
-    content_hash: of the converted data set, so that a fingerprint is never that of other clips.
-    Raises ValueError when fewer examples are left than one batch needs.
+    Attributes:
+      num_examples: number of rows of the split, n.
+      batch_size: size of a global batch, over all hosts, G.
+      seed: 0 to 2**64 - 1.
+      keep: int64, the rows to train on, ascending and distinct (see `rows_without`). None keeps all n rows.
+      product: int32 [n], the product of every row, as in the split's columns. If given, each product's clips are spread
+        evenly over an epoch, so that a batch of a small set shows as many products as it can. None: not spread.
+      content_hash: of the converted data set. It enters the fingerprint only.
+
+    Raises:
+      ValueError: seed or batch_size is out of range, keep is not ascending, distinct rows of 0 to n - 1, or fewer rows
+        are kept than one batch needs.
+
+    Example:
+        from data_pipeline import Plan, open_dataset
+
+        split = open_dataset(path).split("train")
+        plan = Plan(split.num_clips, batch_size=2, seed=0)
+        clip_ids = [split.clip_ids[row] for row in plan.batch(0).tolist()]
+        assert len(set(clip_ids)) == 2
     """
 
     num_examples: int
@@ -60,6 +73,7 @@ class Plan:
 
     @property
     def num_kept(self) -> int:
+        """Number of rows to train on."""
         return self.num_examples if self.keep is None else len(self.keep)
 
     @property
@@ -68,7 +82,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides the order: two runs with the same one see the same batches."""
+        """32 hexadecimal digits of a digest of everything that decides the order: equal ones mean equal batches."""
         digest = hashlib.sha256()
         digest.update(f"plan 1 {self.seed} {self.batch_size} {self.num_examples} {self.content_hash} ".encode())
         digest.update(b"all" if self.keep is None else self.keep.astype("<i8").tobytes())
@@ -76,10 +90,14 @@ class Plan:
         return digest.hexdigest()[:32]
 
     def epoch(self, step: int) -> int:
+        """Returns the epoch, from 0, that global batch `step` belongs to."""
         return step // self.batches_per_epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Rows of the split that make global batch `step`, [G], in the batch's order."""
+        """Returns the rows of the split that make global batch `step`, int64 [G], in the batch's order.
+
+        Raises ValueError if step is negative.
+        """
         if step < 0:
             raise ValueError(f"step: found {step}, needs 0 or more.")
         epoch, position = divmod(step, self.batches_per_epoch)
@@ -87,7 +105,7 @@ class Plan:
         return picked.copy() if self.keep is None else self.keep[picked]
 
     def left_out(self, epoch: int) -> NDArray[np.int64]:
-        """Rows that `epoch` does not show, because they fill no whole batch: exactly n mod G of them."""
+        """Returns the kept rows that `epoch` does not show, int64 [num_kept mod G]: they fill no whole batch."""
         rest = self._order(epoch)[self.batches_per_epoch * self.batch_size :]
         return rest.copy() if self.keep is None else self.keep[rest]
 
@@ -99,9 +117,9 @@ class Plan:
 
 
 def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[np.int64]:
-    """Rows of the clips that are left when `skip_clips` are not to be trained on, sorted.
+    """Returns the rows of `clip_ids` that are not in `skip_clips`, int64, ascending.
 
-    Raises ValueError for an id that the split does not have: a mistyped one would leave the bad clip in.
+    Raises ValueError for an id in skip_clips that clip_ids does not have: a mistyped one would leave the bad clip in.
     """
     skip = frozenset(skip_clips)
     rows = np.fromiter((i for i, clip_id in enumerate(clip_ids) if clip_id not in skip), np.int64)
@@ -112,44 +130,39 @@ def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[
 
 
 _permutation_lock = threading.Lock()  # threads that reach a new epoch together compute its order once
+_spread_lock = threading.Lock()
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of `count` examples in one epoch, read-only: every order is equally likely.
+    """Returns the order of `count` examples in one epoch, int64 [count], read-only; every order is equally likely.
 
-    Sorts one random 64-bit word an example, ties by index. `Generator.permutation` is not used: NumPy may change its
-    stream between versions, and `Philox.random_raw` it may not. 4 M examples take half a second, once an epoch.
+    Sorts one random word per example, ties by index. 4 M examples take half a second, once per epoch.
     """
     with _permutation_lock:
         return _epoch_permutation(seed, epoch, count)
 
 
-@functools.lru_cache(maxsize=2)  # prefetching straddles two epochs
+@functools.lru_cache(maxsize=2)  # prefetching reaches into the next epoch
 def _epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    order = np.argsort(_words(seed, ORDER_STREAM, epoch, count), kind="stable")
+    order = np.argsort(random_words(seed, ORDER_STREAM, count, epoch=epoch), kind="stable")
     order.setflags(write=False)
     return order
 
 
-def _words(seed: int, stream: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, epoch], np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-
-_spread_lock = threading.Lock()
-
-
 @functools.lru_cache(maxsize=2)
 def _spread_order(plan: Plan, epoch: int) -> NDArray[np.int64]:
-    """The epoch's permutation, each product's c clips moved, in their order, to (u + 0), (u + 1), ... c-ths of it."""
+    """Returns the epoch's permutation after spreading: clip k of a product's c clips moves to (u + k) / c of the epoch.
+
+    u is uniform in [0, 1), one for each product and epoch. A product's clips stay in the permutation's order.
+    """
     assert plan.product is not None
     order = epoch_permutation(plan.seed, epoch, plan.num_kept)
     product = plan.product[order if plan.keep is None else plan.keep[order]]
     _, group, counts = np.unique(product, return_inverse=True, return_counts=True)
     by_group = np.argsort(group, kind="stable")
-    rank = np.empty(len(group), np.int64)  # of a clip among those of its product
+    rank = np.empty(len(group), np.int64)  # k of every clip
     rank[by_group] = np.arange(len(group)) - (np.cumsum(counts) - counts)[group[by_group]]
-    start = (_words(plan.seed, SPREAD_STREAM, epoch, len(counts)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    start = (random_words(plan.seed, SPREAD_STREAM, len(counts), epoch=epoch) >> np.uint64(11)) * 2.0**-53  # u
     spread = order[np.argsort((rank + start[group]) / counts[group], kind="stable")]
     spread.setflags(write=False)
     return spread

@@ -1,40 +1,61 @@
-"""A converted set examined: the manifest, every checksum, every record against the columns, every picture."""
+"""Inspects a converted set: the manifest, every checksum, every record against the columns, every picture."""
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
-from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, VERSION, inspect_picture, key_of
+from data_pipeline.inspection.fingerprints import (
+    FINGERPRINT,
+    NO_FINGERPRINT,
+    VERSION,
+    Fingerprints,
+    KnownFingerprints,
+    inspect_picture,
+    key_of,
+)
 from data_pipeline.inspection.source import box_faults
-from data_pipeline.inspection.summary import OnNewFingerprints, PartResult, SplitSummary
+from data_pipeline.inspection.summary import OnNewFingerprints, PartResult, SplitSummary, join_parts
 from data_pipeline.layouts.listing import NONE, TABLES
 from data_pipeline.system.workers import Workers
 
-MEND = "restore the shard from a copy, or convert again."
+REMEDY = "restore the shard from a copy, or convert again."
 
 
-class ConvertedSet:
-    """The converted set as a patient; `examine` fills the charts."""
+@dataclasses.dataclass(frozen=True)
+class ConvertedContext:
+    """What the workers share."""
+
+    path: Path
+    splits: Mapping[str, Split]
+    tables: Mapping[str, Sequence[str]]
+    known: KnownFingerprints
+
+
+class InspectedSet:
+    """A converted set. `inspect` fills in the results."""
 
     knows_products = True
 
     def __init__(self, path: Path, workers: int) -> None:
         self.path, self.workers = path, workers
-        self.charts: list[SplitSummary] = []
+        self.summaries: list[SplitSummary] = []
         self.tables: Mapping[str, Sequence[str]] = {}
         self.faults: list[Fault] = []
         self.remarks: list[str] = []
         self.splits: dict[str, Split] = {}
 
-    def examine(self, known_file: Path, remember: OnNewFingerprints) -> None:
+    def inspect(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
+        """Inspects the set, as far as its manifest, tables and columns are sound.
+
+        on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
+        """
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:
@@ -42,76 +63,75 @@ class ConvertedSet:
             return
         wrong = dict(dataset.disagreements())
         self.faults += [Fault("damaged file", name, detail) for name, detail in wrong.items()]
-        listed = {MANIFEST, *dataset.manifest["files"]}
-        strangers = sorted(each.name for each in self.path.glob("*.tfrecord*") if each.name not in listed)
+        expected = {MANIFEST, *dataset.manifest["files"]}
         self.faults += [
             Fault("file of no manifest", name, "found a shard that the manifest does not name; remove it.")
-            for name in strangers
+            for name in sorted(path.name for path in self.path.glob("*.tfrecord*"))
+            if name not in expected
         ]
         if any(f"{COLUMNS}/{file}.txt" in wrong for file in TABLE_FILES.values()):
-            return  # nobody could say what the columns mean
+            return  # without the tables the columns have no meaning
         self.tables = {name: list(texts) for name, texts in dataset.tables.items()}
-        with Workers(self.workers, ConvertedContext(dataset, known_file)) as workers:
+        self.splits = {name: dataset.split(name) for name in dataset.splits}
+        with Workers(self.workers, ConvertedContext(self.path, self.splits, dataset.tables, known)) as workers:
             damaged = self._check_shards(dataset, workers, set(wrong))
-            for name in dataset.splits:
-                if any(each.startswith(f"{COLUMNS}/{name}-") for each in wrong):
-                    continue  # told; its rows cannot be held against columns that are wrong themselves
-                split = self.splits[name] = dataset.split(name)
-                parts = {kind: self._look(workers, split, kind, damaged, remember) for kind in ("image", "clip")}
-                chart = _chart(split, parts["image"], parts["clip"])
-                self.faults += _wrong_rows(split)
-                self.charts.append(chart)
+            for name, split in self.splits.items():
+                if any(file.startswith(f"{COLUMNS}/{name}-") for file in wrong):
+                    continue  # already a fault; records cannot be compared with damaged columns
+                images, clips = (self._inspect(workers, split, kind, damaged, on_new) for kind in ("image", "clip"))
+                self.faults += _split_faults(split)
+                self.summaries.append(_summary(split, images, clips))
 
     def _check_shards(self, dataset: Dataset, workers: Workers, wrong: set[str]) -> set[str]:
-        """Checksums of whole shards: they tell of bytes that no record holds, and of shards in each other's place."""
+        """Compares the checksums of whole shards, which also cover bytes between records and exchanged shards.
+
+        Returns the names of the files that are not sound: `wrong` and the shards with another checksum.
+        """
         shards = [name for name in dataset.manifest["files"] if name.endswith(".tfrecord") and name not in wrong]
         tasks = ((name,) for name in shards)
         crcs = workers.run(shard_crc, tasks, "shards: checksums", total=len(shards), unit="shard")
         sound = {name for name, crc in zip(shards, crcs, strict=True) if crc == dataset.manifest["files"][name][1]}
         for name in shards:
             if name not in sound:
-                self.faults.append(Fault("damaged file", name, f"found a checksum (CRC32C) that disagrees; {MEND}"))
+                self.faults.append(Fault("damaged file", name, f"found a checksum (CRC32C) that disagrees; {REMEDY}"))
         return {*wrong, *shards} - sound
 
-    def _look(
-        self, workers: Workers, split: Split, kind: str, damaged: set[str], remember: OnNewFingerprints
-    ) -> list[PartResult]:
+    def _inspect(
+        self, workers: Workers, split: Split, kind: str, damaged: set[str], on_new: OnNewFingerprints
+    ) -> PartResult:
         total = split.num_clips if kind == "clip" else split.num_images
         tasks = (
             (split.name, kind, begin, end, _shard(split, kind, begin) not in damaged)
             for begin, end in split.shard_rows(kind)
         )
-        parts = []
-        for part in workers.run(
-            examine_shard, tasks, f"{split.name}: {kind}s", total=total, unit=kind, weigh=lambda each: each[3] - each[2]
-        ):
-            remember(part.fresh)
-            self.faults += part.faults
-            parts.append(part)
-        return parts
+        label, rows = f"{split.name}: {kind}s", lambda task: task[3] - task[2]
+        joined = join_parts(workers.run(inspect_shard, tasks, label, total=total, unit=kind, weigh=rows), on_new)
+        self.faults += joined.faults
+        return joined
 
-    # --- for a person -------------------------------------------------------------------------------------------------
+    # --- access -------------------------------------------------------------------------------------------------------
 
-    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
-        return f"{_where(self.splits[chart.split], 'clip', clip)} frame {frame}"
+    def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str:
+        return f"{_where(self.splits[summary.split], 'clip', clip)} frame {frame}"
 
-    def image_name(self, chart: SplitSummary, image: int) -> str:
-        return _where(self.splits[chart.split], "image", image)
+    def image_name(self, summary: SplitSummary, image: int) -> str:
+        return _where(self.splits[summary.split], "image", image)
 
-    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
-        return _where(self.splits[chart.split], "clip", clip), 0
+    def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
+        return _where(self.splits[summary.split], "clip", clip), 0
 
-    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
-        return self.splits[chart.split].clip(clip).frames[frame].encoded
+    def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
+        return self.splits[summary.split].clip(clip).frames[frame].encoded
 
-    def image(self, chart: SplitSummary, image: int) -> bytes:
-        return self.splits[chart.split].image(image).encoded
+    def image(self, summary: SplitSummary, image: int) -> bytes:
+        return self.splits[summary.split].image(image).encoded
 
-    def picture(self, fault: Fault) -> bytes | None:
+    def faulty_picture(self, file: str) -> bytes | None:
         return None
 
 
 def _where(split: Split, kind: str, row: int) -> str:
+    """Returns "SHARD record N" for a row; SHARD is relative to the set's folder."""
     return split.where(kind, row).removeprefix(f"{split.path}/")
 
 
@@ -126,96 +146,82 @@ def _without(error: Exception, place: object) -> str:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-class ConvertedContext:
-    """What the workers share: the set, and what earlier runs saw."""
-
-    def __init__(self, dataset: Dataset, known_file: Path) -> None:
-        self.dataset, self.known_file = dataset, known_file
-
-    def __reduce__(self) -> tuple[type["Ward"], tuple[Dataset, Path]]:
-        return ConvertedContext, (self.dataset, self.known_file)
-
-    @functools.cached_property
-    def splits(self) -> dict[str, Split]:
-        return {name: self.dataset.split(name) for name in self.dataset.splits}
-
-    @functools.cached_property
-    def known(self) -> dict[int, NDArray[np.void]]:
-        looks = np.load(self.known_file, mmap_mode="r")
-        return dict(zip(looks["key"].tolist(), looks, strict=True))
+def shard_crc(context: ConvertedContext, name: str) -> int:
+    return file_crc(context.path / name)
 
 
-def shard_crc(ward: ConvertedContext, name: str) -> int:
-    return file_crc(ward.dataset.path / name)
+def inspect_shard(
+    context: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool
+) -> PartResult:
+    """Returns the result for a shard, rows begin to end - 1: its records are read and compared with the columns.
 
-
-def examine_shard(ward: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool) -> PartResult:
-    """Reads a shard's records, holds them against the columns and looks at their pictures (in a worker).
-
-    sound: its checksum is the manifest's, so that what an earlier run saw in it is there still.
+    Their pictures are inspected unless their fingerprints are known. sound: whether the shard has the manifest's
+    checksum; otherwise its known fingerprints are not used.
     """
-    split, result = ward.splits[split_name], PartResult()
-    looks: list[NDArray[np.void]] = []
-    fresh: list[NDArray[np.void]] = []
+    split = context.splits[split_name]
+    fingerprints: list[Fingerprints] = []
+    new: list[Fingerprints] = []
+    faults: list[Fault] = []
+    counts = []
     for row in range(begin, end):
         count = int(split.columns["frames"][row]) if kind == "clip" else 1
         keys = [_key(split, kind, row, frame) for frame in range(count)]
-        result.counts.append(count)
-        if sound and all(key in ward.known for key in keys):
-            looks += [ward.known[key] for key in keys]
+        counts.append(count)
+        known = [each for key in keys if sound and (each := context.known.find(key)) is not None]
+        if sound and len(known) == count:
+            fingerprints += known
             continue
-        seen, faults = _examine_record(ward, split, kind, row, keys)
-        looks += seen
-        fresh += seen if not faults else []
-        result.faults += faults
-    result.faults = list(dict.fromkeys(result.faults))  # what is wrong with a shard as a whole, every record tells
-    result.looks, result.fresh = np.array(looks, FINGERPRINT), np.array(fresh, FINGERPRINT)
-    return result
+        found, wrong = _inspect_record(context, split, kind, row, keys)
+        fingerprints += found
+        new += found if not wrong else []
+        faults += wrong
+    faults = list(dict.fromkeys(faults))  # a fault of the whole shard comes once for each record
+    no_names = np.zeros(0, np.uint64)
+    return PartResult(np.array(fingerprints, FINGERPRINT), np.array(new, FINGERPRINT), faults, counts, no_names)
 
 
-def _examine_record(
-    ward: ConvertedContext, split: Split, kind: str, row: int, keys: Sequence[int]
-) -> tuple[list[NDArray[np.void]], list[Fault]]:
-    """A look at each of a record's pictures, as many as the columns say, and what is wrong with the record."""
+def _inspect_record(
+    context: ConvertedContext, split: Split, kind: str, row: int, keys: Sequence[int]
+) -> tuple[list[Fingerprints], list[Fault]]:
+    """Returns one fingerprint per key, NO_FINGERPRINT where no picture is sound, and the faults of the record."""
     place, where = split.where(kind, row), _where(split, kind, row)
     subject = f"{kind} {(split.clip_ids if kind == 'clip' else split.image_ids)[row]}"
+    fingerprints: list[Fingerprints] = len(keys) * [NO_FINGERPRINT]
     try:
         record: ClipRecord | ImageRecord = split.clip(row) if kind == "clip" else split.image(row)
     except ValueError as err:
         if str(err).startswith(place):
-            fault = Fault("damaged record", where, _without(err, place), subject=subject)
-        else:
-            fault = Fault("damaged file", _shard(split, kind, row), str(err).removeprefix(f"{split.path}/"))
-        return len(keys) * [NOTHING], [fault]
-    errors = list(_disagreements(ward, split, row, record))
+            return fingerprints, [Fault("damaged record", where, _without(err, place), subject=subject)]
+        detail = str(err).removeprefix(f"{split.path}/")
+        return fingerprints, [Fault("damaged file", _shard(split, kind, row), detail)]
+    errors = list(_disagreements(context, split, row, record))
     frames = record.frames if isinstance(record, ClipRecord) else []
     pictures = [frame.encoded for frame in frames] if isinstance(record, ClipRecord) else [record.encoded]
-    looks = len(keys) * [NOTHING]
     for frame, (data, key) in enumerate(zip(pictures, keys, strict=False)):
         name = f"{where} frame {frame}" if kind == "clip" else where
         try:
-            seen = inspect_picture(data, name, key, named=False)
+            inspected = inspect_picture(data, name, key, named=False)
         except BadInputError as err:
             errors.append(err)
             continue
-        looks[frame] = seen.look
-        errors += seen.problems
+        fingerprints[frame] = inspected.fingerprint
+        errors += inspected.problems
         if frames and (boxes := frames[frame].boxes):
-            errors += box_faults(boxes, Picture(name, name), seen.look, name)
-    return looks, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
+            errors += box_faults(boxes, Picture(name, name), inspected.fingerprint, name)
+    return fingerprints, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
 
 
 def _key(split: Split, kind: str, row: int, frame: int) -> int:
-    """64 bits of which picture of which shard: its checksum in the manifest, which is verified at every start."""
+    """Returns the key of a picture, which changes with its shard's checksum; that is verified at every start."""
     place = _where(split, kind, row)
     size, crc = split.manifest["files"][_shard(split, kind, row)]
     return key_of(f"{VERSION}\0{place}\0{size}\0{crc}\0{frame}")
 
 
 def _disagreements(
-    ward: ConvertedContext, split: Split, row: int, record: ClipRecord | ImageRecord
+    context: ConvertedContext, split: Split, row: int, record: ClipRecord | ImageRecord
 ) -> Iterator[BadInputError]:
-    """What a record says otherwise than the columns."""
+    """Yields an error for each value in which a record differs from the columns."""
     pairs: dict[str, tuple[str | int, str | int]]
     if isinstance(record, ImageRecord):
         pairs = {"id": (record.id, split.image_ids[row])}
@@ -226,7 +232,7 @@ def _disagreements(
         texts["category"] = f"{record.category}\t{record.category_name}".strip("\t")
         for name, text in texts.items():
             number = int(split.columns[name][row])
-            pairs[name] = text, ward.dataset.tables[name][number] if number != NONE else ""
+            pairs[name] = text, context.tables[name][number] if number != NONE else ""
         pairs["image"] = record.image_index, int(split.columns["image"][row])
         pairs["frames"] = len(record.frames), int(split.columns["frames"][row])
         pairs["original_frames"] = record.original_frames, int(split.columns["original_frames"][row])
@@ -239,8 +245,8 @@ def _disagreements(
 # --- a split as a whole -----------------------------------------------------------------------------------------------
 
 
-def _wrong_rows(split: Split) -> Iterator[Fault]:
-    """Clips without a shop image of the split; queries without gallery, truth, or their truth in the gallery."""
+def _split_faults(split: Split) -> Iterator[Fault]:
+    """Yields faults of gallery rows outside the split, of clips without shop image, of queries without true image."""
     galleries = split.galleries
     for name, rows in galleries.items():
         if np.any((rows < 0) | (rows >= split.num_images)):
@@ -253,30 +259,30 @@ def _wrong_rows(split: Split) -> Iterator[Fault]:
             yield Fault("clip without shop image", where, f"{detail}convert again.", subject=subject)
         if not split.is_evaluation:
             continue
-        shelf = galleries.get(split.gallery_name(row), np.zeros(0, np.int32))
+        gallery = galleries.get(split.gallery_name(row), np.zeros(0, np.int32))
         truth = set(split.truth_by_clip.get(clip_id, ()))
-        if not len(shelf):
+        if not len(gallery):
             detail = "found no shop image in its livestream's gallery, needs some; convert again."
             yield Fault("livestream without gallery", where, detail, subject=subject)
         elif not truth:
             yield Fault("query without truth", where, "found no true image, needs one; convert again.", subject=subject)
-        elif not truth & {split.image_ids[image] for image in shelf if 0 <= image < split.num_images}:
+        elif not truth & {split.image_ids[image] for image in gallery if 0 <= image < split.num_images}:
             detail = f"found none of {', '.join(sorted(truth))} in its gallery, needs one; convert again."
             yield Fault("true image not in its gallery", where, detail, subject=subject)
 
 
-def _chart(split: Split, images: Sequence[PartResult], clips: Sequence[PartResult]) -> SplitSummary:
+def _summary(split: Split, images: PartResult, clips: PartResult) -> SplitSummary:
     rows = split.columns["image"]
     return SplitSummary(
         split=split.name,
         clip_ids=list(split.clip_ids),
         image_ids=list(split.image_ids),
-        images_of=np.where((rows >= 0) & (rows < split.num_images), rows, NONE).astype(np.int32),
+        clip_images=np.where((rows >= 0) & (rows < split.num_images), rows, NONE).astype(np.int32),
         columns={name: np.asarray(split.columns[name]) for name in TABLES},
         image_products=np.asarray(split.image_columns["product"]),
-        galleries={name: shelf[(shelf >= 0) & (shelf < split.num_images)] for name, shelf in split.galleries.items()},
+        galleries={name: each[(each >= 0) & (each < split.num_images)] for name, each in split.galleries.items()},
         truth=split.truth_by_clip if split.name == "test" else {},
-        counts=np.array([count for part in clips for count in part.counts], np.int64),
-        looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in clips)]),
-        image_looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in images)]),
+        frame_counts=clips.frame_counts,
+        frame_fingerprints=clips.fingerprints,
+        image_fingerprints=images.fingerprints,
     )

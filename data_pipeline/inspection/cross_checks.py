@@ -1,4 +1,4 @@
-"""What no picture and no row shows alone: the same frame in training and test, one picture under two products, ..."""
+"""Faults that only a comparison shows: a frame in training and test, a picture under two products, mistyped ids."""
 
 import collections
 import unicodedata
@@ -7,192 +7,188 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection import duplicates as twins
-from data_pipeline.inspection.summary import Inspectable, SplitSummary
+from data_pipeline.inspection.duplicates import same_bytes, same_picture
+from data_pipeline.inspection.summary import InspectedData, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
 SHOWN_IDS = 5
+ImageRow = tuple[SplitSummary, int]  # a shop image: its split's summary, and its row there
 
 
-def compare(patient: Inspectable) -> Iterator[Fault]:
-    """Faults between clips, shop images, splits and galleries."""
-    charts = patient.charts
-    for place, chart in enumerate(charts):
-        if not chart.clip_ids:
-            detail = "found no clip, needs some: nothing would be trained or judged; restore the list, or leave it out."
-            yield Fault("split without clips", chart.split, detail)
-        for other in charts[place + 1 :]:
-            yield from _ids_in_both(patient, chart, other)
-            yield from _frames_in_both(patient, chart, other)
-        yield from _frames_of_two_products(patient, chart)
-        yield from _galleries(patient, chart)
-        yield from _queries(chart)
-    yield from _shop_images(patient)
-    yield from _alike_ids(patient)
+def cross_checks(data: InspectedData) -> Iterator[Fault]:
+    """Yields the faults between clips, shop images, splits and galleries."""
+    for number, summary in enumerate(data.summaries):
+        if not summary.clip_ids:
+            detail = "found no clip, needs some for training or evaluation; restore the list, or leave the split out."
+            yield Fault("split without clips", summary.split, detail)
+        for other in data.summaries[number + 1 :]:
+            yield from _clips_in_both(data, summary, other)
+            yield from _frames_in_both(data, summary, other)
+        yield from _frames_of_two_products(data, summary)
+        yield from _doubles_in_galleries(data, summary)
+        yield from _truth_without_query(summary)
+    yield from _shop_images(data)
+    yield from _alike_ids(data)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def _ids_in_both(patient: Inspectable, chart: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
-    rows = {clip_id: row for row, clip_id in enumerate(chart.clip_ids)}
+def _clips_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
+    rows = {clip_id: row for row, clip_id in enumerate(summary.clip_ids)}
     for clip_id in other.clip_ids:
         if clip_id in rows:
-            detail = f"found the clip in {chart.split} and in {other.split}, needs it in one split; remove it from one."
-            file, line = patient.clip_source(chart, rows[clip_id])
-            yield Fault("clip in two splits", file, detail, line, f"clip {clip_id}")
+            detail = f"found the clip in {summary.split} and in {other.split}, needs it in one split; "
+            file, line = data.clip_source(summary, rows[clip_id])
+            yield Fault("clip in two splits", file, f"{detail}remove it from one.", line, f"clip {clip_id}")
 
 
-def _frames_in_both(patient: Inspectable, chart: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
-    """Evaluation on frames that were trained on proves nothing."""
-
-    def view(of: SplitSummary, row: int) -> bytes:
-        return patient.frame(of, *of.clip_of(row))
-
-    found = [(pair, "the same bytes as") for pair in twins.same_bytes(chart.looks, other.looks)]
-    pictures = twins.same_picture(chart.looks, other.looks, lambda row: view(chart, row), lambda row: view(other, row))
-    found += [(pair, "the same picture as") for pair in pictures]
-    for (one, two), how in found:
-        (clip, frame), (other_clip, other_frame) = chart.clip_of(one), other.clip_of(two)
-        if chart.clip_ids[clip] == other.clip_ids[other_clip]:
-            continue  # told as a whole
-        file = patient.frame_name(chart, clip, frame)
-        name = patient.frame_name(other, other_clip, other_frame)
+def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
+    """Yields a fault for each frame in both splits: an evaluation on frames of the training proves nothing."""
+    frames, other_frames = summary.frame_fingerprints, other.frame_fingerprints
+    read = lambda row: data.frame(summary, *summary.clip_of(row))
+    read_other = lambda row: data.frame(other, *other.clip_of(row))
+    pairs = [(pair, "the same bytes as") for pair in same_bytes(frames, other_frames)]
+    pairs += [(pair, "the same picture as") for pair in same_picture(frames, other_frames, read, read_other)]
+    for (one, two), how in pairs:
+        (clip, frame), (other_clip, other_frame) = summary.clip_of(one), other.clip_of(two)
+        if summary.clip_ids[clip] == other.clip_ids[other_clip]:
+            continue  # the whole clip is a fault already
+        file = data.frame_name(summary, clip, frame)
+        name = data.frame_name(other, other_clip, other_frame)
         detail = f"found {how} {name} ({other.split} clip {other.clip_ids[other_clip]}), needs frames of {other.split} "
-        detail += f"that {chart.split} does not have; leave one of the clips out."
-        yield Fault(f"frame in {chart.split} and {other.split}", file, detail, 0, f"clip {chart.clip_ids[clip]}")
+        detail += f"that {summary.split} does not have; leave one of the clips out."
+        subject = f"clip {summary.clip_ids[clip]}"
+        yield Fault(f"frame in {summary.split} and {other.split}", file, detail, 0, subject)
 
 
-def _frames_of_two_products(patient: Inspectable, chart: SplitSummary) -> Iterator[Fault]:
-    """One frame, two labels; in a livestream that may be so, in a batch each is the other's negative."""
-    for one, two in twins.same_bytes(chart.looks):
-        (clip, frame), (other_clip, other_frame) = chart.clip_of(one), chart.clip_of(two)
-        image, other_image = (chart.images_of[each] for each in (clip, other_clip))
-        if clip == other_clip or NONE in (image, other_image) or _product(chart, image) == _product(chart, other_image):
+def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
+    """Yields a fault for each frame in clips of two products, which are negatives of each other in a batch.
+
+    A livestream may well show both.
+    """
+    for one, two in same_bytes(summary.frame_fingerprints):
+        (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
+        image, other_image = (summary.clip_images[row] for row in (clip, other_clip))
+        if clip == other_clip or NONE in (image, other_image):
             continue
-        file = patient.frame_name(chart, other_clip, other_frame)
-        detail = f"found the bytes of {patient.frame_name(chart, clip, frame)}, a frame of clip "
-        detail += f"{chart.clip_ids[clip]}, whose product is another; see which of them it shows."
-        yield Fault("frame of two products", file, detail, 0, f"clip {chart.clip_ids[other_clip]}")
+        if _product(summary, image) == _product(summary, other_image):
+            continue
+        file = data.frame_name(summary, other_clip, other_frame)
+        detail = f"found the bytes of {data.frame_name(summary, clip, frame)}, a frame of clip "
+        detail += f"{summary.clip_ids[clip]} of another product; check which of the products it shows."
+        yield Fault("frame of two products", file, detail, 0, f"clip {summary.clip_ids[other_clip]}")
 
 
 # --- shop images ------------------------------------------------------------------------------------------------------
 
 
-def _product(chart: SplitSummary, image: int) -> object:
-    product = int(chart.image_products[image])
-    return product if product != NONE else chart.image_ids[image]
+def _product(summary: SplitSummary, image: int) -> object:
+    product = int(summary.image_products[image])
+    return product if product != NONE else summary.image_ids[image]
 
 
-def _shop_images(patient: Inspectable) -> Iterator[Fault]:
-    """One picture under two products, and two pictures under one id, in whatever splits."""
-    where = [(chart, row) for chart in patient.charts for row in range(len(chart.image_ids))]
-    if not where:
+def _shop_images(data: InspectedData) -> Iterator[Fault]:
+    """Yields the faults of shop images over all splits: one picture under two products, two pictures under one id."""
+    images = [(summary, row) for summary in data.summaries for row in range(len(summary.image_ids))]
+    if not images:
         return
-    looks = np.concatenate([chart.image_looks for chart in patient.charts])
-    first: dict[tuple[str, int], int] = {}  # (id, bytes) -> row: splits share shop images
-    for row, (chart, image) in enumerate(where):
-        first.setdefault((chart.image_ids[image], int(looks["digest"][row])), row)
-    rows = np.array(sorted(row for row in first.values() if looks["key"][row]), np.int64)
-    chosen = looks[rows]
-    view = lambda place: patient.image(*where[rows[place]])
+    ids = [summary.image_ids[row] for summary, row in images]
+    fingerprints = np.concatenate([summary.image_fingerprints for summary in data.summaries])
+    first: dict[tuple[str, int], int] = {}  # by id and bytes: splits share shop images
+    for number, image_id in enumerate(ids):
+        first.setdefault((image_id, int(fingerprints["digest"][number])), number)
+    distinct = sorted(number for number in first.values() if fingerprints["key"][number])
     by_id = collections.defaultdict(list)
-    for row in rows.tolist():
-        by_id[where[row][0].image_ids[where[row][1]]].append(row)
-    for image_id, same_id in by_id.items():
-        for other in same_id[1:]:
-            yield _two_pictures(patient, where[same_id[0]], where[other], image_id)
-    galleries = _shelves(patient.charts)
-    pairs = [(pair, "bytes") for pair in twins.same_bytes(chosen)]
-    pairs += [(pair, "picture") for pair in twins.same_picture(chosen, None, view, view)]
+    for number in distinct:
+        by_id[ids[number]].append(number)
+    for same_id in by_id.values():
+        for number in same_id[1:]:
+            yield _two_pictures(data, images[same_id[0]], images[number])
+    shown_in = _galleries_by_image(data.summaries)
+    chosen = fingerprints[np.array(distinct, np.int64)]
+    read = lambda row: data.image(*images[distinct[row]])
+    pairs = [(pair, "bytes") for pair in same_bytes(chosen)]
+    pairs += [(pair, "picture") for pair in same_picture(chosen, None, read, read)]
     for (one, two), what in pairs:
-        here, there = where[rows[one]], where[rows[two]]
-        if here[0].image_ids[here[1]] != there[0].image_ids[there[1]]:
-            yield _two_products(patient, here, there, what, galleries)
+        one, two = distinct[one], distinct[two]
+        if ids[one] != ids[two]:
+            yield _two_products(data, images[one], images[two], what, shown_in[ids[one]] & shown_in[ids[two]])
 
 
-def _shelves(charts: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
-    """Image id -> the galleries (split, livestream) that show it."""
-    shelves: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
-    for chart in charts:
-        for livestream, images in chart.galleries.items():
+def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
+    """Returns, by image id, the galleries (split, livestream) that show it."""
+    galleries: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
+    for summary in summaries:
+        for livestream, images in summary.galleries.items():
             for image in images.tolist():
                 if image != NONE:
-                    shelves[chart.image_ids[image]].add((chart.split, livestream))
-    return shelves
+                    galleries[summary.image_ids[image]].add((summary.split, livestream))
+    return galleries
 
 
-def _two_products(
-    patient: Inspectable,
-    here: tuple[SplitSummary, int],
-    there: tuple[SplitSummary, int],
-    what: str,
-    galleries: dict[str, set[tuple[str, str]]],
-) -> Fault:
-    ids = [chart.image_ids[image] for chart, image in (here, there)]
-    products = [int(chart.image_products[image]) for chart, image in (here, there)]
-    names = [patient.tables["product"][product] if product != NONE else "not known" for product in products]
-    shared = galleries[ids[0]] & galleries[ids[1]]
-    file = patient.image_name(*there)
-    detail = f"found the same {what} as {patient.image_name(*here)} (image {ids[0]}), "
+def _two_products(data: InspectedData, one: ImageRow, two: ImageRow, what: str, shared: set[tuple[str, str]]) -> Fault:
+    """Returns the fault of two shop images with the same bytes or picture. shared: the galleries that show both."""
+    ids = [summary.image_ids[image] for summary, image in (one, two)]
+    products = [int(summary.image_products[image]) for summary, image in (one, two)]
+    names = [data.tables["product"][product] if product != NONE else "not known" for product in products]
+    file = data.image_name(*two)
+    detail = f"found the same {what} as {data.image_name(*one)} (image {ids[0]}), "
     detail += f"products {names[1]} and {names[0]}"
     detail += f", both in the gallery of {min(shared)[1] or min(shared)[0]}" if shared else ""
     detail += "; nobody can tell which a clip shows: give them one id, or replace a picture."
-    same = patient.knows_products and NONE not in products and products[0] == products[1]
-    certain = shared or (patient.knows_products and NONE not in products)
-    reason = "shop image under two products" if certain and not same else "shop image under two ids"
+    named = data.knows_products and NONE not in products
+    same = named and products[0] == products[1]
+    certain = (shared or named) and not same
+    reason = "shop image under two products" if certain else "shop image under two ids"
     return Fault(reason, file, detail, 0, f"image {ids[1]}")
 
 
-def _two_pictures(
-    patient: Inspectable, here: tuple[SplitSummary, int], there: tuple[SplitSummary, int], image_id: str
-) -> Fault:
-    file = patient.image_name(*there)
-    other = patient.image_name(*here)
-    detail = f"found another picture than {other} under the same id, needs one an id; see which is right."
-    return Fault("two shop images under one id", file, detail, 0, f"image {image_id}")
+def _two_pictures(data: InspectedData, one: ImageRow, two: ImageRow) -> Fault:
+    file, image_id = data.image_name(*two), two[0].image_ids[two[1]]
+    detail = f"found another picture than {data.image_name(*one)} under the same id, needs one an id; "
+    return Fault("two shop images under one id", file, f"{detail}see which is right.", 0, f"image {image_id}")
 
 
-# --- queries and ids --------------------------------------------------------------------------------------------------
+# --- galleries, truth and ids -----------------------------------------------------------------------------------------
 
 
-def _galleries(patient: Inspectable, chart: SplitSummary) -> Iterator[Fault]:
-    for livestream, images in chart.galleries.items():
+def _doubles_in_galleries(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
+    for livestream, images in summary.galleries.items():
         rows, counts = np.unique(images[images != NONE], return_counts=True)
         for row in rows[counts > 1].tolist():
-            detail = f"found the image twice in the gallery of {livestream or chart.split}, needs each once: it takes "
-            detail += "two places of the ranking; remove a row."
-            file = patient.image_name(chart, row)
-            yield Fault("image twice in a gallery", file, detail, 0, f"image {chart.image_ids[row]}")
+            file, gallery = data.image_name(summary, row), livestream or summary.split
+            detail = f"found the image twice in the gallery of {gallery}, needs each once: it takes two places of the "
+            detail += "ranking; remove a row."
+            yield Fault("image twice in a gallery", file, detail, 0, f"image {summary.image_ids[row]}")
 
 
-def _queries(chart: SplitSummary) -> Iterator[Fault]:
-    """Recall divides by the truth file: what it names and no clip shows counts as a miss."""
-    for clip_id in sorted(set(chart.truth) - set(chart.clip_ids)):
+def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
+    """Yields a fault for each clip of the truth file that the split does not have: Recall counts it as a miss."""
+    for clip_id in sorted(set(summary.truth) - set(summary.clip_ids)):
         detail = "found no clip for this entry of the truth, needs one: it counts as missed in every Recall; "
         detail += "add the clip, or remove the entry."
-        yield Fault("truth without query", chart.split, detail, 0, f"clip {clip_id}")
+        yield Fault("truth without query", summary.split, detail, 0, f"clip {clip_id}")
 
 
-def _alike_ids(patient: Inspectable) -> Iterator[Fault]:
-    """Ids that a person takes for one another are mostly one id, mistyped."""
+def _alike_ids(data: InspectedData) -> Iterator[Fault]:
+    """Yields a fault for each group of ids that differ in case, width or space only: most are one id, mistyped."""
     kinds: list[tuple[str, Iterable[str]]] = [
-        ("clip", {clip_id for chart in patient.charts for clip_id in chart.clip_ids}),
-        ("image", {image_id for chart in patient.charts for image_id in chart.image_ids}),
-        ("product", patient.tables.get("product", ())),
-        ("livestream", patient.tables.get("livestream", ())),
+        ("clip", {clip_id for summary in data.summaries for clip_id in summary.clip_ids}),
+        ("image", {image_id for summary in data.summaries for image_id in summary.image_ids}),
+        ("product", data.tables.get("product", ())),
+        ("livestream", data.tables.get("livestream", ())),
     ]
     for kind, ids in kinds:
         groups = collections.defaultdict(list)
         for each in ids:
             groups["".join(unicodedata.normalize("NFKC", each).casefold().split())].append(each)
-        for same in groups.values():
-            spaced = [each for each in same if each != each.strip()]
-            if len(same) > 1 or spaced:
-                shown = ", ".join(map(repr, sorted(same)[:SHOWN_IDS]))
-                detail = (
-                    f"found the {kind} ids {shown}, which differ in case or space only"
-                    if len(same) > 1
-                    else (f"found the {kind} id {shown} with space at an end")
-                )
-                yield Fault("ids alike", "ids", detail + "; see whether they are one.", 0, f"{kind} {sorted(same)[0]}")
+        for same in map(sorted, groups.values()):
+            shown = ", ".join(map(repr, same[:SHOWN_IDS]))
+            if len(same) > 1:
+                detail = f"found the {kind} ids {shown}, which differ in case or space only"
+            elif same[0] != same[0].strip():
+                detail = f"found the {kind} id {shown} with space at an end"
+            else:
+                continue
+            yield Fault("ids alike", "ids", f"{detail}; see whether they are one.", 0, f"{kind} {same[0]}")

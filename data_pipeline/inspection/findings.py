@@ -1,18 +1,19 @@
-"""What was found, as numbers and lists for machines: faults by kind with their severity, and distributions."""
+"""The results as JSON: faults by kind with their severity, and distributions."""
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.summary import UNLISTED, Inspectable, SplitSummary
+from data_pipeline.inspection.fingerprints import Fingerprints
+from data_pipeline.inspection.summary import UNLISTED, InspectedData, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
-# Kinds that a conversion takes and that leave training and its figures what they are; every other kind is an error.
+# Kinds that a conversion accepts and that make neither training nor its figures wrong. Every other kind is an error.
 WARNINGS = frozenset(
     {
         "control characters",
@@ -31,20 +32,21 @@ WARNINGS = frozenset(
     }
 )
 MAX_LISTED = 10_000  # faults of a kind in the report; all are counted
-LONG_TAIL = 20  # most frequent texts that are named
+MAX_VALUES = 20  # most frequent values that are listed with their counts
 
 
 @dataclasses.dataclass
 class Findings:
     """Faults by kind, in the order in which they were found."""
 
-    accepted: Collection[str] = ()  # kinds that someone knows of, and takes as warnings
+    accepted: Collection[str] = ()  # kinds that the user wants as warnings
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    errors: set[str] = dataclasses.field(default_factory=set)  # kinds
+    errors: set[str] = dataclasses.field(default_factory=set)  # kinds with at least one error
     faults: list[Fault] = dataclasses.field(default_factory=list)
 
     def add(self, faults: Iterable[Fault]) -> None:
-        known = set(self.faults)  # splits share shop images
+        """Adds faults that are not there yet: splits share shop images. Counts all, keeps MAX_LISTED of a kind."""
+        known = set(self.faults)
         for fault in faults:
             if fault in known:
                 continue
@@ -56,15 +58,16 @@ class Findings:
                 self.faults.append(fault)
 
     def severity(self, fault: Fault) -> str:
-        known = fault.reason in WARNINGS or fault.reason in self.accepted
-        return "warning" if known or fault.subject == UNLISTED else "error"
+        """Returns "warning" or "error"."""
+        harmless = fault.reason in WARNINGS or fault.reason in self.accepted or fault.subject == UNLISTED
+        return "warning" if harmless else "error"
 
     @property
     def safe(self) -> bool:
         return not self.errors
 
     def as_json(self) -> dict[str, Any]:
-        """Kinds with an error first, then by number."""
+        """Returns "safe" (bool), "counts" by kind and the list of "faults": kinds with errors first, then by count."""
         worst = {kind: "error" if kind in self.errors else "warning" for kind in self.counts}
         order = sorted(self.counts, key=lambda kind: (worst[kind], -self.counts[kind], kind))
         return {
@@ -84,33 +87,34 @@ class Findings:
         }
 
 
-def distributions(patient: Inspectable) -> dict[str, Any]:
-    """By split: counts, and how clips spread over products, categories, livestreams, types, lengths and sizes."""
-    return {chart.split: _of_split(chart, patient.tables) for chart in patient.charts}
+def distributions(data: InspectedData) -> dict[str, Any]:
+    """Returns counts by split, and how clips spread over products, categories, livestreams, types, lengths, sizes."""
+    return {summary.split: _split_distributions(summary, data.tables) for summary in data.summaries}
 
 
-def _of_split(chart: SplitSummary, tables: Any) -> dict[str, Any]:
-    sound, sound_images = (looks[looks["key"] > 0] for looks in (chart.looks, chart.image_looks))
-    sizes = [len(images) for images in chart.galleries.values()]
-    spread = {name: _spread(column, tables.get(name, ())) for name, column in chart.columns.items()}
-    products = np.append(chart.image_products, np.int32(NONE))[chart.images_of]
+def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    frames, images = summary.frame_fingerprints, summary.image_fingerprints
+    sound, sound_images = frames[frames["key"] > 0], images[images["key"] > 0]
+    sizes = [len(rows) for rows in summary.galleries.values()]
+    spread = {name: _spread(column, tables.get(name, ())) for name, column in summary.columns.items()}
+    products = np.append(summary.image_products, np.int32(NONE))[summary.clip_images]
     spread["product"] = _spread(products, tables.get("product", ()))
     return {
-        "clips": len(chart.clip_ids),
-        "frames": int(chart.counts.sum()),
+        "clips": len(summary.clip_ids),
+        "frames": sum(summary.frame_counts),
         "sound_frames": len(sound),
-        "shop_images": len(chart.image_ids),
+        "shop_images": len(summary.image_ids),
         "sound_shop_images": len(sound_images),
         "galleries": {"count": len(sizes), "smallest": min(sizes, default=0), "largest": max(sizes, default=0)},
-        "frames_a_clip": _histogram(chart.counts),
-        "clips_by": {name: each for name, each in spread.items() if each["values"]},
+        "frames_a_clip": _histogram(summary.frame_counts),
+        "clips_by": {name: values for name, values in spread.items() if values["values"]},
         "frame_sizes": _sizes(sound),
         "shop_image_sizes": _sizes(sound_images),
     }
 
 
 def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
-    """How many values there are, the most frequent ones, and the long tail."""
+    """Returns how many values a column has, the most frequent ones, and a sample of the counts in falling order."""
     numbers, counts = np.unique(column[column != NONE], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     ranked = counts[order]
@@ -121,16 +125,16 @@ def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
         "once": int(np.count_nonzero(ranked == 1)),
         "median": float(np.median(ranked)) if len(ranked) else 0.0,
         "share_of_the_first_tenth": round(int(ranked[:tenth].sum()) / max(1, int(ranked.sum())), 4),
-        "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:LONG_TAIL]},
+        "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:MAX_VALUES]},
         "ranked": ranked[np.unique(np.geomspace(1, len(ranked), 40).astype(int)) - 1].tolist() if len(ranked) else [],
     }
 
 
-def _histogram(values: NDArray[np.int64]) -> dict[str, int]:
+def _histogram(values: Sequence[int]) -> dict[str, int]:
     numbers, counts = np.unique(values, return_counts=True)
     return {str(number): int(count) for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
 
 
-def _sizes(looks: NDArray[np.void]) -> dict[str, int]:
-    pairs = collections.Counter(zip(looks["width"].tolist(), looks["height"].tolist(), strict=True))
-    return {f"{width} x {height}": count for (width, height), count in pairs.most_common(LONG_TAIL)}
+def _sizes(pictures: Fingerprints) -> dict[str, int]:
+    pairs = collections.Counter(zip(pictures["width"].tolist(), pictures["height"].tolist(), strict=True))
+    return {f"{width} x {height}": count for (width, height), count in pairs.most_common(MAX_VALUES)}

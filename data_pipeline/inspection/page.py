@@ -1,6 +1,6 @@
-"""The report as one HTML file: numbers, bars, faults, and sheets of pictures. No script, nothing loaded from elsewhere.
+"""The report as one HTML file: numbers, bars, faults and sheets of pictures. It has no script and loads nothing.
 
-Every text of the data is escaped; pictures are drawn anew at the size of a thumb, so that none of their bytes is shown.
+Every text of the data is escaped. Pictures are encoded anew as thumbnails, so that none of their bytes is copied.
 """
 
 import base64
@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.faults import Fault
 from data_pipeline.input.decode import decode
-from data_pipeline.inspection.summary import Inspectable, SplitSummary
+from data_pipeline.inspection.summary import InspectedData, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
-SIDE, GAP = 72, 2  # px: a thumb, and what lies between two
+SIDE, GAP = 72, 2  # pixels: a thumbnail, and the space between two
 SHEET_CLIPS, SHEET_FRAMES = 24, 6  # of each split
 SHOWN_FAULTS = 200  # of a kind
-SHOWN_PICTURES = 24  # at fault, of a kind
+SHOWN_PICTURES = 24  # of the faults of a kind
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#24292f}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.15rem .8rem .15rem 0;text-align:left;
 vertical-align:top;overflow-wrap:anywhere}td.n{text-align:right;white-space:nowrap}.error{color:#b42318}
@@ -29,22 +28,23 @@ vertical-align:top;overflow-wrap:anywhere}td.n{text-align:right;white-space:nowr
 img{max-width:100%;image-rendering:auto}details{margin:.3rem 0}code{font-size:90%}"""
 
 
-def make_page(title: str, report: dict[str, Any], patient: Inspectable) -> str:
+def make_page(title: str, report: dict[str, Any], data: InspectedData) -> str:
+    """Returns the HTML of a report, as the doctor writes it to report.json, with pictures of the data."""
     verdict = (
         '<p class="safe">Nothing that makes training unsafe was found.</p>'
         if report["safe"]
-        else '<p class="error">Training on this is not safe: mend what is marked as an error.</p>'
+        else '<p class="error">Training on this data is not safe: repair what is marked as an error.</p>'
     )
     body = [
         f"<h1>{_text(title)}</h1>{verdict}",
         *(f"<p>{_text(remark)}</p>" for remark in report["remarks"]),
         "<h2>What was found</h2>" + _counts(report),
-        *_faults(report, patient),
+        *_faults(report, data),
     ]
     for split, numbers in report["distributions"].items():
         body += [f"<h2>{_text(split)}</h2>", *_numbers(numbers)]
-    for chart in patient.charts:
-        body.append(f"<h3>{_text(chart.split)}: some clips, each behind its shop image</h3>{_sheet(patient, chart)}")
+    for summary in data.summaries:
+        body.append(f"<h3>{_text(summary.split)}: some clips, each after its shop image</h3>{_sheet(data, summary)}")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"><title>{_text(title)}</title>"
@@ -68,7 +68,7 @@ def _counts(report: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _faults(report: dict[str, Any], patient: Inspectable) -> Iterator[str]:
+def _faults(report: dict[str, Any], data: InspectedData) -> Iterator[str]:
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for fault in report["faults"]:
         by_kind.setdefault(fault["kind"], []).append(fault)
@@ -80,7 +80,7 @@ def _faults(report: dict[str, Any], patient: Inspectable) -> Iterator[str]:
         )
         more = report["counts"][kind]["count"] - SHOWN_FAULTS
         rest = f"<p>... and {more:,} more, in report.json</p>" if more > 0 else ""
-        shown = f"<table>{rows}</table>{rest}{_thumbs(patient, faults)}"
+        shown = f"<table>{rows}</table>{rest}{_thumbs(data, faults)}"
         yield f"<details open><summary>{_text(kind)}</summary>{shown}</details>"
 
 
@@ -123,45 +123,46 @@ def _bars(items: Iterable[tuple[str, int]]) -> str:
     )
 
 
-def _thumbs(patient: Inspectable, faults: Sequence[dict[str, Any]]) -> str:
-    """The pictures that faults are about, in their order, as far as they can be shown at all."""
+def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
+    """Returns the HTML of those pictures named by faults that can be decoded."""
     shown = []
     for fault in faults[:SHOWN_PICTURES]:
-        data = patient.picture(Fault(fault["kind"], fault["file"], ""))
-        if data is not None:
+        encoded = data.faulty_picture(fault["file"])
+        if encoded is not None:
             with contextlib.suppress(ValueError):
-                shown.append(f'<img alt="" title="{_text(fault["file"])}" src="{_source(_thumb(data))}">')
+                shown.append(f'<img alt="" title="{_text(fault["file"])}" src="{_source(_thumb(encoded))}">')
     return "".join(shown)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _sheet(patient: Inspectable, chart: SplitSummary) -> str:
-    """Clips evenly spaced over the split, two a row: the shop image, then frames from the first to the last."""
-    if not len(chart.counts):
+def _sheet(data: InspectedData, summary: SplitSummary) -> str:
+    """Returns the HTML of a picture of clips, evenly spaced over the split: each its shop image, then some frames."""
+    if not len(summary.frame_counts):
         return "<p>None.</p>"
-    clips = np.unique(np.linspace(0, len(chart.counts) - 1, SHEET_CLIPS).astype(int)).tolist()
+    clips = np.unique(np.linspace(0, len(summary.frame_counts) - 1, SHEET_CLIPS).astype(int)).tolist()
     width = SHEET_FRAMES + 1
     sheet = Image.new("RGB", (2 * width * (SIDE + GAP) + 8 * GAP, -(-len(clips) // 2) * (SIDE + GAP)), "white")
     for place, clip in enumerate(clips):
         x, y = (place % 2) * (width * (SIDE + GAP) + 8 * GAP), place // 2 * (SIDE + GAP)
-        for slot, data in enumerate(_pictures(patient, chart, clip)):
-            if data is not None:
-                sheet.paste(_thumb(data), (x + slot * (SIDE + GAP) + (GAP if slot else 0), y))
-    return f'<img alt="{_text(chart.split)}" src="{_source(sheet)}">'
+        for slot, encoded in enumerate(_pictures(data, summary, clip)):
+            if encoded is not None:
+                sheet.paste(_thumb(encoded), (x + slot * (SIDE + GAP) + (GAP if slot else 0), y))
+    return f'<img alt="{_text(summary.split)}" src="{_source(sheet)}">'
 
 
-def _pictures(patient: Inspectable, chart: SplitSummary, clip: int) -> Iterator[bytes | None]:
-    image, count = int(chart.images_of[clip]), int(chart.counts[clip])
-    yield patient.image(chart, image) if image != NONE and chart.image_looks["key"][image] else None
-    begin = int(chart.ends[clip]) - count
+def _pictures(data: InspectedData, summary: SplitSummary, clip: int) -> Iterator[bytes | None]:
+    """Yields the encoded bytes of a clip's shop image, then of some of its frames; None for one that is not sound."""
+    image, count = int(summary.clip_images[clip]), int(summary.frame_counts[clip])
+    yield data.image(summary, image) if image != NONE and summary.image_fingerprints["key"][image] else None
+    begin = int(summary.ends[clip]) - count
     for frame in np.unique(np.linspace(0, count - 1, SHEET_FRAMES).astype(int)).tolist() if count else ():
-        yield patient.frame(chart, clip, frame) if chart.looks["key"][begin + frame] else None
+        yield data.frame(summary, clip, frame) if summary.frame_fingerprints["key"][begin + frame] else None
 
 
-def _thumb(data: bytes) -> Image.Image:
-    picture = Image.fromarray(decode(data))
+def _thumb(encoded: bytes) -> Image.Image:
+    picture = Image.fromarray(decode(encoded))
     picture.thumbnail((SIDE, SIDE))
     return picture
 

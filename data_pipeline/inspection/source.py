@@ -1,12 +1,11 @@
-"""A source folder examined: its lists by the readers that a conversion uses, and every picture that they name."""
+"""Inspects a source folder: its lists, by the readers that a conversion uses, and every picture."""
 
 import dataclasses
-import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,15 @@ from data_pipeline.conversion.shards import scale_boxes
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box, Picture, ShopImage
-from data_pipeline.inspection.fingerprints import FINGERPRINT, NOTHING, Viewer
-from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary
+from data_pipeline.inspection.fingerprints import (
+    FINGERPRINT,
+    NO_FINGERPRINT,
+    Fingerprints,
+    KnownFingerprints,
+    inspect_file,
+    picture_name,
+)
+from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary, join_parts
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
 from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
@@ -24,57 +30,52 @@ from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.system.workers import Workers
 
 CLIPS_A_TASK = 64
-IMAGES_A_TASK = 512
-BOX_SLACK = 0.5  # px by which a box may stick out: the rounding of a download that shrank its frame
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")  # and what stands for a character that was lost
+PICTURES_A_TASK = 512
+BOX_SLACK = 0.5  # pixels by which a box may leave its frame: the rounding of a download that shrank the frame
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")  # with U+FFFD, which replaces a lost character
 TEXTS = ("image_title", "category", "category_name", "product", "speech", "scale", "duration", "number")
 T = TypeVar("T")
-R = TypeVar("R")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class SourceContext:
-    """What the workers share: the layout, and what earlier runs saw."""
+    """What the workers share."""
 
     layout: Layout
-    known_file: Path
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layout": self.layout, "known_file": self.known_file}
-
-    @functools.cached_property
-    def viewer(self) -> Viewer:
-        return Viewer(self.layout.source, np.load(self.known_file, mmap_mode="r"))
+    folder: PictureReader
+    known: KnownFingerprints
 
 
-class RawSource:
-    """The source folder as a patient; `examine` fills the charts."""
+class InspectedSource:
+    """A source folder. `read_lists`, then `inspect_pictures` fill in the results."""
 
     def __init__(self, layout: Layout, splits: Sequence[str], workers: int) -> None:
         self.layout, self.splits, self.workers = layout, splits, workers
-        self.charts: list[SplitSummary] = []
+        self.folder = PictureReader(layout.source)
+        self.summaries: list[SplitSummary] = []
         self.listings: list[Listing] = []
         self.tables: Mapping[str, Sequence[str]] = {}
         self.faults: list[Fault] = []
         self.remarks: list[str] = []
-        self.failed = 0  # downloads that are known to have failed
         self.knows_products = False
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
     def read_lists(self, run: RunTasks, work: Path) -> None:
-        """Lists, and where the pictures are; a split that cannot be read is a fault, and the others go on."""
-        self._all_but_bad(self.splits, lambda splits: self._list(splits, run))
+        """Reads the lists and finds the pictures. A split that cannot be read becomes a fault; the others go on.
+
+        run: runs tasks, as Workers.run does. work: folder for the index of a download.
+        """
+        self._without_bad(self.splits, lambda splits: self._list(splits, run))
         for listing in self.listings:
             self.faults += [*listing.faults, *_empty_lists(listing)]
             listing.faults = []
-        self._all_but_bad(self.listings, lambda listings: self._locate(listings, run, work))
+        self._without_bad(self.listings, lambda listings: self._locate(listings, run, work))
         for index in self.layout.indices.values() if isinstance(self.layout, Lpr4m) else ():
-            numbers = range(len(index.download.shards))
-            tasks = ((index.download, number) for number in numbers)
-            for faults in run(
-                compare_shard, tasks, f"{index.download.folder}: sidecars", total=len(numbers), unit="shard"
-            ):
+            download = index.download
+            tasks = ((download, number) for number in range(len(download.shards)))
+            label = f"{download.folder}: sidecars"
+            for faults in run(compare_shard, tasks, label, total=len(download.shards), unit="shard"):
                 self.faults += faults
         self.faults += [*self.layout.faults, *(fault for listing in self.listings for fault in listing.faults)]
         images = (image for listing in self.listings for image in listing.images)
@@ -87,8 +88,11 @@ class RawSource:
         self.remarks = self.layout.locate(listings, run, work)
         self.listings = list(listings)
 
-    def _all_but_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """read(items); where that fails, of those items with which it alone does not, and a fault for each other."""
+    def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
+        """Reads all items together. If that raises, reads each alone: one that raises becomes a fault.
+
+        The others are then read together, and an error of that is raised.
+        """
         try:
             read(items)
             return
@@ -100,109 +104,101 @@ class RawSource:
                 sound.append(item)
             except (BadInputError, WrongUseError) as err:
                 split = item.split if isinstance(item, Listing) else str(item)
-                self.faults.append(_of_split(err, self.layout, split))
+                self.faults.append(_split_fault(err, self.layout, split))
         self.listings = []
         if sound:
             read(sound)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def examine(self, known_file: Path, remember: OnNewFingerprints) -> None:
-        """Looks at every picture; what is seen is handed to `remember` part by part."""
-        names = [hash_names(self.layout.copies)]
+    def inspect_pictures(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
+        """Inspects the pictures of all lists, then, if every frame is inspected, the pictures that no list names.
 
-        def take(part: PartResult) -> PartResult:
-            remember(part.fresh)
-            self.faults += part.faults
-            self.failed += part.failed
-            names.append(part.names)
-            return part
+        on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
+        """
+        name_hashes = [hash_names(self.layout.copies)]
+        with Workers(self.workers, SourceContext(self.layout, self.folder, known)) as workers:
 
-        with Workers(self.workers, SourceContext(self.layout, known_file)) as workers:
+            def run(function: Callable, tasks: Iterable[tuple], label: str, total: int, unit: str) -> PartResult:
+                results = workers.run(function, tasks, label, total=total, unit=unit, weigh=lambda task: len(task[-1]))
+                joined = join_parts(results, on_new)
+                self.faults += joined.faults
+                name_hashes.append(joined.name_hashes)
+                return joined
+
             for listing in self.listings:
-                images = list(map(take, _look_at_images(workers, listing)))
-                clips = list(map(take, _look_at_clips(workers, listing)))
-                self.charts.append(_chart(listing, images, clips))
+                split, num_images = listing.split, len(listing.images)
+                images = run(inspect_images, _image_tasks(listing), f"{split}: images", num_images, "image")
+                clips = run(inspect_clips, _clip_tasks(listing), f"{split}: clips", len(listing), "clip")
+                self.summaries.append(_summary(listing, images, clips))
             if self.layout.stored_frames is None:
-                self._look_at_others(workers, np.unique(np.concatenate(names)), take)
+                others = self._unlisted(np.unique(np.concatenate(name_hashes)))
+                tasks = ((others[at : at + PICTURES_A_TASK],) for at in range(0, len(others), PICTURES_A_TASK))
+                run(inspect_unlisted, tasks, "not listed", len(others), "picture")
 
-    def _look_at_others(
-        self, workers: Workers, named: NDArray[np.uint64], take: Callable[[PartResult], PartResult]
-    ) -> None:
-        """Pictures of the folder that no list names: no part of the training, and worth knowing when they are bad."""
-        others = list(_pictures_below(self.layout.source))
-        if others:
-            others = np.array(others)[~np.isin(hash_names(others), named)].tolist()
+    def _unlisted(self, listed: NDArray[np.uint64]) -> list[str]:
+        """Returns the paths of pictures that no list names: training does not use them, so bad ones are warnings."""
+        paths = list(_pictures_below(self.layout.source))
+        others: list[str] = np.array(paths)[~np.isin(hash_names(paths), listed)].tolist() if paths else []
         if others:
             self.remarks.append(f"{len(others):,} pictures of the folder are named by no list (first {others[0]}).")
-        tasks = [(others[begin : begin + IMAGES_A_TASK],) for begin in range(0, len(others), IMAGES_A_TASK)]
-        run = workers.run(
-            examine_others, tasks, "not listed", total=len(others), unit="picture", weigh=lambda each: len(each[0])
-        )
-        for part in run:
-            take(part)
+        return others
 
-    # --- for a person -------------------------------------------------------------------------------------------------
+    # --- access -------------------------------------------------------------------------------------------------------
 
-    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
-        return _name(self._frame(chart, clip, frame))
+    def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str:
+        return picture_name(self._frame(summary, clip, frame))
 
-    def image_name(self, chart: SplitSummary, image: int) -> str:
-        return _name(self.layout.find_image(self._listing(chart).images[image], chart.split))
+    def image_name(self, summary: SplitSummary, image: int) -> str:
+        return picture_name(self._image(summary, image))
 
-    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
-        return self._folder.read(self._frame(chart, clip, frame))
+    def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
+        return self.folder.read(self._frame(summary, clip, frame))
 
-    def image(self, chart: SplitSummary, image: int) -> bytes:
-        return self._folder.read(self.layout.find_image(self._listing(chart).images[image], chart.split))
+    def image(self, summary: SplitSummary, image: int) -> bytes:
+        return self.folder.read(self._image(summary, image))
 
-    def picture(self, fault: Fault) -> bytes | None:
-        if not fault.file.lower().endswith(tuple(SUFFIXES)) or not os.path.isfile(self.layout.source / fault.file):
-            return None  # the member of a tar, or no picture
+    def faulty_picture(self, file: str) -> bytes | None:
+        if not file.lower().endswith(tuple(SUFFIXES)) or not os.path.isfile(self.layout.source / file):
+            return None  # a member of a tar, or no picture
         try:
-            return self._folder.read(Picture("", fault.file))
+            return self.folder.read(Picture("", file))
         except BadInputError:
             return None
 
-    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
-        """File and line that list a clip."""
-        source = self._listing(chart).source(clip)
+    def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
+        source = self._listing(summary).source(clip)
         return source.file, source.number if isinstance(source, RowLocation) else 0
 
-    @functools.cached_property
-    def _folder(self) -> PictureReader:
-        return PictureReader(self.layout.source)
+    def _listing(self, summary: SplitSummary) -> Listing:
+        return next(listing for listing in self.listings if listing.split == summary.split)
 
-    def _listing(self, chart: SplitSummary) -> Listing:
-        return next(listing for listing in self.listings if listing.split == chart.split)
-
-    def _frame(self, chart: SplitSummary, clip: int, frame: int) -> Picture:
-        _, found = self.layout.find_frames(self._listing(chart).source(clip), chart.split)
+    def _frame(self, summary: SplitSummary, clip: int, frame: int) -> Picture:
+        _, found = self.layout.find_frames(self._listing(summary).source(clip), summary.split)
         picture = found[frame].picture
-        assert isinstance(picture, Picture)  # its look is sound
+        assert isinstance(picture, Picture)  # the frame is sound
         return picture
+
+    def _image(self, summary: SplitSummary, image: int) -> Picture:
+        return self.layout.find_image(self._listing(summary).images[image], summary.split)
 
 
 def _empty_lists(listing: Listing) -> Iterator[Fault]:
-    """Parts of a list that say nothing, as an interrupted download leaves them."""
-    told = {fault.file for fault in listing.faults}
+    """Yields a fault for each file of a list without a line, as an interrupted download leaves it."""
+    reported = {fault.file for fault in listing.faults}
     for number, file in enumerate(listing.files):
-        if file not in told and not np.any(listing.lines["file"] == number):
+        if file not in reported and not np.any(listing.lines["file"] == number):
             yield Fault("empty list", file, "found no line, needs one a clip; restore the file, or remove it.")
 
 
-def _of_split(error: BadInputError | WrongUseError, layout: Layout, split: str) -> Fault:
+def _split_fault(error: BadInputError | WrongUseError, layout: Layout, split: str) -> Fault:
     if isinstance(error, BadInputError):
         return error.at(layout.FOLDERS[0], 0, f"split {split}")
     return Fault("split cannot be read", layout.FOLDERS[0], str(error), 0, f"split {split}")
 
 
-def _name(picture: Picture) -> str:
-    return f"{picture.path}/{picture.member}" if picture.member else picture.path
-
-
 def _pictures_below(root: Path) -> Iterator[str]:
-    """Paths of all files that are called as pictures are, links to folders not followed."""
+    """Yields the paths, relative to root, of files with a picture's suffix; links to folders are not followed."""
     for folder, inner, files in os.walk(root):
         inner.sort()
         for name in sorted(files):
@@ -210,141 +206,131 @@ def _pictures_below(root: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
+def _summary(listing: Listing, images: PartResult, clips: PartResult) -> SplitSummary:
+    return SplitSummary(
+        split=listing.split,
+        clip_ids=[clip_id.decode() for clip_id in listing.clip_ids.tolist()],
+        image_ids=[image.id for image in listing.images],
+        clip_images=listing.columns["image"],
+        columns={name: listing.columns[name] for name in TABLES},
+        image_products=listing.image_products,
+        galleries={name: np.array(rows, np.int32) for name, rows in listing.galleries.items()},
+        truth=listing.truth,
+        frame_counts=clips.frame_counts,
+        frame_fingerprints=clips.fingerprints,
+        image_fingerprints=images.fingerprints,
+    )
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _look_at_images(workers: Workers, listing: Listing) -> Iterator[PartResult]:
-    images = listing.images
-    tasks = ((listing.split, images[at : at + IMAGES_A_TASK]) for at in range(0, len(images), IMAGES_A_TASK))
-    return workers.run(
-        examine_images,
-        tasks,
-        f"{listing.split}: images",
-        total=len(images),
-        unit="image",
-        weigh=lambda each: len(each[1]),
-    )
+def _image_tasks(listing: Listing) -> Iterator[tuple[str, Sequence[ShopImage]]]:
+    for begin in range(0, len(listing.images), PICTURES_A_TASK):
+        yield listing.split, listing.images[begin : begin + PICTURES_A_TASK]
 
 
-def _look_at_clips(workers: Workers, listing: Listing) -> Iterator[PartResult]:
-    def task(begin: int) -> tuple[str, list[tuple[str, RowLocation | ClipListing]]]:
+def _clip_tasks(listing: Listing) -> Iterator[tuple[str, list[tuple[str, RowLocation | ClipListing]]]]:
+    for begin in range(0, len(listing), CLIPS_A_TASK):
         rows = range(begin, min(len(listing), begin + CLIPS_A_TASK))
-        return listing.split, [(listing.clip_ids[row].decode(), listing.source(row)) for row in rows]
-
-    tasks = map(task, range(0, len(listing), CLIPS_A_TASK))
-    return workers.run(
-        examine_clips,
-        tasks,
-        f"{listing.split}: clips",
-        total=len(listing),
-        unit="clip",
-        weigh=lambda each: len(each[1]),
-    )
-
-
-def _rows(task: tuple[Any, ...]) -> int:
-    return len(task[1])
+        yield listing.split, [(listing.clip_ids[row].decode(), listing.source(row)) for row in rows]
 
 
 class _Part:
-    """Fills an Examined, a picture at a time."""
+    """Collects the result of a task, one picture at a time."""
 
-    def __init__(self, viewer: Viewer) -> None:
-        self.viewer = viewer
-        self.looks: list[NDArray[np.void]] = []
-        self.fresh: list[NDArray[np.void]] = []
+    def __init__(self, context: SourceContext) -> None:
+        self.context = context
+        self.fingerprints: list[Fingerprints] = []
+        self.new: list[Fingerprints] = []
         self.names: list[str] = []
-        self.result = PartResult()
+        self.faults: list[Fault] = []
+        self.frame_counts: list[int] = []
 
-    def look(self, found: Picture | BadInputError | None, fault: Callable[[BadInputError], Fault]) -> NDArray[np.void]:
-        look: NDArray[np.void] = NOTHING
+    def inspect(self, found: Picture | BadInputError | None, fault: Callable[[BadInputError], Fault]) -> Fingerprints:
+        """Returns the fingerprint of a picture, NO_FINGERPRINT if it is not sound; `fault` places its problems.
+
+        found: as a layout gives it. None, a download that is known to have failed, is no fault.
+        """
+        fingerprint: Fingerprints = NO_FINGERPRINT
         problems: Sequence[BadInputError] = ()
         try:
             if isinstance(found, BadInputError):
                 raise found
-            if found is None:
-                self.result.failed += 1
-            else:
-                self.names.append(_name(found))
-                seen = self.viewer.look(found)
-                look, problems = seen.look, seen.problems
-                if not seen.known and not problems:
-                    self.fresh.append(look)
+            if found is not None:
+                self.names.append(picture_name(found))
+                inspected = inspect_file(self.context.folder, found, self.context.known)
+                fingerprint, problems = inspected.fingerprint, inspected.problems
+                if not inspected.known and not problems:
+                    self.new.append(fingerprint)
         except BadInputError as err:
             problems = [err]
-        self.result.faults += map(fault, problems)
-        self.looks.append(look)
-        return look
+        self.faults += map(fault, problems)
+        self.fingerprints.append(fingerprint)
+        return fingerprint
 
-    def close(self) -> PartResult:
-        self.result.looks = np.array(self.looks, FINGERPRINT)
-        self.result.fresh = np.array(self.fresh, FINGERPRINT)
-        self.result.names = hash_names(self.names)
-        return self.result
+    def result(self) -> PartResult:
+        fingerprints, new = (np.array(each, FINGERPRINT) for each in (self.fingerprints, self.new))
+        return PartResult(fingerprints, new, self.faults, self.frame_counts, hash_names(self.names))
 
 
-def examine_images(surgery: SourceContext, split: str, images: Sequence[ShopImage]) -> PartResult:
-    """Looks at shop images (in a worker)."""
-    part = _Part(surgery.viewer)
+def inspect_images(context: SourceContext, split: str, images: Sequence[ShopImage]) -> PartResult:
+    part = _Part(context)
     for image in images:
         found: Picture | BadInputError
         try:
-            found = surgery.layout.find_image(image, split)
+            found = context.layout.find_image(image, split)
         except BadInputError as err:
             found = err
-        part.look(found, lambda err, image=image: err.at(err.file or image.reference, 0, f"image {image.id}"))
-    return part.close()
+        part.inspect(found, lambda err, image=image: err.at(err.file or image.reference, 0, f"image {image.id}"))
+    return part.result()
 
 
-def examine_clips(
-    surgery: SourceContext, split: str, clips: Sequence[tuple[str, RowLocation | ClipListing]]
+def inspect_clips(
+    context: SourceContext, split: str, clips: Sequence[tuple[str, RowLocation | ClipListing]]
 ) -> PartResult:
-    """Looks at the frames of clips, and holds their boxes against them (in a worker)."""
-    part = _Part(surgery.viewer)
+    """Returns the result for clips, given as (clip id, where it is listed): their texts, frames and boxes."""
+    part = _Part(context)
     for clip_id, source in clips:
         number = source.number if isinstance(source, RowLocation) else 0
         fault = lambda err, file=source.file, number=number, clip=clip_id: err.at(file, number, f"clip {clip}")
         try:
-            listed, found = surgery.layout.find_frames(source, split)
+            listed, found = context.layout.find_frames(source, split)
         except BadInputError:
-            part.result.counts.append(0)  # told when the lists were read
+            part.frame_counts.append(0)  # already a fault of the lists
             continue
-        part.result.counts.append(len(found))
+        part.frame_counts.append(len(found))
         for name in TEXTS:
             text = getattr(listed, name, "")
             if CONTROL.search(text):
                 detail = f"found {text!r:.80} as {name}, needs text without control characters; correct the cell."
-                part.result.faults.append(fault(BadInputError("control characters", detail)))
+                part.faults.append(fault(BadInputError("control characters", detail)))
         before: set[str] = set()
-        for each in found:
-            look = part.look(each.picture, fault)
-            if not isinstance(each.picture, Picture):
+        for frame in found:
+            fingerprint = part.inspect(frame.picture, fault)
+            if not isinstance(frame.picture, Picture):
                 continue
-            name = _name(each.picture)
+            name = picture_name(frame.picture)
             if name in before:
                 detail = f"found the frame {name} twice in the clip's list, needs each once; remove one."
-                part.result.faults.append(fault(BadInputError("frame listed twice", detail)))
+                part.faults.append(fault(BadInputError("frame listed twice", detail)))
             before.add(name)
-            if listed.boxes and look["key"]:
-                errors = box_faults(listed.boxes[each.position], each.picture, look, name)
-                part.result.faults += map(fault, errors)
-    return part.close()
+            if listed.boxes and fingerprint["key"]:
+                part.faults += map(fault, box_faults(listed.boxes[frame.position], frame.picture, fingerprint, name))
+    return part.result()
 
 
-def examine_others(surgery: SourceContext, paths: Sequence[str]) -> PartResult:
-    """Looks at pictures that no list names (in a worker)."""
-    part = _Part(surgery.viewer)
+def inspect_unlisted(context: SourceContext, paths: Sequence[str]) -> PartResult:
+    part = _Part(context)
     for path in paths:
-        part.look(
-            Picture(os.path.splitext(os.path.basename(path))[0], path),
-            lambda err, path=path: err.at(path, subject=UNLISTED),
-        )
-    return part.close()
+        picture = Picture(os.path.splitext(os.path.basename(path))[0], path)
+        part.inspect(picture, lambda err, path=path: err.at(path, subject=UNLISTED))
+    return part.result()
 
 
-def box_faults(boxes: Sequence[Box], picture: Picture, look: NDArray[np.void], name: str) -> Iterator[BadInputError]:
-    """Boxes that cannot be those of the frame, as it is stored."""
-    width, height = int(look["width"]), int(look["height"])
+def box_faults(boxes: Sequence[Box], picture: Picture, fingerprint: Fingerprints, name: str) -> Iterator[BadInputError]:
+    """Yields an error for each box of the frame `name` that is inverted or leaves it by more than BOX_SLACK pixels."""
+    width, height = int(fingerprint["width"]), int(fingerprint["height"])
     for box, scaled in zip(boxes, scale_boxes(boxes, picture, (width, height)), strict=True):
         left, top, right, bottom = scaled
         size = "x".join(map(str, picture.original_size or (width, height)))
@@ -354,19 +340,3 @@ def box_faults(boxes: Sequence[Box], picture: Picture, look: NDArray[np.void], n
         elif min(left, top) < -BOX_SLACK or right > width + BOX_SLACK or bottom > height + BOX_SLACK:
             detail = f"found the box {list(box)} in frame {name}, needs it within {size} pixels; correct it."
             yield BadInputError("box outside the frame", detail)
-
-
-def _chart(listing: Listing, images: Sequence[PartResult], clips: Sequence[PartResult]) -> SplitSummary:
-    return SplitSummary(
-        split=listing.split,
-        clip_ids=[each.decode() for each in listing.clip_ids.tolist()],
-        image_ids=[image.id for image in listing.images],
-        images_of=listing.columns["image"],
-        columns={name: listing.columns[name] for name in TABLES},
-        image_products=listing.image_products,
-        galleries={name: np.array(rows, np.int32) for name, rows in listing.galleries.items()},
-        truth=listing.truth,
-        counts=np.array([count for part in clips for count in part.counts], np.int64),
-        looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in clips)]),
-        image_looks=np.concatenate([np.zeros(0, FINGERPRINT), *(part.looks for part in images)]),
-    )

@@ -1,83 +1,96 @@
-"""What is known of a split after its pictures were looked at, wherever they came from."""
+"""The results of an inspection, and access to the pictures: the same for a source folder and a converted set."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.fingerprints import FINGERPRINT
+from data_pipeline.inspection.fingerprints import FINGERPRINT, Fingerprints
 
-UNLISTED = "named by no list"  # the subject of faults of pictures that are no part of the training
+UNLISTED = "named by no list"  # the subject of faults of pictures that training does not use
+OnNewFingerprints = Callable[[Fingerprints], None]
 
 
 @dataclasses.dataclass
 class SplitSummary:
-    """One split: clips and shop images by row, and a look at every picture. Rows and table numbers of -1: none."""
+    """The clips and shop images of one split by row, with the fingerprint of every picture. A row of -1 means none."""
 
     split: str
     clip_ids: Sequence[str]
     image_ids: Sequence[str]
-    images_of: NDArray[np.int32]  # row of each clip's shop image
-    columns: Mapping[str, NDArray[np.int32]]  # TABLES, one entry a clip
+    clip_images: NDArray[np.int32]  # row of each clip's shop image
+    columns: Mapping[str, NDArray[np.int32]]  # of TABLES, one entry per clip
     image_products: NDArray[np.int32]
-    galleries: Mapping[str, NDArray[np.int32]]  # rows of images
+    galleries: Mapping[str, NDArray[np.int32]]  # livestream -> rows of shop images
     truth: Mapping[str, Sequence[str]]  # test: clip id -> true image ids, also of clips that are not there
-    counts: NDArray[np.int64]  # frames looked at, one entry a clip
-    looks: NDArray[np.void]  # LOOK of the frames, clip after clip; key 0: none
-    image_looks: NDArray[np.void]
+    frame_counts: Sequence[int]  # inspected frames of each clip
+    frame_fingerprints: Fingerprints  # of the frames, clip after clip; key 0: not sound
+    image_fingerprints: Fingerprints  # of the shop images
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
-        return np.cumsum(self.counts)
+        """The row of frame_fingerprints after each clip's last frame, int64 [clips]."""
+        return np.cumsum(self.frame_counts)
 
-    def clip_of(self, frame: int) -> tuple[int, int]:
-        """Row of the clip that a row of `looks` belongs to, and which of its frames that is."""
-        clip = int(np.searchsorted(self.ends, frame, side="right"))
-        return clip, frame - int(self.ends[clip] - self.counts[clip])
+    def clip_of(self, row: int) -> tuple[int, int]:
+        """Returns the clip of a row of frame_fingerprints, and which of the clip's frames it is, from 0."""
+        clip = int(np.searchsorted(self.ends, row, side="right"))
+        return clip, row - int(self.ends[clip] - self.frame_counts[clip])
 
 
-class Inspectable(Protocol):
-    """What is examined: a source folder or a converted set."""
+class InspectedData(Protocol):
+    """A source folder or a converted set after its inspection: the results, and access to its pictures.
 
-    charts: list[SplitSummary]
-    tables: Mapping[str, Sequence[str]]  # texts that the columns count in
+    Access to a picture raises ValueError if it cannot be read any more.
+    """
+
+    summaries: list[SplitSummary]
+    tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns
     faults: list[Fault]
     remarks: list[str]
-    knows_products: bool  # else each shop image is its own
+    knows_products: bool  # False: each shop image counts as a product of its own
 
-    def frame_name(self, chart: SplitSummary, clip: int, frame: int) -> str:
-        """Where a frame is, for a person."""
+    def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str:
+        """Returns where a frame is, for messages."""
 
-    def image_name(self, chart: SplitSummary, image: int) -> str:
-        """The same of a shop image."""
+    def image_name(self, summary: SplitSummary, image: int) -> str:
+        """Returns where a shop image is, for messages."""
 
-    def clip_source(self, chart: SplitSummary, clip: int) -> tuple[str, int]:
-        """File and line (0: none) that list a clip."""
+    def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
+        """Returns the file that lists a clip, and the line, from 1 (0: no line)."""
 
-    def frame(self, chart: SplitSummary, clip: int, frame: int) -> bytes:
-        """The bytes of a sound frame."""
+    def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
+        """Returns the encoded bytes of a sound frame."""
 
-    def image(self, chart: SplitSummary, image: int) -> bytes:
-        """The bytes of a sound shop image."""
+    def image(self, summary: SplitSummary, image: int) -> bytes:
+        """Returns the encoded bytes of a sound shop image."""
 
-    def picture(self, fault: Fault) -> bytes | None:
-        """The bytes of the picture that a fault is about, if it is about one that can be read."""
+    def faulty_picture(self, file: str) -> bytes | None:
+        """Returns the encoded bytes of the file that a fault names, or None if it is not a readable picture."""
 
 
 @dataclasses.dataclass
 class PartResult:
-    """What came of some clips or shop images: the looks one after the other, and how many each has."""
+    """The result of one task or of several: of some clips, shop images, or pictures that no list names."""
 
-    looks: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, FINGERPRINT))
-    counts: list[int] = dataclasses.field(default_factory=list)
-    fresh: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, FINGERPRINT))  # to be remembered
-    faults: list[Fault] = dataclasses.field(default_factory=list)
-    failed: int = 0  # downloads known to have failed
-    names: NDArray[np.uint64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))  # of files, hashed
+    fingerprints: Fingerprints  # of all pictures in their order; key 0: not sound
+    new_fingerprints: Fingerprints  # of sound pictures that no earlier run knew
+    faults: list[Fault]
+    frame_counts: list[int]  # of clips: frames of each
+    name_hashes: NDArray[np.uint64]  # of the pictures' names, from a source folder
 
 
-OnNewFingerprints = Callable[[NDArray[np.void]], None]
+def join_parts(parts: Iterable[PartResult], on_new: OnNewFingerprints) -> PartResult:
+    """Returns the results in their order as one, after a call of on_new for each; new fingerprints are not kept."""
+    prints, faults, counts, hashes = [np.zeros(0, FINGERPRINT)], [], [], [np.zeros(0, np.uint64)]
+    for part in parts:
+        on_new(part.new_fingerprints)
+        prints.append(part.fingerprints)
+        faults += part.faults
+        counts += part.frame_counts
+        hashes.append(part.name_hashes)
+    return PartResult(np.concatenate(prints), prints[0], faults, counts, np.concatenate(hashes))

@@ -1,6 +1,6 @@
-"""What the shop sells and when it is shown: products in groups of siblings, livestreams with galleries, clips.
+"""Plans the shop: products in groups of siblings, livestreams with galleries, clips. Nothing is drawn here.
 
-A function of three numbers and the seed; nothing is drawn here.
+The plan depends on the numbers of products and clips and on the seed alone.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from data_pipeline.synthetic_shop.patterns import PATTERNS
 from data_pipeline.synthetic_shop.products import PALETTES
 from data_pipeline.synthetic_shop.shapes import Colour
 
-GROUP = 3  # siblings: one shape, one palette, as many patterns
+GROUP = 3  # siblings at least: they share shape and palette, each has a pattern of its own
 LEAST_PRODUCTS = 2 * GROUP
-MOST_PRODUCTS = 100_000  # planned at once, in memory
-GALLERY = 28  # shop images of a test livestream, up to 41 in some sizes; a smaller set shows all that it has
-CLIPS_A_LIVESTREAM = 8  # of training: a room must tell little about what is sold in it
+MOST_PRODUCTS = 100_000  # all are planned in memory
+GALLERY = 28  # shop images of a test livestream, up to 41 for some numbers of products; small shops show all
+CLIPS_A_LIVESTREAM = 8  # in training, of many products, so that the room does not give the product away
 TEST_SHARE, VAL_SHARE, UNSEEN_SHARE = 0.2, 0.04, 1 / 6
-SECONDS = (2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 11)  # for which a product is shown, each as likely
-FIRST_SECOND = 1_700_000_000_000  # milliseconds, as clip ids have them
+SECONDS = (2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 11)  # that a clip shows its product; entries are equally likely
+FIRST_SECOND = 1_700_000_000_000  # earliest start of a livestream, in milliseconds, as in clip ids
 NAMES = (
     "Alva", "Bero", "Cleo", "Dune", "Eiko", "Fjord", "Gala", "Hanna", "Iris", "Juno", "Kiso", "Luma", "Mika", "Nord",
     "Olea", "Pilo", "Quin", "Rosa", "Sora", "Tove", "Ursa", "Vela", "Wren", "Xeno", "Yuki", "Zola",
@@ -52,13 +52,13 @@ class Clip:
     product: int
     id: str
     length: int  # seconds, and frames
-    shown: tuple[int, int]  # the product is in frames first to last - 1
-    others: tuple[int, ...]  # products that stand on the table beside it
+    shown: tuple[int, int]  # (begin, end): the product is in frames begin to end - 1
+    others: tuple[int, ...]  # products on the table beside it
     speech: str
 
     @property
     def folder(self) -> str:
-        """Where its frames are, relative to the source folder."""
+        """The folder of its frames, relative to the source folder."""
         return f"query/{self.id}" if self.split == "test" else f"training_video_{self.index % 8:02d}/{self.id}"
 
     @property
@@ -95,7 +95,7 @@ class Shop:
 
     @functools.cached_property
     def galleries_of(self) -> list[list[Livestream]]:
-        """By product: the test livestreams that have it on their shelf."""
+        """By product, the test livestreams with it on their shelf."""
         having: list[list[Livestream]] = [[] for _ in self.products]
         for live in self.galleries:
             for product in live.shelf:
@@ -107,7 +107,11 @@ class Shop:
 
 
 def plan_shop(*, products: int, clips: int, seed: int) -> Shop:
-    """The shop; WrongUseError if such a one cannot be drawn."""
+    """Returns the plan of a shop with so many products and clips.
+
+    Raises WrongUseError if the seed is not 0 to 2**64 - 1, the products are not LEAST_PRODUCTS to MOST_PRODUCTS, or the
+    clips are too few for one in test of each product, one in training of each seen product, and one in validation.
+    """
     if not 0 <= seed < 2**64:
         raise WrongUseError(f"--seed: found {seed}, needs 0 to 2**64 - 1.")
     if not LEAST_PRODUCTS <= products <= MOST_PRODUCTS:
@@ -136,7 +140,7 @@ def _plan_products(count: int, seed: int) -> list[Product]:
     products: list[Product] = []
     for group in range(groups):
         turn, place = divmod(group, len(categories))
-        palette = palettes[(place + 11 * turn) % len(palettes)]  # of one category, no two groups soon share a palette
+        palette = palettes[(place + 11 * turn) % len(palettes)]  # 30 groups of a category differ
         patterns = Dice(seed, "siblings", group).shuffled(list(PATTERNS))
         for pattern in patterns[: count // groups + (group < count % groups)]:
             index = len(products)
@@ -149,7 +153,7 @@ def _plan_products(count: int, seed: int) -> list[Product]:
 
 
 def share_out(total: int, weights: Sequence[float], least: int) -> list[int]:
-    """`total` in whole parts: `least` each, the rest by weight (largest remainders)."""
+    """Returns `total` split into whole parts: each has `least`, and the rest by weight (largest remainders)."""
     rest = total - least * len(weights)
     exact = [rest * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
@@ -160,7 +164,11 @@ def share_out(total: int, weights: Sequence[float], least: int) -> list[int]:
 
 
 def _plan_livestreams(products: list[Product], counts: dict[str, int], seed: int) -> Shop:
-    """Who is shown where: in training anywhere, so that no room is a product's; in tests beside its siblings."""
+    """Returns the shop, with `counts` clips by split.
+
+    A product's training clips are spread over livestreams, so that rooms do not give products away. A test clip is in a
+    livestream with its product's siblings on the shelf.
+    """
     dice = Dice(seed, "streams")
     seen = dice.shuffled([product for product in products if product.seen])
     popularity = {product: 1 / (rank + 2) for rank, product in enumerate(dice.shuffled(products))}  # a long tail
@@ -170,12 +178,12 @@ def _plan_livestreams(products: list[Product], counts: dict[str, int], seed: int
         shows[split] = [product for product, part in zip(of, parts, strict=True) for _ in range(part)]
 
     training = max(1, round(counts["train"] / CLIPS_A_LIVESTREAM))
-    testing = max(1, len(products) // (GALLERY // 2))  # as each group is in two of their galleries
+    testing = max(1, len(products) // (GALLERY // 2))  # each group is in two of their galleries
     groups = dice.shuffled(range(products[-1].group + 1))
     first = {group: place for place, group in enumerate(groups)}
     presented: list[list[tuple[str, Product]]] = [[] for _ in range(training + testing)]
     for split in ("train", "val"):
-        for place, product in enumerate(shows[split]):  # a product's clips follow each other: they part
+        for place, product in enumerate(shows[split]):  # a product's clips are consecutive: each goes to the next room
             presented[place % training].append((split, product))
     turns = dict.fromkeys(groups, 0)
     for product in dice.shuffled(shows["test"]):
@@ -199,7 +207,7 @@ def _plan_livestreams(products: list[Product], counts: dict[str, int], seed: int
 def _plan_clip(live: Livestream, split: str, product: Product, index: int, start: int, seed: int) -> Clip:
     dice = Dice(seed, "clip", index)
     seconds = dice.pick(SECONDS)
-    before, after = (dice.below(4) if dice.happens(0.2) else 0 for _ in range(2))  # the host talks, nothing is shown
+    before, after = (dice.below(4) if dice.happens(0.2) else 0 for _ in range(2))  # seconds with the host alone
     length = before + seconds + after
     strangers = dice.shuffled([other for other in live.shelf if other != product.index])
     others = tuple(strangers[: 1 + dice.below(3)]) if dice.happens(0.45) else ()

@@ -1,19 +1,20 @@
-"""Random numbers by name: what a product, a room or a frame draws depends on the seed and its own name alone."""
+"""Random numbers by name: the draws of a product, a room or a clip depend on the seed and its own name alone."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from data_pipeline.input.augment import below, uniform
+from data_pipeline.input.random_words import below, uniform
 
 T = TypeVar("T")
 
 
 class Dice:
-    """The words of one thing, one after the other, from Philox, whose raw words no NumPy version may change.
+    """The random draws of one thing, one after the other.
 
-    seed: 0 to 2**64 - 1. name: what the thing is, at most eight letters. index: which of its kind, up to three numbers.
+    seed: 0 to 2**64 - 1. name: the thing's kind, at most eight letters. index: up to three numbers that tell it from
+    others of its kind. Philox's raw words are the same in every NumPy version.
     """
 
     def __init__(self, seed: int, name: str, *index: int) -> None:
@@ -37,10 +38,11 @@ class Dice:
         return options[self.below(len(options))]
 
     def shuffled(self, options: Sequence[T]) -> list[T]:
+        """Returns the options in random order, every order equally likely."""
         order = np.argsort(np.array([self.word() for _ in options], np.uint64), kind="stable")
         return [options[place] for place in order]
 
     def uuid(self) -> str:
-        """32 hexadecimal digits in five groups, as the ids of livestreams and shop images have them (SPEC 8.5)."""
+        """Returns 32 hexadecimal digits in five groups, like an id of LPR4M (docs/official.md 8.5)."""
         digits = f"{int(self.word()):016x}{int(self.word()):016x}"
         return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

@@ -1,6 +1,6 @@
-"""Patterns: what tells siblings apart. A pattern is a number at every point; cut at quantiles it becomes colours.
+"""The patterns by which siblings differ. A pattern is a field: a number at every point, cut at quantiles into colours.
 
-Since every pattern gives the same share of a product's surface to each colour, siblings share their colour histogram.
+Every pattern gives each colour the same share of a product's surface, so siblings have the same colour histogram.
 """
 
 import math
@@ -16,16 +16,19 @@ SHARES = (0.56, 0.30, 0.14)  # of the surface: ground, figure, the figure's core
 
 
 def levels(field: Field, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Colour 0, 1 or 2 of every point, [height, width]: SHARES of the mask each, the highest values colour 2."""
+    """Returns the colour, 0, 1 or 2, of every point, int [height, width]; the highest values have colour 2.
+
+    Each colour has its share, of SHARES, of the points in the mask.
+    """
     cuts = np.quantile(field[mask][::7], np.cumsum(SHARES[:-1]))
     return np.searchsorted(cuts, field)
 
 
-# --- fields: x and y are -1 to 1 across a square product; the highest values are the figure ---------------------------
+# --- fields: x and y go from -1 to 1 across a square product; the highest values are the figure -----------------------
 
 
 def _wave(place: Field, period: float) -> Field:
-    """1 at multiples of the period, -1 half-way between them, straight lines between."""
+    """Returns 1 at multiples of the period, -1 half-way between them, linear in between."""
     phase = place / period
     return 1 - 4 * np.abs(phase - np.round(phase))
 
@@ -36,7 +39,7 @@ def _turned(x: Field, y: Field, degrees: float) -> tuple[Field, Field]:
 
 
 def _lattice(x: Field, y: Field, period: float) -> tuple[Field, Field]:
-    """Place of a point within its cell of a brick lattice, -1 to 1 to either side."""
+    """Returns the position of each point within its cell of a brick lattice, -1 to 1 on both axes."""
     row = np.floor(y / period)
     return _saw(x / period + row / 2), 2 * (y / period - row) - 1
 
@@ -95,7 +98,7 @@ def _blobs(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _spots(x: Field, y: Field, dice: Dice) -> Field:
-    """A handful of large discs."""
+    """A field of seven large discs."""
     discs = [
         -np.hypot(x - dice.uniform(-1, 1), y - dice.uniform(-1.3, 1.3)) / dice.uniform(0.25, 0.6) for _ in range(7)
     ]
@@ -117,8 +120,8 @@ def _crosses(x: Field, y: Field, dice: Dice) -> Field:
     return np.maximum(np.minimum(0.28 - u, 0.8 - v), np.minimum(0.28 - v, 0.8 - u))
 
 
-def _lines_of_words(x: Field, y: Field, dice: Dice) -> Field:
-    """Bars like print: rows of words of different lengths, ragged at the right."""
+def _printed(x: Field, y: Field, dice: Dice) -> Field:
+    """A field of bars like printed text: rows of words of different lengths, ragged at the right."""
     field = np.full_like(x, -1.0)
     for row in range(-3, 4):
         middle, left, ragged = 0.5 * row, -0.92, dice.uniform(0.3, 0.95)
@@ -130,7 +133,7 @@ def _lines_of_words(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _halves(degrees: float) -> Callable[[Field, Field, Dice], Field]:
-    """Blocks of colour, one beside the other."""
+    """Returns a pattern of blocks of colour side by side."""
     return lambda x, y, dice: _turned(x, y, degrees + dice.uniform(-8, 8))[0]
 
 
@@ -179,7 +182,7 @@ PATTERNS: dict[str, Callable[[Field, Field, Dice], Field]] = {
     "scales": _scales,
     "triangles": _triangles,
     "crosses": _crosses,
-    "print": _lines_of_words,
+    "print": _printed,
     "halves": _halves(0),
     "a slanting split": _halves(50),
     "a dipped foot": _halves(90),

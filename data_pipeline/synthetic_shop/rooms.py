@@ -1,4 +1,4 @@
-"""Where a livestream happens: a wall, a shelf with what it sells, a host behind a table; and the host's hands."""
+"""The room of a livestream: a wall, a shelf with products, a host behind a table; and the host's hand."""
 
 import dataclasses
 import math
@@ -12,8 +12,8 @@ from data_pipeline.synthetic_shop.shapes import Colour, Part, Pixels, Point, Poi
 
 ROOM = 480  # side of a room, pixels
 HAND = 480  # side of a hand with its arm, pixels
-TABLE = 0.74  # the table's far edge, of the room's height
-GRIP = (0.3, 0.26)  # of the hand's sprite: the point that lies on the product's edge
+TABLE = 0.74  # height of the table's far edge, as a share of the room's
+GRIP = (0.3, 0.26)  # the point of the hand's sprite that is put on the product's edge
 
 WALLS: tuple[Colour, ...] = (
     (226, 214, 198), (204, 214, 206), (198, 210, 222), (228, 204, 198), (170, 186, 178), (140, 152, 172),
@@ -30,15 +30,15 @@ CLOTHS: tuple[Colour, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What a livestream's camera may see, and the host's hand: behind the product, and the fingers in front of it."""
+    """The pictures that a livestream's clips are composed of, besides the products."""
 
     picture: Image.Image  # RGB [ROOM, ROOM]
-    palm: Image.Image  # RGBA [HAND / 2, HAND / 2]: the arm comes from the lower right
-    fingers: Image.Image
+    palm: Image.Image  # the hand behind the product, RGBA [HAND / 2, HAND / 2]; the arm comes from the lower right
+    fingers: Image.Image  # the same hand's fingers, in front of the product
 
 
 def draw_room(dice: Dice, shelf: Sequence[Image.Image]) -> Room:
-    """shelf: sprites (RGBA) of products that stand in it."""
+    """Returns a room. shelf: sprites, RGBA, of the products on its shelf."""
     wall = dice.pick(WALLS)
     colours: dict[str, Colour] = {
         "wall": wall,
@@ -67,7 +67,7 @@ def draw_room(dice: Dice, shelf: Sequence[Image.Image]) -> Room:
     pixels, _ = paint(near, colours, ROOM, np.asarray(picture, np.float32))
     palm, fingers = _hand()
     return Room(
-        _picture(_lamplight(dice, pixels)).filter(ImageFilter.GaussianBlur(1.4)),  # what is held is in focus
+        _picture(_lamplight(dice, pixels)).filter(ImageFilter.GaussianBlur(1.4)),  # the product in front is in focus
         sprite(*paint(palm, colours, HAND)),
         sprite(*paint(fingers, colours, HAND)),
     )
@@ -83,21 +83,21 @@ def _picture(pixels: Pixels) -> Image.Image:
 
 
 def stand(picture: Image.Image, product: Image.Image, x: float, y: float, size: float) -> None:
-    """Puts a product's foot at (x, y)."""
+    """Pastes a product with its foot at (x, y); size is its side, and all three are shares of ROOM."""
     side = round(size * ROOM)
     small = product.resize((side, side), Image.Resampling.BOX)
     picture.paste(small, (round(x * ROOM - side / 2), round(y * ROOM - 0.965 * side)), small)
 
 
 def _lamplight(dice: Dice, pixels: Pixels) -> Pixels:
-    """A warm or cool pool of light somewhere in the room."""
+    """Returns the pixels with a warm or cool pool of light somewhere in the room."""
     y, x = np.linspace(0, 1, ROOM, dtype=np.float32)[:, None], np.linspace(0, 1, ROOM, dtype=np.float32)[None]
     far = np.hypot(x - dice.uniform(0.1, 0.9), y - dice.uniform(0.0, 0.6))
     tint = np.array(dice.pick(((1.0, 0.92, 0.78), (0.88, 0.95, 1.0), (1.0, 0.86, 0.9))), np.float32)
     return np.clip(pixels * (0.82 + 0.34 * np.exp(-4 * far * far)[..., None] * tint), 0, 255)
 
 
-# --- what stands in a room --------------------------------------------------------------------------------------------
+# --- things in a room -------------------------------------------------------------------------------------------------
 
 
 def _wall(dice: Dice) -> list[Part]:
@@ -138,7 +138,7 @@ def _decoration(dice: Dice, shelf_left: bool) -> list[Part]:
 
 
 def _shelf(dice: Dice, left: bool) -> tuple[list[Part], list[tuple[float, float, float]]]:
-    """Boards, and places for products: (x, y of the foot, size)."""
+    """Returns the boards, and places for nine products: (x, y of the foot, size)."""
     begin = dice.uniform(0.01, 0.06) if left else dice.uniform(0.5, 0.55)
     end, size = begin + 0.44, dice.uniform(0.125, 0.15)
     heights = [0.2 + 0.175 * k + dice.uniform(-0.01, 0.01) for k in range(3)]
@@ -171,7 +171,7 @@ def _host(dice: Dice) -> list[Part]:
     wide = dice.uniform(0.17, 0.2)
 
     def about(*right: Point) -> Points:
-        """A symmetrical outline: half widths, and heights below the middle of the face."""
+        """Returns a symmetrical outline from (half width, distance below the middle of the face)."""
         return _about(x, curve([(half, y + below) for half, below in right], closed=False))
 
     cap, bun = (
@@ -201,7 +201,7 @@ def _table(dice: Dice) -> list[Part]:
 
 
 def _hand() -> tuple[list[Part], list[Part]]:
-    """A hand that grips an edge from the right: what is behind the product, and the fingers before it."""
+    """Returns a hand that grips an edge from the right: the parts behind the product, and those in front of it."""
     palm = [
         Part([(0.86, 1.05), (0.5, 0.42)], "skin", "round", 0.15),
         Part([(1.0, 1.2), (0.69, 0.74)], "cloth", "cloth", 0.21),

@@ -1,4 +1,4 @@
-"""Clips as pictures: a room, what stands on its table, and shot by shot the product, hands, light and lens."""
+"""Draws the frames of a clip: a room with products on its table, and in each shot the product, hands and light."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from data_pipeline.synthetic_shop.shots import HEIGHT, UNIT, WIDTH, Box, Numbers
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A clip's pictures to be: who is in it, and the shots."""
+    """All that the frames of a clip are drawn from."""
 
     backdrop: Image.Image
     palm: Sprite
     fingers: Sprite
     product: Sprite
-    passing: Sprite | None
+    passing: Sprite | None  # another product, which may come between product and camera
     overlay: Image.Image
-    shots: Sequence[Shot]
+    shots: Sequence[Shot]  # one per second
 
     def frame(self, second: int) -> Image.Image:
-        """RGB [HEIGHT, WIDTH]."""
+        """Returns the frame of one second, RGB [HEIGHT, WIDTH]."""
         shot = self.shots[second]
         picture = self.backdrop.transform((WIDTH, HEIGHT), Image.Transform.AFFINE, shot.view, Image.Resampling.BILINEAR)
         if shot.product is not None:
@@ -46,15 +46,15 @@ class Scene:
         return picture
 
     def box(self, second: int) -> Box | None:
-        """Where the product is in the frame, hands or not; None where it is not shown."""
+        """Returns the product's box in the frame, hidden parts included, or None if the product is not in it."""
         quad = self.shots[second].product
         return None if quad is None else box_of(self.product, quad)
 
 
 def backdrop(room: Room, dice: Dice, others: Sequence[Sprite], shot: Shot) -> Image.Image:
-    """The room, or its mirror image, with other products on its table, left and right of what is seen in `shot`."""
+    """Returns the room or its mirror image, with other products on its table, left and right in the view of `shot`."""
     picture = ImageOps.mirror(room.picture) if dice.happens(0.5) else room.picture
-    lamps, warmth = dice.uniform(0.82, 1.12), dice.uniform(-0.1, 0.1)  # not the light on what is held to the camera
+    lamps, warmth = dice.uniform(0.82, 1.12), dice.uniform(-0.1, 0.1)  # of the room alone, not of the product
     picture = picture.point(_exposed((lamps * (1 + warmth), lamps, lamps * (1 - warmth)), 1.0))
     a, b, c, _, _, _ = shot.view
     for other, across in zip(others, dice.shuffled((0.14, 0.28, 0.72, 0.86)), strict=False):
@@ -65,7 +65,7 @@ def backdrop(room: Room, dice: Dice, others: Sequence[Sprite], shot: Shot) -> Im
 
 
 def draw_overlay(dice: Dice) -> Image.Image:
-    """What the app lays over its livestream: a badge, lines of chat, a heart, RGBA."""
+    """Returns the overlay of a livestream app, RGBA [HEIGHT, WIDTH]: a badge, lines of chat, a heart."""
     overlay = Image.new("RGBA", (4 * WIDTH, 4 * HEIGHT))
     draw = ImageDraw.Draw(overlay)
     colours = ((255, 255, 255, 190), (255, 214, 140, 200), (170, 220, 255, 200), (255, 180, 190, 200))
@@ -86,7 +86,7 @@ def draw_overlay(dice: Dice) -> Image.Image:
 
 
 def put(picture: Image.Image, sprite: Sprite, quad: Numbers) -> None:
-    """Pastes the sprite, its corners at the quad."""
+    """Pastes the sprite with its corners at the quad."""
     box = box_of(sprite, quad)
     if box is None:
         return
@@ -112,7 +112,7 @@ def _shadow(picture: Image.Image, box: Box | None) -> None:
 
 
 def _exposed(gains: Sequence[float], gamma: float) -> list[int]:
-    """The table of Image.point: exposure, white balance and contrast of an RGB picture."""
+    """Returns a table for Image.point that sets exposure, white balance and contrast of an RGB picture."""
     levels = np.arange(256) / 255
     return np.concatenate([np.clip(255 * (gain * levels) ** gamma, 0, 255).astype(int) for gain in gains]).tolist()
 

@@ -1,6 +1,6 @@
-"""Shapes: outlines of straight and curved lines, painted and shaded part by part. All that is drawn here is made so.
+"""Outlines of straight and curved lines, and how the parts of a drawing are painted and shaded.
 
-Points are of a unit square, y downwards; pixels float32 [side, side, 3].
+Points are (x, y) in the unit square, y downwards. Pixels are float32 [side, side, 3], 0 to 255.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Part:
     """A piece of a drawing, painted over those before it."""
 
     outline: Points
-    paint: str  # which of the colours, or "body", the pattern
+    paint: str  # name of a colour, or "body" for the pattern
     relief: Relief = "flat"
     width: float = 0.0  # above 0: a line of this width along the points
 
@@ -33,7 +33,7 @@ class Part:
 
 
 def curve(points: Sequence[Point], *, closed: bool = True) -> Points:
-    """A smooth line through the points (Catmull-Rom)."""
+    """Returns a smooth line through the points (Catmull-Rom)."""
     count = len(points)
     through = np.array(points if closed else [points[0], *points, points[-1]], np.float64)
     result: Points = []
@@ -46,7 +46,7 @@ def curve(points: Sequence[Point], *, closed: bool = True) -> Points:
 
 
 def turned(profile: Sequence[Point]) -> Points:
-    """The silhouette of something turned on a wheel: half widths at heights, from the top down."""
+    """Returns the silhouette of a solid of revolution about x = 0.5, from (half width, y) from the top down."""
     right = curve(profile, closed=False)
     return [(0.5 + half, y) for half, y in right] + [(0.5 - half, y) for half, y in reversed(right)]
 
@@ -62,7 +62,7 @@ def oval(x: float, y: float, width: float, height: float) -> Points:
 
 
 def mirrored(right: Sequence[Point]) -> Points:
-    """Right half of a symmetrical outline, from the top down, and its mirror image."""
+    """Returns the outline that is `right`, from the top down, and its mirror image about x = 0.5."""
     return [*right, *((1 - x, y) for x, y in reversed(right))]
 
 
@@ -76,12 +76,12 @@ def arc(x: float, y: float, a: float, b: float, start: float, end: float) -> Poi
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stencil:
-    """Where a part covers a canvas: alpha [height, width], 0 to 1, from (top, left)."""
+    """The window of a canvas that a part covers."""
 
     top: int
     left: int
-    alpha: Pixels
-    edge: Pixels  # light lost towards the border, which sets a part off from what is behind
+    alpha: Pixels  # cover, [height, width], 0 to 1
+    edge: Pixels  # factor of the light, lower at the border, so that a part stands out from those behind it
 
     @property
     def window(self) -> tuple[slice, slice]:
@@ -90,7 +90,7 @@ class Stencil:
 
 
 def stencil(part: Part, side: int) -> Stencil:
-    """The part on a canvas of side x side pixels, drawn at twice that for smooth borders; cut at the canvas' border."""
+    """Returns the part's stencil on a canvas of side x side pixels, drawn at twice the size for smooth borders."""
     radius = part.width / 2
     xs, ys = zip(*part.outline, strict=True)
     left, top = (max(0, math.floor(side * (min(axis) - radius)) - 1) for axis in (xs, ys))
@@ -117,9 +117,10 @@ def paint(
     ground: Pixels | None = None,
     body: Callable[[Sequence[Stencil]], Pixels] | None = None,
 ) -> tuple[Pixels, Pixels]:
-    """Colours and cover, float32 [side, side, 3] and [side, side], of the parts on `ground` (None: on nothing).
+    """Returns the painted pixels, float32 [side, side, 3], and how far the parts cover them, [side, side], 0 to 1.
 
-    body: the pattern on the whole canvas, made when it is known which stencils the parts have.
+    The parts are painted in their order on `ground`, or on black if it is None. body: makes the pattern for the whole
+    canvas from the parts' stencils.
     """
     stencils = [stencil(part, side) for part in parts]
     pattern = body(stencils) if body else None
@@ -138,13 +139,13 @@ def paint(
 
 
 def sprite(pixels: Pixels, cover: Pixels) -> Image.Image:
-    """RGBA at half the canvas' side."""
+    """Returns the painted pixels as an RGBA picture of half the canvas's side."""
     rgba = np.dstack([pixels, 255 * cover]).astype(np.uint8)
     return Image.fromarray(rgba).convert("RGBa").reduce(2).convert("RGBA")
 
 
 def _light(relief: Relief, height: int, width: int) -> NDArray[np.float32]:
-    """How much light a surface returns, [height, width]: the lamp stands to the upper left."""
+    """Returns the factor of light that a surface reflects, [height, width], from a lamp at the upper left."""
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     if relief == "round":
         light = 1.04 - 0.3 * (x + 0.2) ** 2 + 0.14 * np.exp(-(((x + 0.5) / 0.13) ** 2))

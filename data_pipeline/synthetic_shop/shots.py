@@ -1,7 +1,7 @@
-"""Shots: what the camera sees second by second, as numbers, before anything is painted. They give the true boxes.
+"""Plans the shots of a clip, one per second, as numbers: view, product, hands, light. The true boxes follow from them.
 
-Points are pixels of the frame, float64 [n, 2], x and y. A quad is where a sprite's corners go: [4, 2], from the upper
-left one clockwise.
+Points are pixels of the frame, float64 [n, 2], x and y. A quad has the points that a sprite's corners are mapped to,
+[4, 2], from the upper left one clockwise.
 """
 
 import dataclasses
@@ -17,15 +17,14 @@ from data_pipeline.synthetic_shop.rooms import GRIP, ROOM
 WIDTH, HEIGHT = 192, 256
 Numbers = NDArray[np.float64]
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom exclusive
-SHARES = ((0.06, 0.1), (0.16, 0.26), *3 * ((0.28, 0.4),), *4 * ((0.38, 0.6),))  # of the frame, for the box
+SHARES = ((0.06, 0.1), (0.16, 0.26), *3 * ((0.28, 0.4),), *4 * ((0.38, 0.6),))  # of the frame's area, for the box
 UNIT = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], np.float64)
 
 
 class Sprite:
-    """A cut-out at several sizes, so that a small one does not flicker, and its silhouette."""
+    """A square RGBA picture at several sizes, so that small copies do not flicker, and its silhouette."""
 
     def __init__(self, picture: Image.Image) -> None:
-        """picture: RGBA, square."""
         levels = [picture.convert("RGBa")]
         while levels[-1].width > 32:
             levels.append(levels[-1].reduce(2))
@@ -35,10 +34,10 @@ class Sprite:
         rows = np.flatnonzero(solid.any(1))
         left, right = solid[rows].argmax(1), solid.shape[1] - solid[rows, ::-1].argmax(1)
         ends = [(x, y) for xs in (left, right) for dy in (0, 1) for x, y in zip(xs, rows + dy, strict=True)]
-        self.hull = np.array(ends, np.float64) / len(solid)  # of the unit square
+        self.hull = np.array(ends, np.float64) / len(solid)  # points in the unit square
 
     def edge(self, y: float, *, right: bool) -> tuple[float, float]:
-        """The silhouette's outermost point at a height, of the unit square."""
+        """Returns the silhouette's outermost point near height y, in the unit square."""
         at_height = self.hull[np.abs(self.hull[:, 1] - y) < 0.05]
         return (float(np.max(at_height[:, 0]) if right else np.min(at_height[:, 0])), y)
 
@@ -47,7 +46,7 @@ class Sprite:
 
 
 def homography(source: Numbers, target: Numbers) -> Numbers:
-    """[3, 3] that maps four points to four points."""
+    """Returns the matrix, [3, 3], that maps four points to four points."""
     rows = []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
@@ -61,7 +60,7 @@ def project(matrix: Numbers, points: Numbers) -> Numbers:
 
 
 def box_of(sprite: Sprite, quad: Numbers) -> Box | None:
-    """The smallest box around the sprite's silhouette within the frame; None where it is outside."""
+    """Returns the smallest box around the sprite's silhouette, cut at the frame; None if it is outside the frame."""
     outline = project(homography(UNIT, quad), sprite.hull)
     left, top = np.maximum(np.floor(outline.min(0)), 0).astype(int).tolist()
     right, bottom = np.minimum(np.ceil(outline.max(0)), (WIDTH, HEIGHT)).astype(int).tolist()
@@ -69,7 +68,7 @@ def box_of(sprite: Sprite, quad: Numbers) -> Box | None:
 
 
 def turned_square(centre: Numbers, size: float, *, yaw: float, pitch: float, roll: float) -> Numbers:
-    """The quad of a square of `size` pixels seen from three sizes away; angles in radians."""
+    """Returns the quad of a square of `size` pixels, seen from three times its size away; angles in radians."""
     plane = np.column_stack([UNIT - 0.5, np.zeros(4)])
     spins = ((0, 2, yaw), (1, 2, pitch), (0, 1, roll))
     for a, b, angle in spins:
@@ -79,7 +78,7 @@ def turned_square(centre: Numbers, size: float, *, yaw: float, pitch: float, rol
 
 
 def hand_at(grip: Numbers, size: float, angle: float, *, right: bool) -> Numbers:
-    """The quad of a hand whose fingers lie on `grip`, its arm to the lower right or, mirrored, to the lower left."""
+    """Returns the quad of a hand with its fingers on `grip` and its arm to the lower right, or mirrored, lower left."""
     corners = (UNIT - GRIP) * size
     if not right:
         corners, angle = corners * (-1, 1), -angle
@@ -87,7 +86,7 @@ def hand_at(grip: Numbers, size: float, angle: float, *, right: bool) -> Numbers
     return grip + corners @ np.array([(cos, sin), (-sin, cos)])
 
 
-# --- shots: all that is to be seen, as numbers ------------------------------------------------------------------------
+# --- shots ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +94,18 @@ class Shot:
     """One second of a clip."""
 
     view: tuple[float, ...]  # affine, from the frame to the room
-    product: Numbers | None  # quad; None: it is not shown now
-    standing: bool  # on the table, not in the hand
+    product: Numbers | None  # quad; None: it is not shown in this second
+    standing: bool  # whether it is on the table, not in a hand
     hands: tuple[Numbers, ...]
     passing: Numbers | None  # quad of another product, held closer to the camera
     gains: tuple[float, float, float]  # of red, green and blue
     gamma: float
-    streak: int  # degrees; motion blur along them; -1: none
+    streak: int  # direction of motion blur, in degrees; -1: none
     defocus: float  # radius, pixels
 
 
 class Drift:
-    """A slow, smooth wandering between -1 and 1."""
+    """A slow, smooth, random motion between -1 and 1."""
 
     def __init__(self, dice: Dice) -> None:
         self.waves = [(dice.uniform(low, 2 * low), dice.uniform(0, math.tau)) for low in (0.35, 0.8)]
@@ -117,9 +116,9 @@ class Drift:
 
 
 class Take:
-    """A clip's course: what it keeps throughout, and what drifts.
+    """The constants and the drifting quantities of a clip.
 
-    live: the livestream's dice, as its light is that of all its clips; dice: the clip's own.
+    live: dice of the livestream, for the light that its clips share. dice: of the clip.
     """
 
     def __init__(self, live: Dice, dice: Dice, product: Sprite) -> None:
@@ -136,12 +135,12 @@ class Take:
         self.yaw, self.pitch, self.roll, self.tremble = (Drift(dice) for _ in range(4))
 
     def _size(self, share: float) -> float:
-        """Of the sprite's side, so that its box covers about that share of the frame, and fits into it."""
+        """Returns the sprite's side, in pixels, with which its box fits the frame and covers about `share` of it."""
         width, height = np.ptp(self.product.hull, axis=0)
         return min(math.sqrt(share * WIDTH * HEIGHT / (width * height)), 0.92 * HEIGHT / height, 1.02 * WIDTH / width)
 
     def shot(self, second: int, *, shown: bool, passing: bool) -> Shot:
-        """passing: whether another product may come between."""
+        """Returns the shot of a second. passing: whether another product may come between product and camera."""
         dice = self.dice
         quad: Numbers | None = None
         hands: tuple[Numbers, ...] = ()
@@ -168,7 +167,7 @@ class Take:
         )
 
     def _presented(self, second: int, side: float) -> tuple[Numbers, float]:
-        """The product's quad, and its roll: on the table, or in the hand."""
+        """Returns the product's quad, on the table or in a hand, and its roll in radians."""
         x = self.place[0] + 0.13 * WIDTH * self.sway.at(second)
         if not self.hands:
             y = 0.8 * HEIGHT - 0.46 * side + 12 * self.tilt.at(second)
@@ -186,7 +185,7 @@ class Take:
         return tuple(hand_at(grip, size, angle, right=right) for grip, right in zip(grips, self.hands, strict=True))
 
     def _view(self, second: int) -> tuple[float, ...]:
-        """Pillow's affine from the frame to the room, whose walls it stays within."""
+        """Returns Pillow's affine transform from the frame to the room; the view stays within the room."""
         span = self.zoom * ROOM * (1 + 0.12 * self.near.at(second))  # of the room, across the frame
         centre = ROOM * (self.aim + (0.09 * self.pan.at(second), 0.05 * self.tilt.at(second)))
         half = np.array((span, span * HEIGHT / WIDTH)) * 0.55
@@ -197,6 +196,9 @@ class Take:
 
 
 def plan_shots(live: Dice, dice: Dice, product: Sprite, length: int, shown: range, *, passing: bool) -> list[Shot]:
-    """A shot for each of `length` seconds, of which `shown` show the product; the rest as `Take` has it."""
+    """Returns a shot for each of `length` seconds; those in `shown` show the product.
+
+    live, dice: as for `Take`. passing: whether another product may come between product and camera.
+    """
     take = Take(live, dice, product)
     return [take.shot(second, shown=second in shown, passing=passing) for second in range(length)]

@@ -14,10 +14,10 @@ from data_pipeline.system.processes import cores
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """Returns a parser for `python -m module` with `doc` as its help. Options cannot be abbreviated."""
+def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """Returns a parser for the command `prog` with `doc` as its help. Options cannot be abbreviated."""
     return argparse.ArgumentParser(
-        f"python -m {module}",
+        prog,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,20 +1,21 @@
-"""What to set where a step does not fit, and the largest batch that does."""
+"""Finds settings with which a step fits into memory, and the largest batch that fits."""
 
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rice_jax.config import flat
-from rice_jax.preflight.assess import Report
-from rice_jax.preflight.describe import as_flags, say, short
+from rice_jax.config import Config, flat, set_field
+from rice_jax.preflight.report import Report, as_flags, one_line
 
+Assess = Callable[[Config], Report]
 CHUNKS = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}  # large enough to keep a chip busy
 
 
-def remedies(config: Any, devices: int) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, each with all before it; those that cost least time first.
+def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
+    """Yields changes {field: value} that save memory, those first that cost least time.
 
-    None of them changes the loss but the last, a smaller batch.
+    Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
+    which alone changes the loss.
     """
     f = flat(config)
     changes: dict[str, Any] = {}
@@ -41,51 +42,51 @@ def remedies(config: Any, devices: int) -> Iterator[dict[str, Any]]:
         yield changes | {"batch_size": size * devices}
 
 
-def with_changes(config: Any, changes: dict[str, Any]) -> Any:
+def with_changes(config: Config, changes: dict[str, Any]) -> Config:
+    """Returns a copy of the config with other values of some fields, given by dotted name."""
     config = copy.deepcopy(config)
     for name, value in changes.items():
-        section, _, leaf = name.rpartition(".")
-        (config[section] if section else config)[leaf] = value
+        set_field(config, name, value)
     return config
 
 
-def advise(config: Any, devices: int, ask: Callable[[Any], Report]) -> dict[str, Any] | None:
-    """The first remedy with which the config fits; None when not even one example a device does."""
+def first_remedy(config: Config, devices: int, assess: Assess) -> dict[str, Any] | None:
+    """Returns the first remedy with which the config fits, None if none does. Prints a line for each one tried."""
     for changes in remedies(config, devices):
-        report = ask(with_changes(config, changes))
-        say(f"{as_flags(changes)}: {short(report)}")
+        report = assess(with_changes(config, changes))
+        print(f"{as_flags(changes)}: {one_line(report)}", flush=True)  # a compilation may take a minute
         if report.fits:
             return changes
     return None
 
 
-def largest(config: Any, devices: int, ask: Callable[[Any], Report]) -> Report:
-    """The report of the largest batch that fits, a multiple of the devices. When none fits, that of one row a device.
+def largest_batch(config: Config, devices: int, assess: Assess) -> Report:
+    """Returns the report of the largest batch that fits, or of one row a device if none fits. Prints a line per trial.
 
-    Where a device has more than 64 rows, their number is a multiple of 16, which shortens the search. Taken for
-    granted: more rows take more memory.
+    The batch is a multiple of the devices, and above 64 rows a device a multiple of 16 rows, which shortens the search.
+    The search assumes that more rows need more memory.
     """
     tried: dict[int, Report] = {}
 
     def fits(rows: int) -> bool:
-        report = tried[rows] = ask(with_changes(config, {"batch_size": rows * devices}))
-        say(f"batch_size {report.batch_size} ({rows} a device): {short(report)}")
+        report = tried[rows] = assess(with_changes(config, {"batch_size": rows * devices}))
+        print(f"batch_size {report.batch_size} ({rows} a device): {one_line(report)}", flush=True)
         return report.fits
 
     low, high = 0, max(1, config.batch_size // devices)
     while fits(high):
         low, high = high, 2 * high
     while high - low > (unit := 16 if low >= 64 else 1):
-        # Where a straight line meets what there is, which is mostly right; every third time the middle, which ends it.
-        rows = crossing(low, high, tried[low], tried[high]) if low and len(tried) % 3 else (low + high) // 2
+        # Interpolate between the two; every third trial takes the middle, which guarantees that the search ends.
+        rows = _interpolated(low, high, tried[low], tried[high]) if low and len(tried) % 3 else (low + high) // 2
         rows = max(low + unit, min(rows // unit * unit, high - 1))
         low, high = (rows, high) if fits(rows) else (low, rows)
     return tried[low or 1]
 
 
-def crossing(low: int, high: int, fits: Report, fits_not: Report) -> int:
-    """Rows at which the memory, taken as growing evenly, is all that there is; the middle where it is not known."""
-    a, b = fits.device_bytes, fits_not.device_bytes
+def _interpolated(low: int, high: int, at_low: Report, at_high: Report) -> int:
+    """Returns the rows that fill the memory if it grows linearly, or the middle if the memory is not known."""
+    a, b = at_low.device_bytes, at_high.device_bytes
     if a is None or b is None or b <= a:
         return (low + high) // 2
-    return low + int((high - low) * (fits.available_bytes - a) / (b - a))
+    return low + int((high - low) * (at_low.available_bytes - a) / (b - a))

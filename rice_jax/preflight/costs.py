@@ -1,35 +1,36 @@
-"""What a training example costs: multiply-adds of the model's products by formula (SPEC 14); nothing is run.
+"""Computes the cost of a training example: multiply-adds (MACs) of the model's products (docs/official.md 14).
 
-A compiler's own count meets the body of a loop once, hence a stack of layers as one layer.
-Letters: T tokens a picture, D width, N frame slots, S = N*T decoder keys, G global batch. FLOP = 2 multiply-adds.
+A compiler counts the body of a loop once, and so a stack of layers as one layer. Hence formulas. FLOP = 2 MACs.
+Letters: T tokens of a picture, D width, N frame slots, S = N*T decoder keys, G global batch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from rice_jax.config import Config
 from rice_jax.losses.pairs import NUM_HARD
 
 
 class Cost(NamedTuple):
-    """FLOP of one example, forward and backward."""
+    """FLOP of one example, in the forward and the backward pass."""
 
     needed: float  # each product once
-    repeated: float  # forward products made again in the backward pass, to save memory
+    repeated: float  # forward products that the backward pass computes again, to save memory
 
     @property
     def total(self) -> float:
         return self.needed + self.repeated
 
 
-def tokens(config: Any) -> int:
-    """T of a training step: those that patch_drop leaves."""
+def tokens(config: Config) -> int:
+    """Returns T, the tokens of a picture in training: the class token and the patches that patch_drop keeps."""
     patches = (config.data.image_size // config.model.patch_size) ** 2
     if config.loss.patch_drop:
         patches = max(1, round(patches * (1 - config.loss.patch_drop)))
     return 1 + patches
 
 
-def embedding_macs(config: Any) -> int:
-    """A picture's pixels to its patches, none of them dropped yet."""
+def embedding_macs(config: Config) -> int:
+    """Returns the MACs from a picture's pixels to its patch embeddings, before patches are dropped."""
     c, side = config.model, config.data.image_size
     patches = (side // c.patch_size) ** 2
     if not c.stem_channels:
@@ -42,31 +43,34 @@ def embedding_macs(config: Any) -> int:
     return macs + patches * before * c.width
 
 
-def block_macs(config: Any, rows: int) -> int:
-    """A transformer block on `rows` tokens that see one another."""
+def block_macs(config: Config, rows: int) -> int:
+    """Returns the MACs of a transformer block in which `rows` tokens attend to one another."""
     d = config.model.width
     return rows * (4 * d**2 + 2 * d * config.model.hidden) + 2 * rows**2 * d
 
 
-def encoder_macs(config: Any) -> int:
-    """A picture through the encoder, forward."""
+def encoder_macs(config: Config) -> int:
+    """Returns the MACs of the encoder's forward pass for one picture."""
     c, t = config.model, tokens(config)
     return embedding_macs(config) + c.layers * block_macs(config, t) + c.width * c.embedding
 
 
-def directions(config: Any) -> int:
+def mining_directions(config: Config) -> int:
     return 2 if config.loss.mining_direction == "both" else 1
 
 
-def logit_macs(config: Any) -> int:
-    """One image's class token, queries made, against a clip's keys and values: SPEC 5.4 to 5.6."""
+def logit_macs(config: Config) -> int:
+    """Returns the MACs of one matching logit, from an image's query and a clip's keys and values on.
+
+    It reads only the image's class token (docs/official.md 5.4 to 5.6).
+    """
     c, d = config.model, config.model.width
     keys = config.data.num_frames * tokens(config)
     return keys * d + d**2 + 2 * d * c.hidden + d**2  # values, out_proj, MLP, pooler
 
 
-def positive_macs(config: Any) -> int:
-    """What an example's own pair asks of the decoder and of the reconstruction, forward."""
+def positive_macs(config: Config) -> int:
+    """Returns the MACs of an example's positive pair in the decoder and in PFR, forward."""
     c, d, t = config.model, config.model.width, tokens(config)
     keys = config.data.num_frames * t
     scores = t * d**2 + t * keys * d
@@ -77,14 +81,18 @@ def positive_macs(config: Any) -> int:
     return macs
 
 
-def hard_macs(config: Any) -> int:
-    """The hard pairs of an example, forward; a clip's keys and values are there already."""
+def hard_macs(config: Config) -> int:
+    """Returns the MACs of an example's hard pairs, forward, without the keys and values that its positive pair has."""
     keys, d = config.data.num_frames * tokens(config), config.model.width
-    return directions(config) * NUM_HARD * (d**2 + keys * d + logit_macs(config))
+    return mining_directions(config) * NUM_HARD * (d**2 + keys * d + logit_macs(config))
 
 
-def example_cost(config: Any, *, devices: int) -> Cost:
-    """Of a training step over `devices` devices; the backward pass is twice the forward one (SPEC 14)."""
+def example_cost(config: Config, *, devices: int) -> Cost:
+    """Returns the cost of one example in a training step; a backward pass costs two forward ones (docs/official.md 14).
+
+    Args:
+      devices: that share the global batch.
+    """
     options, total = config.loss, config.batch_size
     rows, pictures = total // devices, 1 + config.data.num_frames
     encoder = pictures * encoder_macs(config)
@@ -94,7 +102,7 @@ def example_cost(config: Any, *, devices: int) -> Cost:
         again += encoder
     if config.model.remat != "none":
         t, layers, d = tokens(config), config.model.layers, config.model.width
-        # "dots" keeps the products with parameters; those of tokens with one another are made again.
+        # "dots" keeps the products with parameters and computes those of tokens with one another again.
         once_more = 2 * t**2 * d if config.model.remat == "dots" else block_macs(config, t)
         again += pictures * layers * once_more
     if 0 < options.icl_chunk < rows:
@@ -104,6 +112,6 @@ def example_cost(config: Any, *, devices: int) -> Cost:
         again += positive_macs(config) if 0 < options.pair_chunk < rows else 0
     if options.pmd:
         forward += hard_macs(config)
-        again += hard_macs(config)  # always: pairs.decode_units
-        mining = directions(config) * total * config.model.embedding
+        again += hard_macs(config)  # losses/pairs.py always computes them again
+        mining = mining_directions(config) * total * config.model.embedding
     return Cost(needed=2.0 * (3 * forward + mining), repeated=2.0 * again)

@@ -1,8 +1,9 @@
-"""Reading a compiled program: what crosses devices, how many bytes, how often, in which loop.
+"""Parses the text of a compiled program (HLO): which collectives it runs, how often, and how many bytes they move.
 
-XLA's text is no stable format; what is read here is what jax 0.10 and 0.12 print for CPU and TPU.
+XLA's text is no stable format. This file reads what jax 0.10 and 0.12 print for CPU and TPU.
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -14,14 +15,14 @@ KINDS = (
 )  # fmt: skip
 HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[a-z][a-z0-9-]*)\((?P<rest>.*)$")
-ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+ARRAY_TYPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-TRIPS = re.compile(r'known_trip_count\D*"?n"?\D*(\d+)')
+TRIP_COUNT = re.compile(r'known_trip_count\D*"?n"?\D*(\d+)')
 
 
-class Piece(NamedTuple):
-    """One array of an instruction."""
+class ArrayType(NamedTuple):
+    """An array in the type of an instruction."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,35 +33,30 @@ class Piece(NamedTuple):
         return math.prod(self.shape) * bits // 8
 
 
-class Loop(NamedTuple):
-    name: str
-    trips: int | None  # None: known only when it runs
-
-
 class Collective(NamedTuple):
-    """An exchange between devices, as one of them sees it."""
+    """An instruction that exchanges arrays between devices, as one device runs it."""
 
     kind: str
     name: str
-    pieces: tuple[Piece, ...]  # what it leaves on a device
-    group: int | None  # devices that take part; None: not said
-    loops: tuple[Loop, ...]  # that it stands in, outermost first
+    results: tuple[ArrayType, ...]  # on this device
+    group_size: int | None  # devices that take part; None: the text does not say
+    trip_counts: tuple[int | None, ...]  # of the loops around it, outermost first; None: known only at run time
 
     @property
     def bytes(self) -> int:
-        """Of the whole arrays, once: before a reduce-scatter, after anything else."""
-        whole = (self.group or 1) if self.kind == "reduce-scatter" else 1
-        return whole * sum(piece.bytes for piece in self.pieces)
+        """Bytes of the whole arrays in one run: the operands of a reduce-scatter, the results of any other kind."""
+        parts = (self.group_size or 1) if self.kind == "reduce-scatter" else 1
+        return parts * sum(array.bytes for array in self.results)
 
     @property
-    def times(self) -> int:
-        """How often a program runs it; a loop of unknown length counts once."""
-        return math.prod(loop.trips or 1 for loop in self.loops)
+    def runs(self) -> int:
+        """How often the program runs it. A loop of unknown length counts as one run."""
+        return math.prod(count or 1 for count in self.trip_counts)
 
     @property
-    def sent(self) -> float:
-        """Bytes that a device sends, once, if the devices pass the arrays on in rings."""
-        n = self.group or 1
+    def sent_bytes(self) -> float:
+        """Bytes that a device sends in one run if the devices pass the arrays on in rings."""
+        n = self.group_size or 1
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
         return share * self.bytes
 
@@ -72,72 +68,76 @@ class Instruction(NamedTuple):
     rest: str  # operands and attributes
 
 
-def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation, and the name of the one that the program starts with."""
-    found: dict[str, list[Instruction]] = {}
+def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the instructions of each computation, and the entry's name. Raises ValueError if there is no entry."""
+    computations: dict[str, list[Instruction]] = {}
     entry, body = "", None
     for line in text.splitlines():
         if header := HEADER.match(line):
-            body = found.setdefault(header["name"], [])
+            body = computations.setdefault(header["name"], [])
             entry = header["name"] if header["entry"] else entry
         elif body is not None and (match := INSTRUCTION.match(line)):
             body.append(Instruction(match["name"], match["type"], match["op"], match["rest"]))
     if not entry:
         raise ValueError("found no ENTRY in the text of a compiled program, needs XLA's; compile with another jax.")
-    return found, entry
+    return computations, entry
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every exchange of a compiled program (`jax.stages.Compiled.as_text()`), in the order of the text.
+    """Returns every collective of a compiled program (`jax.stages.Compiled.as_text()`), in the order of the text.
 
-    An exchange that the TPU compiler spreads over several fusions, to hide it behind them, is one.
+    The TPU compiler may put one collective into several fusions; it is returned once. A collective of a single device
+    is left out, because it moves nothing. Raises ValueError if the text has no entry computation.
     """
-    known, entry = computations(text)
-    spread: set[tuple[str, ...]] = set()
+    computations, entry = parse_computations(text)
+    in_fusions: set[tuple[str, ...]] = set()
 
-    def walk(name: str, loops: tuple[Loop, ...]) -> Iterator[Collective]:
-        for at in known.get(name, []):
-            if at.op.endswith(("-done", "-update")):
-                continue  # the second half of what was met as -start
-            kind = at.op.removesuffix("-start")
+    def walk(name: str, trip_counts: tuple[int | None, ...]) -> Iterator[Collective]:
+        for instruction in computations.get(name, []):
+            if instruction.op.endswith(("-done", "-update")):
+                continue  # the second half of one that is counted as -start
+            kind, rest = instruction.op.removesuffix("-start"), instruction.rest
             if kind in KINDS:
-                group = group_size(at.rest)
-                if group == 1:
-                    continue  # with itself: nothing moves
-                channel = re.search(r"channel_id=(\d+)", at.rest)
+                group_size = parse_group_size(rest)
+                if group_size == 1:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", rest)
                 if "async_collective" in name and channel:
-                    if (key := (kind, at.type, channel[1])) in spread:
+                    if (key := (kind, instruction.type, channel[1])) in in_fusions:
                         continue
-                    spread.add(key)
-                yield Collective(kind, at.name, left_by(at, kind), group, loops)
-            elif at.op == "while":
-                body = re.search(r"\bbody=%?([\w.-]+)", at.rest)
-                if body:
-                    yield from walk(body[1], (*loops, Loop(at.name, trip_count(at, known))))
+                    in_fusions.add(key)
+                yield Collective(kind, instruction.name, parse_results(instruction, kind), group_size, trip_counts)
+            elif instruction.op == "while":
+                if body := re.search(r"\bbody=%?([\w.-]+)", rest):
+                    yield from walk(body[1], (*trip_counts, parse_trip_count(instruction, computations)))
             else:
-                for callee in [*CALLED.findall(at.rest), *branches(at.rest)]:
-                    yield from walk(callee, loops)
+                for callee in [*CALLED.findall(rest), *parse_branches(rest)]:
+                    yield from walk(callee, trip_counts)
 
     return list(walk(entry, ()))
 
 
-def branches(rest: str) -> list[str]:
+def parse_branches(rest: str) -> list[str]:
     return [name.strip().lstrip("%") for names in BRANCHES.findall(rest) for name in names.split(",")]
 
 
-def left_by(at: Instruction, kind: str) -> tuple[Piece, ...]:
-    """The arrays that a collective leaves. What starts one that ends elsewhere also lists its operands, first."""
-    found = tuple(
-        Piece(dtype, tuple(map(int, filter(None, sides.split(","))))) for dtype, sides in ARRAY.findall(at.type)
+def parse_results(instruction: Instruction, kind: str) -> tuple[ArrayType, ...]:
+    """Returns the results of a collective. The type of an asynchronous start lists its operands first."""
+    arrays = tuple(
+        ArrayType(dtype, tuple(map(int, filter(None, sides.split(",")))))
+        for dtype, sides in ARRAY_TYPE.findall(instruction.type)
     )
-    if at.op.endswith("-start") and kind != "all-reduce":
-        found = tuple(piece for piece in found if piece != Piece("u32", ()))  # its state, no data
-        return found[len(found) // 2 :]
-    return found
+    if instruction.op.endswith("-start") and kind != "all-reduce":
+        arrays = tuple(array for array in arrays if array != ArrayType("u32", ()))  # its state, no data
+        return arrays[len(arrays) // 2 :]
+    return arrays
 
 
-def group_size(rest: str) -> int | None:
-    """Devices that exchange with one another: of {{0,1},{2,3}}, of [2,2]<=[4], or of mesh['a'=2,'b'=2] {'b'}."""
+def parse_group_size(rest: str) -> int | None:
+    """Returns how many devices exchange arrays with one another, None if the text does not say.
+
+    The text has {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'} or pairs of source and target.
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -150,12 +150,12 @@ def group_size(rest: str) -> int | None:
     return None
 
 
-def trip_count(at: Instruction, known: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop runs: said by the compiler, or read off `counter < constant`, counting from 0 by 1."""
-    if said := TRIPS.search(at.rest):
-        return int(said[1])
-    condition = re.search(r"\bcondition=%?([\w.-]+)", at.rest)
-    inside = known.get(condition[1], []) if condition else []
+def parse_trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """Returns how often a loop runs: the compiler's figure, or the limit of `counter < constant`; None if neither."""
+    if known := TRIP_COUNT.search(loop.rest):
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
+    inside = computations.get(condition[1], []) if condition else []
     numbers = {i.name: int(i.rest.split(")")[0]) for i in inside if i.op == "constant" and re.match(r"\d+\)", i.rest)}
     if inside and inside[-1].op == "compare" and "direction=LT" in inside[-1].rest:
         limit = inside[-1].rest.split(")")[0].split(",")[-1].split()[-1].lstrip("%")
@@ -163,9 +163,9 @@ def trip_count(at: Instruction, known: dict[str, list[Instruction]]) -> int | No
     return None
 
 
-def bytes_by_kind(exchanges: Iterable[Collective]) -> dict[str, int]:
-    """Bytes a device and run of the program, largest kind first."""
-    total: dict[str, int] = {}
-    for one in exchanges:
-        total[one.kind] = total.get(one.kind, 0) + one.bytes * one.times
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
+def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
+    """Returns the bytes that each kind moves in one run of the program, the largest first."""
+    total: collections.Counter[str] = collections.Counter()
+    for one in collectives:
+        total[one.kind] += one.bytes * one.runs
+    return dict(total.most_common())

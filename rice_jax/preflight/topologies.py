@@ -1,4 +1,4 @@
-"""Devices that need not be here: slices of TPUs as libtpu describes them, and what each chip has."""
+"""Topologies to compile for: slices of TPUs as libtpu describes them, without a TPU, and CPU devices."""
 
 import importlib.util
 import os
@@ -13,27 +13,27 @@ GIB = 2**30
 
 class Chip(NamedTuple):
     kind: str  # jax's device_kind
-    memory: int  # bytes that a program may fill
-    flops: float  # bfloat16 FLOP a second
-    sent: float  # bytes a second to its neighbours, over all its links together
+    memory_bytes: int  # that a program may fill
+    flops_per_second: float  # in bfloat16
+    link_bytes_per_second: float  # sent to the neighbours, over all links together
     shapes: tuple[str, ...]  # of slices
 
 
-SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = tuple(
     f"{a}x{b}x{c}" for a in (4, 8, 12, 16) for b in range(a, 17, 4) for c in range(b, 25, 4)
-)  # whole cubes of 4x4x4; 16x16x24 is the largest slice
+)  # of cubes of 4x4x4; 16x16x24 is the largest slice
 CHIPS = {
-    # Memory: beyond it libtpu 0.0.52 refuses a program; less than the chip has, since the runtime keeps some.
-    # FLOP and links: the tables of https://cloud.google.com/tpu/docs/v5e (also v5p, v6e). Links are half of
+    # Memory: libtpu 0.0.52 refuses programs that need more. The chip has more, of which the runtime keeps a part.
+    # FLOP and links: from the tables of https://cloud.google.com/tpu/docs/v5e (also v5p, v6e). Links are half of
     # "bidirectional ICI bandwidth per chip": 400 GB/s of v5e, 1,200 of v5p (given as 4,800 Gbit/s a way), 800 of v6e.
-    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 197e12, 200e9, SQUARE),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 197e12, 200e9, SQUARES),
     "v5p": Chip("TPU v5", int(95.73 * GIB), 459e12, 600e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", *CUBES)),
-    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 918e12, 400e9, SQUARE),
+    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 918e12, 400e9, SQUARES),
 }
-# Without them libtpu asks a server that exists on TPU machines only, takes a lock that a second process dies of, and
-# fills stderr and the disk.
-QUIET = {
+# Without these libtpu queries a server that only TPU machines have, takes a lock that ends a second process, and writes
+# much to stderr and to the disk.
+LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -51,9 +51,13 @@ class Topology(NamedTuple):
 
 
 def parse(name: str) -> Topology:
-    """'v5e:16x16' or 'cpu:8'. ValueError for any other form, generation or shape.
+    """Returns the topology of a name such as 'v5e:16x16' or 'cpu:8'.
 
-    Only shapes that exist: libtpu takes some for others ("" for a v2, v5p:4x4 for a flat slice) without a word.
+    Only shapes that exist are allowed, because libtpu silently takes some for others ("" for a v2, v5p:4x4 for a flat
+    slice).
+
+    Raises:
+      ValueError: another form, an unknown chip, or a shape that the chip does not have.
     """
     where = f"--topology {name or repr(name)}"
     generation, _, shape = name.partition(":")
@@ -68,7 +72,7 @@ def parse(name: str) -> Topology:
         )
     chip = CHIPS[generation]
     if shape not in chip.shapes:
-        shown = [s for s in chip.shapes if s in SQUARE or s in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")]
+        shown = [s for s in chip.shapes if s in SQUARES or s in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")]
         more = ", ... 16x16x24" if len(shown) < len(chip.shapes) else ""
         raise ValueError(
             f"{where}: found no {generation} slice of shape {shape or 'nothing'}; shapes are {', '.join(shown)}{more}."
@@ -77,10 +81,10 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for; of a TPU slice without having one.
+    """Returns the devices of a topology, in the order of jax. Programs can be compiled for those of a TPU, but not run.
 
     Raises:
-      ValueError: libtpu is missing or describes another slice; fewer CPU devices than asked.
+      ValueError: libtpu is missing, refuses the slice or describes another one; or there are too few CPU devices.
     """
     if topology.chip is None:
         found = jax.devices("cpu")
@@ -94,20 +98,20 @@ def devices(topology: Topology) -> list[Any]:
         raise ValueError(
             f"--topology {topology.name}: needs libtpu, the TPU compiler, no TPU; pip install 'rice_jax[preflight]'."
         )
-    for variable, value in QUIET.items():
+    for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        described: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        slice_devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
-    kinds: set[str] = {device.device_kind for device in described}
-    if len(described) != topology.size or kinds != {topology.chip.kind}:
+    kinds: set[str] = {device.device_kind for device in slice_devices}
+    if len(slice_devices) != topology.size or kinds != {topology.chip.kind}:
         raise ValueError(
-            f"--topology {topology.name}: libtpu describes {len(described)} x {', '.join(sorted(kinds))}, needs "
+            f"--topology {topology.name}: libtpu describes {len(slice_devices)} x {', '.join(sorted(kinds))}, needs "
             f"{topology.size} x {topology.chip.kind}; install another libtpu."
         )
-    return list(described)
+    return list(slice_devices)
 
 
-def hosts(devices: list[Any]) -> int:
+def count_hosts(devices: list[Any]) -> int:
     return len({device.process_index for device in devices})

@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Describes models in words: one line on a model's sizes, and the README.md of an export."""
 
 import json
 from collections.abc import Mapping
@@ -8,26 +8,34 @@ from typing import Any
 import jax
 
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import to_json
+from rice_jax.config import Config, to_json
 from rice_jax.retrieval.model import Model
 from rice_jax.version import __version__
-from rice_jax.weights.writers import sizes
 
 LICENCE = "The licence is that of the weights' source and of the data they were trained on; none is granted here."
-
-
-USE = {
+HOW_TO_OPEN = {
     "official": 'safetensors.torch.load_file("model.safetensors")  # for load_state_dict of the official code',
     "pth": 'torch.load("rice_final.pth", weights_only=True)  # for its load_state_dict(strict=True)',
     "huggingface": "transformers.CLIPVisionModelWithProjection.from_pretrained(FOLDER)  # its image_embeds: any length",
-    "stablehlo": 'load_programs(FOLDER)["encode_images"](images)  # the function in rice_jax/exports.py: copy it',
+    "stablehlo": 'load_programs(FOLDER)["encode_images"](images)  # copy it from rice_jax/weights/exports.py',
 }
 
 
-def departures(config: Any) -> list[str]:
-    """In what the official code, as it is published, computes something else from the same weights."""
+def describe_model(config: Config) -> str:
+    """Returns one line: the parts of the model, their sizes and the activation."""
     c = config.model
-    official = {
+    has_decoder = bool(config.loss.pmd or config.loss.pfr)
+    parts, heads = ("encoder and decoder", f", {c.decoder_heads} decoder heads") if has_decoder else ("encoder", "")
+    return (
+        f"{parts}: patch {c.patch_size}, {config.data.image_size} px, width {c.width}, "
+        f"{c.layers} layers, {c.heads} heads, MLP {c.hidden}, embedding {c.embedding}, {c.activation}{heads}"
+    )
+
+
+def differences_from_official(config: Config) -> list[str]:
+    """Returns a sentence for each field that makes the official code compute something else from the same weights."""
+    c = config.model
+    official: dict[str, tuple[object, object]] = {
         "model.activation": (c.activation, "quick_gelu"),
         "model.pool": (c.pool, "class_token"),
         "model.heads": (c.heads, c.width // 64),
@@ -40,34 +48,37 @@ def departures(config: Any) -> list[str]:
             "model.decoder_self_eps": (c.decoder_self_eps, 1e-12),
         }
     return [
-        f"{name} is {ours}, where the official code has {theirs}: with these weights it computes something else."
+        f"{name} is {ours}, where the official code has {theirs}: from these weights it computes something else."
         for name, (ours, theirs) in official.items()
         if ours != theirs
     ]
 
 
-def model_card(m: Model, run: Path, form: str, warnings: list[str]) -> str:
-    """README.md of an export: what it is, how to open it, what it was trained on, and how good it is."""
-    meta = Checkpoints(run).meta(m.step)
-    count = sum(x.size for x in jax.tree.leaves(m.params))
+def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -> str:
+    """Returns the README.md of an export: sizes, how to open it, origin, warnings, metrics, licence and config.
+
+    Raises ValueError if the checkpoint's meta data, the figures of an evaluation or the log are damaged.
+    """
+    meta = Checkpoints(run).meta(model.step)
+    count = sum(x.size for x in jax.tree.leaves(model.params))
     lines = [
-        f"# RICE, {form}",
+        f"# RICE, {format_name}",
         "",
-        f"Which shop image does a clip of a livestream show? {sizes(m.config)}; {count:,} parameters, "
-        f"after {m.step} updates. Made by rice_jax {__version__}.",
+        f"Which shop image does a clip of a livestream show? {describe_model(model.config)}; {count:,} parameters, "
+        f"after {model.step} updates. Made by rice_jax {__version__}.",
         "",
-        f"```python\n{USE[form]}\n```",
+        f"```python\n{HOW_TO_OPEN[format_name]}\n```",
         "",
         "| | |",
         "|---|---|",
-        f"| parameters (fingerprint) | `{m.fingerprint}` |",
+        f"| parameters (fingerprint) | `{model.fingerprint}` |",
         f"| data (content hash of its manifest) | `{meta.get('data', 'none: not trained here')}` |",
-        f"| started from | {_origin(m.config, meta)} |",
+        f"| started from | {_origin(model.config, meta)} |",
         "",
         *(line for warning in warnings for line in (f"**Note.** {warning}", "")),
         "## Metrics",
         "",
-        *_metrics(run, m),
+        *_metrics(run, model),
         "",
         "## Licence",
         "",
@@ -75,29 +86,29 @@ def model_card(m: Model, run: Path, form: str, warnings: list[str]) -> str:
         "",
         "## Config",
         "",
-        f"```json\n{to_json(m.config)}```",
+        f"```json\n{to_json(model.config)}```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _origin(config: Any, meta: Mapping[str, Any]) -> str:
+def _origin(config: Config, meta: Mapping[str, Any]) -> str:
     source = meta.get("source")
     if source:
         return f"{source['name']} ({source['kind']}): {'; '.join(source['notes'])}"
     return config.init_from or "random weights"
 
 
-def _metrics(run: Path, m: Model) -> list[str]:
-    """A line a figure: of this model's evaluations in the run's folder, and of the training's own at this step."""
+def _metrics(run: Path, model: Model) -> list[str]:
+    """Returns the lines of a table of this model's figures: evaluations in the run's folder and during training."""
     found = []
     for path in sorted(run.glob("evaluation-*/metrics.json")):
         figures = json.loads(path.read_text())
-        if figures.get("model") == m.fingerprint:
+        if figures.get("model") == model.fingerprint:
             found.append((path.parent.name, figures))
     log = run / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    found += [("during training", line) for line in lines if line["step"] == m.step and "loss" not in line]
+    found += [("during training", line) for line in lines if line["step"] == model.step and "loss" not in line]
     rows = [
         f"| {where} | {name} | {value:.2f} |"
         for where, figures in found

@@ -1,12 +1,12 @@
-"""A model as programs that run without this package: StableHLO by jax.export, its parameters beside it.
+"""Exports a model as programs that run without this package: StableHLO by jax.export, and the parameters beside it.
 
     DIR/encode_images.stablehlo   (parameters, images uint8 [b,px,px,3])                           -> float32 [b,E]
     DIR/encode_clips.stablehlo    (parameters, frames uint8 [b,n,px,px,3], mask int32 [b,n])       -> float32 [b,E]
     DIR/match.stablehlo           (parameters, frames, mask, images uint8 [m,px,px,3])             -> float32 [b,m]
-    DIR/parameters.safetensors    {name: float32 array}: the programs' first argument as it is
+    DIR/parameters.safetensors    {name: float32 array}, the first argument of each program
     DIR/programs.json             versions, platforms, shapes
 
-b, n and m are open: any number of clips, frame slots and images. `load_programs` shows how another program runs them.
+b, n and m are any numbers of clips, frame slots and images. `load_programs` shows how another program runs them.
 """
 
 import dataclasses
@@ -31,15 +31,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., Any]]":
-    """The programs of an export, {name: function of pictures}: needs jax, flatbuffers and safetensors, nothing of ours.
+    """Returns the programs of an export: {name: function of pictures}, with names and arguments as in programs.json.
 
-    It stands alone: copy it into the program that serves. A function compiles once a shape, for the device jax runs on:
+    This function needs jax, flatbuffers and safetensors and nothing of rice_jax, so it can be copied into another
+    program. Each returned function is compiled once for each shape of its arguments:
 
         programs = load_programs(folder)
         scores = programs["match"](frames, mask, images)
 
     Raises:
-      ValueError: the files are of a newer jax than this one.
+      FileNotFoundError: the folder contains no export.
+      ValueError: a newer jax than this one wrote the export.
     """
     import functools
     import json
@@ -54,7 +56,7 @@ def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., 
         written, here = (".".join(map(str, version)) for version in (about["jax"], jax.__version_info__))
         raise ValueError(f"{folder}: written by jax {written}, which jax {here} may not read; install jax>={written}.")
     parameters = jax.device_put(load_file(Path(folder) / "parameters.safetensors"))
-    programs: dict[str, Callable[..., Any]] = {}  # annotations of locals are never looked up
+    programs: dict[str, Callable[..., Any]] = {}  # Python does not evaluate annotations of locals
     for name in about["programs"]:
         exported = export.deserialize(bytearray((Path(folder) / f"{name}.stablehlo").read_bytes()))
         programs[name] = functools.partial(jax.jit(exported.call), parameters)
@@ -62,19 +64,20 @@ def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., 
 
 
 def export_programs(model: Model, output: Path) -> None:
-    """Writes the programs of a model into `output`, once they are read back and agree with the model's own methods.
+    """Writes the programs of a model into the folder `output`, which is new or empty.
 
-    A model that PMD did not train has no `match`. The folder appears whole or not at all.
+    A model that was not trained with PMD has no program `match`. The programs are read back and compared with the
+    model's methods before the folder appears; after an error there is no folder.
 
     Raises:
-      ValueError: `output` holds something, or what was written does not give the model's own figures.
+      ValueError: `output` is not empty, or a program that was read back gives other figures than the model.
     """
     with new_folder(output) as folder:
-        _write(model, folder)
+        _write_programs(model, folder)
         _compare(model, load_programs(folder), output)
 
 
-def _write(model: Model, folder: Path) -> None:
+def _write_programs(model: Model, folder: Path) -> None:
     flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
     parameters = save({name: np.array(leaf, order="C") for name, leaf in flat.items()})
     (folder / "parameters.safetensors").write_bytes(parameters)
@@ -87,7 +90,7 @@ def _write(model: Model, folder: Path) -> None:
         "mirror_images_added": model.config.eval_flip,
     }
     programs = {}
-    for name, exported in _export(model, flat):
+    for name, exported in _exported_programs(model, flat):
         (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
         programs[name] = {
             "inputs": [f"{x.dtype} {x.shape}" for x in exported.in_avals[len(flat) :]],
@@ -97,8 +100,8 @@ def _write(model: Model, folder: Path) -> None:
     (folder / "programs.json").write_text(json.dumps(about | {"programs": programs}, indent=2) + "\n")
 
 
-def _export(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export.Exported]]:
-    """Name and program of each function: parameters as an argument, sizes of batches open."""
+def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export.Exported]]:
+    """Yields the name and the program of each function. The parameters are an argument; batch sizes are symbolic."""
     structure = jax.tree.structure(model.params)
     parameters = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     b, n, m = export.symbolic_shape("b, n, m")
@@ -115,23 +118,22 @@ def _export(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export
     }
     if model.can_match:
         images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
-        programs["match"] = (functools.partial(inference.match, model.net, False), (frames, mask, images))
+        programs["match"] = (functools.partial(inference.score_all_pairs, model.net, False), (frames, mask, images))
 
     for name, (function, inputs) in programs.items():
 
-        def program(
-            parameters: dict[str, Any], *pictures: Any, function: Callable[..., Any] = function
-        ) -> Any:  # plain dicts only: their keys come sorted, so leaves are put back by name
+        def program(parameters: dict[str, Any], *pictures: Any, function: Callable[..., Any] = function) -> Any:
+            # A plain dict has its keys sorted, so leaves are put back in order by name.
             return function(jax.tree.unflatten(structure, [parameters[key] for key in flat]), *pictures)
 
         yield name, export.export(jax.jit(program), platforms=PLATFORMS)(parameters, *inputs)
 
 
-def _compare(model: Model, programs: Mapping[str, Callable[..., Any]], where: Path) -> None:
-    """ValueError unless the programs give what the model's own methods do."""
+def _compare(model: Model, programs: Mapping[str, Callable[..., Any]], output: Path) -> None:
+    """Raises ValueError unless the programs return what the model's methods return for random pictures."""
     model = dataclasses.replace(model, batch_size=model.mesh.size)
     side = model.config.data.image_size
-    # Products of accelerators are rounded to bfloat16, and otherwise in another batch.
+    # Accelerators round products to bfloat16, and not alike in batches of different sizes.
     exact = model.config.model.dtype == "float32" and jax.default_backend() == "cpu"
     rng, mask = np.random.default_rng(0), np.array([[1, 0, 0], [1, 1, 1]], np.int32)
     frames, images = (rng.integers(0, 256, (*n, side, side, 3), np.uint8) for n in (mask.shape, (5,)))
@@ -141,6 +143,6 @@ def _compare(model: Model, programs: Mapping[str, Callable[..., Any]], where: Pa
         gap = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
         if not gap <= (1e-5 if exact else 2e-2):
             raise ValueError(
-                f"{where}: {name} read back differs from the model by {gap:.1e}; nothing was exported. Report it with "
+                f"{output}: {name} read back differs from the model by {gap:.1e}; nothing was exported. Report it with "
                 f"rice_jax {__version__} and jax {jax.__version__}."
             )

@@ -1,43 +1,44 @@
-"""Names of others and ours: one table a source, read in both directions.
+"""Tables of tensor names: which parameter of ours each tensor of another program is. One table per kind of file.
 
-A rule is (their name, our path, change of axes). A stack of blocks is stored by us on a leading axis, so `*` in a name
-stands for a layer's number; `part` is the place of theirs in a tensor that we keep joined (q, k, v). Exactly one rule
-must match every tensor. `**` stands for anything, in rules of tensors that are known and not used.
+A rule maps one name of theirs to the path of one parameter of ours, with the change of axes between the two, and works
+in both directions. Exactly one rule must match each tensor. In a name `*` stands for the number of a layer, because we
+stack the layers on a leading axis. `**` stands for any text, in the rules of tensors that are known and not used.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-
-Tensor = np.ndarray
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class Axes(NamedTuple):
-    """A change of axes, from theirs to ours and back."""
+    """A change of axes: `ours` makes our array of theirs, and `theirs` makes theirs of ours."""
 
-    ours: Callable[[Tensor], Tensor]
-    theirs: Callable[[Tensor], Tensor]
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
 
 
 AS_IS = Axes(lambda x: x, lambda x: x)
 LINEAR = Axes(lambda x: x.T, lambda x: x.T)  # torch's linear layers are [out, in]
 PATCHES = Axes(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # convolutions [out, in, h, w]
-ROW = Axes(lambda x: np.asarray(x[0]), lambda x: x[None])  # a linear layer of one output
+ROW = Axes(lambda x: np.asarray(x[0]), lambda x: x[None])  # a linear layer with one output
 POINTS = Axes(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # a 1x1 convolution
-POINT = Axes(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # and one of one output
+POINT = Axes(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # a 1x1 convolution with one output
 
 
 class Rule(NamedTuple):
-    name: str
-    path: str | None  # None: known, and not used
+    name: str  # theirs
+    path: str | None  # ours; None: the tensor is known and not used
     axes: Axes = AS_IS
-    part: int | None = None
+    part: int | None = None  # 0, 1, 2: the tensor is the q, k or v part of ours, which joins the three
 
     @property
     def pattern(self) -> str:
+        """A regular expression that matches the name. Its group 1 is the layer's number, if the name has one."""
         return re.escape(self.name).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
 
 
@@ -53,7 +54,7 @@ def _linear(name: str, path: str) -> Table:
 
 
 def _block(name: str, path: str) -> Table:
-    """The twelve tensors of a CLIP block."""
+    """The rules of the twelve tensors of a CLIP block."""
     return (
         *_norm(f"{name}.ln_1", f"{path}/ln_1"),
         Rule(f"{name}.attn.in_proj_weight", f"{path}/attn/in_proj_kernel", LINEAR),
@@ -66,11 +67,11 @@ def _block(name: str, path: str) -> Table:
 
 
 def _tower(name: str) -> Table:
-    """CLIP's vision transformer by OpenAI's names (SPEC 2.6)."""
+    """The rules of CLIP's vision transformer in OpenAI's names (docs/official.md 2)."""
     return (
         Rule(f"{name}.class_embedding", "encoder/class_embedding"),
         Rule(f"{name}.positional_embedding", "encoder/positional_embedding"),
-        Rule(f"{name}.proj", "encoder/proj"),  # used un-transposed (2.4)
+        Rule(f"{name}.proj", "encoder/proj"),  # used un-transposed (docs/official.md 2.4)
         Rule(f"{name}.conv1.weight", "encoder/conv1/kernel", PATCHES),
         *_norm(f"{name}.ln_pre", "encoder/ln_pre"),
         *_block(f"{name}.transformer.resblocks.*", "encoder/resblocks"),
@@ -82,36 +83,36 @@ def _not_used(*names: str) -> Table:
     return tuple(Rule(name, None) for name in names)
 
 
-_DECODER = "transformer.transformer"
-_ENCODER = _tower("image_encoder.model")
-_EMBEDDINGS = _not_used(  # bypassed, never trained (SPEC 5.1)
-    f"{_DECODER}.embeddings.class_embedding",
-    f"{_DECODER}.embeddings.position_embedding.weight",
-    f"{_DECODER}.embeddings.layer_norm.weight",
-    f"{_DECODER}.embeddings.layer_norm.bias",
+DECODER = "transformer.transformer"  # the official code's name for it
+_OFFICIAL_ENCODER = _tower("image_encoder.model")
+_OFFICIAL_EMBEDDINGS = _not_used(  # never read or trained (docs/official.md 5.1)
+    f"{DECODER}.embeddings.class_embedding",
+    f"{DECODER}.embeddings.position_embedding.weight",
+    f"{DECODER}.embeddings.layer_norm.weight",
+    f"{DECODER}.embeddings.layer_norm.bias",
 )
-OFFICIAL: Table = (  # with the head `pretraining`: SPEC 3.4, 15.1 and golden/parameters.csv
-    *_ENCODER,
+OFFICIAL: Table = (  # with the head `pretraining` (docs/official.md 3.4, 15.1; tests/golden/parameters.csv)
+    *_OFFICIAL_ENCODER,
     Rule("transformer.logit_scale", "logit_scale"),
-    *_EMBEDDINGS,
-    *_block(f"{_DECODER}.transformer.layers.0", "decoder/self_layer"),
-    *_block(f"{_DECODER}.transformer.layers.1", "decoder/cross_layer"),
-    *_norm(f"{_DECODER}.pooler.layer_norm", "decoder/pooler_norm"),
-    Rule(f"{_DECODER}.pooler.dense.weight", "decoder/dense/kernel", LINEAR),
+    *_OFFICIAL_EMBEDDINGS,
+    *_block(f"{DECODER}.transformer.layers.0", "decoder/self_layer"),
+    *_block(f"{DECODER}.transformer.layers.1", "decoder/cross_layer"),
+    *_norm(f"{DECODER}.pooler.layer_norm", "decoder/pooler_norm"),
+    Rule(f"{DECODER}.pooler.dense.weight", "decoder/dense/kernel", LINEAR),
     Rule("transformer.heads.vim.weight", "decoder/match", ROW),
     Rule("transformer.heads.rec.0.weight", "reconstruction/conv1_kernel", POINTS),
     Rule("transformer.heads.rec.0.bias", "reconstruction/conv1_bias"),
     Rule("transformer.heads.rec.2.weight", "reconstruction/conv2_kernel", POINT),
     Rule("transformer.heads.rec.2.bias", "reconstruction/conv2_bias"),
 )
-OFFICIAL_NO_HEAD: Table = (  # MovingFashion's ICL alone: a decoder that was never trained
-    *_ENCODER,
+OFFICIAL_NO_HEAD: Table = (  # ICL alone on MovingFashion, with a decoder that was never trained
+    *_OFFICIAL_ENCODER,
     Rule("transformer.logit_scale", "logit_scale"),
-    *_EMBEDDINGS,
-    *_not_used(f"{_DECODER}.transformer.layers.**", f"{_DECODER}.pooler.**"),
+    *_OFFICIAL_EMBEDDINGS,
+    *_not_used(f"{DECODER}.transformer.layers.**", f"{DECODER}.pooler.**"),
 )
-OFFICIAL_CONTRASTIVE: Table = (  # the head `contrastive`: LPR's ICL alone, whose other scale is not used
-    *_ENCODER,
+OFFICIAL_CONTRASTIVE: Table = (  # the head `contrastive`: ICL alone on LPR; its logit_scale is not used
+    *_OFFICIAL_ENCODER,
     Rule("transformer.contrastive_norm.norm_s", "logit_scale", ROW),
     *_not_used("transformer.logit_scale"),
 )
@@ -123,35 +124,35 @@ _TEXT = _not_used(
     "text_projection",
     "logit_scale",
 )
-OPENAI: Table = (  # SPEC 15.2
+OPENAI: Table = (  # docs/official.md 15.2
     *_tower("visual"),
     *_TEXT,
     *_not_used("input_resolution", "context_length", "vocab_size"),
 )
-OPEN_CLIP: Table = (  # SPEC 15.5; `text.` is how newer models call the text tower
+OPEN_CLIP: Table = (  # docs/official.md 15.5; newer models name the text tower `text.`
     *_tower("visual"),
     *_TEXT,
     *_not_used("input_resolution", "context_length", "vocab_size", "text.**", "attn_mask", "logit_bias"),
 )
-_LAYER, _OURS = "vision_model.encoder.layers.*", "encoder/resblocks"
-HUGGING_FACE: Table = (  # SPEC 15.4
+_LAYER, _RESBLOCKS = "vision_model.encoder.layers.*", "encoder/resblocks"
+HUGGING_FACE: Table = (  # docs/official.md 15.4
     Rule("vision_model.embeddings.class_embedding", "encoder/class_embedding"),
     Rule("vision_model.embeddings.position_embedding.weight", "encoder/positional_embedding"),
     Rule("vision_model.embeddings.patch_embedding.weight", "encoder/conv1/kernel", PATCHES),
-    *_norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # the name is theirs
-    *_norm(f"{_LAYER}.layer_norm1", f"{_OURS}/ln_1"),
+    *_norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # their spelling
+    *_norm(f"{_LAYER}.layer_norm1", f"{_RESBLOCKS}/ln_1"),
     *(
         rule
         for part, letter in enumerate("qkv")
         for rule in (
-            Rule(f"{_LAYER}.self_attn.{letter}_proj.weight", f"{_OURS}/attn/in_proj_kernel", LINEAR, part),
-            Rule(f"{_LAYER}.self_attn.{letter}_proj.bias", f"{_OURS}/attn/in_proj_bias", AS_IS, part),
+            Rule(f"{_LAYER}.self_attn.{letter}_proj.weight", f"{_RESBLOCKS}/attn/in_proj_kernel", LINEAR, part),
+            Rule(f"{_LAYER}.self_attn.{letter}_proj.bias", f"{_RESBLOCKS}/attn/in_proj_bias", AS_IS, part),
         )
     ),
-    *_linear(f"{_LAYER}.self_attn.out_proj", f"{_OURS}/attn/out_proj"),
-    *_norm(f"{_LAYER}.layer_norm2", f"{_OURS}/ln_2"),
-    *_linear(f"{_LAYER}.mlp.fc1", f"{_OURS}/mlp/c_fc"),
-    *_linear(f"{_LAYER}.mlp.fc2", f"{_OURS}/mlp/c_proj"),
+    *_linear(f"{_LAYER}.self_attn.out_proj", f"{_RESBLOCKS}/attn/out_proj"),
+    *_norm(f"{_LAYER}.layer_norm2", f"{_RESBLOCKS}/ln_2"),
+    *_linear(f"{_LAYER}.mlp.fc1", f"{_RESBLOCKS}/mlp/c_fc"),
+    *_linear(f"{_LAYER}.mlp.fc2", f"{_RESBLOCKS}/mlp/c_proj"),
     *_norm("vision_model.post_layernorm", "encoder/ln_post"),
     Rule("visual_projection.weight", "encoder/proj", LINEAR),
     *_not_used("vision_model.embeddings.position_ids", "text_model.**", "text_projection.weight", "logit_scale"),
@@ -160,64 +161,53 @@ HUGGING_FACE: Table = (  # SPEC 15.4
 
 @functools.cache
 def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
-    """The one rule for a source's tensor; ValueError when there is none or more than one."""
-    matches = [(rule, found) for rule in table if (found := re.fullmatch(rule.pattern, name))]
+    """Returns the rule for a tensor's name, and the match. Raises ValueError if no rule matches, or several do."""
+    matches = [(rule, match) for rule in table if (match := re.fullmatch(rule.pattern, name))]
     if len(matches) != 1:
         raise ValueError(f"{name}: {'several rules match' if matches else 'no rule matches'}")
     return matches[0]
 
 
-def convert(tensors: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Any]:
-    """Another program's tensors as our parameters: nested dicts of NumPy arrays.
+def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, Any]:
+    """Returns another program's tensors as our parameters: nested dicts of NumPy arrays, without the unused tensors.
 
-    Raises:
-      ValueError: tensors without a rule or with two, and blocks with a layer or a part missing; all in one message.
+    Raises ValueError, naming all, for tensors without one rule and parameters that lack a layer or one of q, k and v.
     """
     faults = []
-    places: dict[str, dict[tuple[int, int], tuple[str, Axes]]] = {}  # of a path: by layer and part, the name
-    stacked, joined = set(), set()
+    found: dict[str, dict[tuple[int | None, int | None], tuple[Axes, np.ndarray]]] = {}  # path -> (layer, part)
     for name, tensor in tensors.items():
         try:
-            rule, found = find_rule(name, table)
+            rule, match = find_rule(name, table)
         except ValueError as error:
             faults.append(f"{error} (shape {tensor.shape})")
             continue
-        if rule.path is None:
+        if rule.path is not None:
+            layer = int(match[1]) if match.groups() else None
+            found.setdefault(rule.path, {})[layer, rule.part] = rule.axes, tensor
+    flat = {}
+    for path, arrays in found.items():
+        numbers = sorted({layer for layer, _ in arrays if layer is not None})
+        layers = range(len(numbers)) or [None]
+        parts = range(3) if any(part is not None for _, part in arrays) else [None]
+        if arrays.keys() != set(itertools.product(layers, parts)):
+            faults.append(f"{path}: layers {numbers} are not 0 to {len(numbers) - 1}, or lack one of q, k, v")
             continue
-        if found.groups():
-            stacked.add(rule.path)
-        if rule.part is not None:
-            joined.add(rule.path)
-        place = (int(found[1]) if found.groups() else 0, rule.part or 0)
-        places.setdefault(rule.path, {})[place] = name, rule.axes
-    for path, names in places.items():
-        layers = sorted({layer for layer, _ in names})
-        wanted = {(layer, part) for layer in range(len(layers)) for part in range(3 if path in joined else 1)}
-        if names.keys() != wanted:
-            faults.append(f"{path}: layers {layers} are not 0 to {len(layers) - 1}, or lack one of q, k, v")
+        for layer in layers:
+            ours = [axes.ours(tensor) for axes, tensor in (arrays[layer, part] for part in parts)]
+            array = np.concatenate(ours, axis=-1) if len(ours) > 1 else ours[0]
+            if layer is None:
+                flat[path] = array
+                continue
+            if layer == 0:  # the stack is filled layer by layer: half of np.stack's memory
+                flat[path] = np.empty((len(numbers), *array.shape), array.dtype)
+            flat[path][layer] = array
     if faults:
         raise ValueError("these tensors are not of the model:\n  " + "\n  ".join(faults))
-
-    def layer(path: str, number: int) -> Tensor:
-        names = places[path]
-        parts = [names[number, part] for part in range(3 if path in joined else 1)]
-        arrays = [axes.ours(tensors[name]) for name, axes in parts]
-        return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
-
-    flat: dict[str, Tensor] = {}
-    for path, names in places.items():
-        if path not in stacked:
-            flat[path] = layer(path, 0)
-            continue
-        count, first = max(number for number, _ in names) + 1, layer(path, 0)
-        flat[path] = np.empty((count, *first.shape), first.dtype)  # filled one by one: half of np.stack's memory
-        for number in range(count):
-            flat[path][number] = layer(path, number)
     return nested(flat)
 
 
-def invert(flat: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Tensor]:
-    """Our parameters, by path, as another program's tensors; paths that the table lacks are left out."""
+def invert(flat: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, np.ndarray]:
+    """Returns our parameters, given by path, as another program's tensors. Paths without a rule are left out."""
     tensors = {}
     for rule in table:
         if rule.path is None or rule.path not in flat:
@@ -230,21 +220,5 @@ def invert(flat: Mapping[str, Tensor], table: Table = OFFICIAL) -> dict[str, Ten
     return tensors
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{'a/b': x} as {'a': {'b': x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = value
-    return tree
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': x}} as {'a/b': x}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flattened(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
+flattened = functools.partial(flatten_dict, sep="/")  # of {'a': {'b': x}} it makes {'a/b': x}
+nested = functools.partial(unflatten_dict, sep="/")  # and of {'a/b': x} it makes {'a': {'b': x}}

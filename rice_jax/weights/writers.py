@@ -1,30 +1,65 @@
-"""Weights in the layouts of other programs."""
+"""Writes imported weights as a run's folder, and a run in the formats of other programs.
+
+A folder appears when all of it is written, was read back and is equal; after an error there is none.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
-from rice_jax.checkpoints.run_folder import write_config
-from rice_jax.config import to_json
+from data_pipeline.system.output_folder import new_folder
+from rice_jax.checkpoints.run_folder import is_run, write_config
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import DataConfig, to_json
 from rice_jax.models.arrays import MEAN, STD
 from rice_jax.retrieval.model import Model
+from rice_jax.training.step import State
 from rice_jax.weights import exports, naming
+from rice_jax.weights.card import differences_from_official, model_card
 from rice_jax.weights.inspect import inspect_weights
-from rice_jax.weights.readers import read_source, write_safetensors
+from rice_jax.weights.naming import DECODER
+from rice_jax.weights.readers import UNUSED, Source, load_on_one_device, read_source, read_unused
 
 Tensors = dict[str, np.ndarray]
 
 
-DECODER = "transformer.transformer"  # as the official code calls it
+def import_weights(path: Path, output: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
+    """Writes what read_source returns as a run at step 0 into `output`, a new or empty folder, and returns it.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      ValueError: `path` is a run, `activation` differs from the file's, `output` is not empty, the written files read
+        back differently, or the reasons of read_source.
+    """
+    if is_run(path):
+        raise ValueError(f"{path}: is a run already; give it to rice_jax.load or --config.init_from as it is.")
+    with new_folder(output) as folder:
+        source = read_source(path, activation=activation, image_size=image_size)
+        stated = source.config.model.activation
+        if activation not in (None, stated):
+            raise ValueError(f"--activation {activation}: the file says {stated}; leave the option out.")
+        origin = {"name": path.name, "kind": source.kind, "notes": list(source.notes)}
+        state = State(jnp.int32(0), jax.tree.map(jnp.asarray, source.params), {}, {})
+        write_config(folder, to_json(source.config))
+        with Checkpoints(folder, kept=1) as checkpoints:
+            checkpoints.save(0, state, {"source": origin})
+        save_unused(source.unused, folder)
+        check_equal(source.params, jax.device_get(load_on_one_device(folder).params), str(output))
+        check_equal(source.unused, read_unused(folder), str(output))
+    return source
 
 
-def check_equal(ours: Any, again: Any, what: str) -> None:
-    """ValueError unless two trees of parameters are the same, bit for bit."""
-    left, right = naming.flattened(ours), naming.flattened(again)
-    wrong = [name for name in left.keys() | right.keys() if not _same(left.get(name), right.get(name))]
+def check_equal(written: Any, read: Any, what: str) -> None:
+    """Raises ValueError unless two trees of parameters have the same paths and the same values, bit for bit."""
+    left, right = naming.flattened(written), naming.flattened(read)
+    wrong = left.keys() ^ right.keys()
+    wrong |= {name for name in left.keys() & right.keys() if not np.array_equal(left[name], right[name])}
     if wrong:
         raise ValueError(
             f"{what} does not read back as it was written ({', '.join(sorted(wrong)[:5])}); the disk may be at fault: "
@@ -32,35 +67,33 @@ def check_equal(ours: Any, again: Any, what: str) -> None:
         )
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is not None and b is not None and np.array_equal(a, b)
+def write_safetensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes tensors as float32 to a file that everybody may read; safetensors makes it readable for its owner only."""
+    # Contiguous, because safetensors writes an array's memory and ignores its strides.
+    arrays = {name: np.ascontiguousarray(x, np.float32).reshape(np.shape(x)) for name, x in tensors.items()}
+    save_file(arrays, path, {"format": "pt"})  # transformers needs this entry
+    path.chmod(0o644)
 
 
-def sizes(config: Any) -> str:
-    c = config.model
-    parts = ["encoder", *(["decoder"] if config.loss.pmd or config.loss.pfr else [])]
-    heads = f", {c.decoder_heads} decoder heads" if len(parts) > 1 else ""
-    return (
-        f"{' and '.join(parts)}: patch {c.patch_size}, {config.data.image_size} px, width {c.width}, "
-        f"{c.layers} layers, {c.heads} heads, MLP {c.hidden}, embedding {c.embedding}, {c.activation}{heads}"
-    )
+def save_unused(unused: Tensors, run: Path) -> None:
+    """Writes the official tensors that nothing reads (docs/official.md 5.8) to a run's folder. No file if none."""
+    if unused:
+        write_safetensors(unused, run / UNUSED)
 
 
-def official_tensors(m: Model, unused: Tensors) -> Tensors:
-    """All tensors of the official checkpoint of this model, by their names (SPEC 3.4, 5.8, 15.1).
+def official_tensors(model: Model, unused: Tensors) -> Tensors:
+    """Returns all tensors of the model's official checkpoint, float32, by name (docs/official.md 3.4, 5.8, 15.1).
 
-    Raises:
-      ValueError: parameters that the official code does not have.
+    Raises ValueError if the model has parameters that the official code does not have.
     """
-    flat = naming.flattened(jax.device_get(m.params))
-    untrained = {name: x for name, x in unused.items() if name.startswith((f"{DECODER}.transformer.", f"{DECODER}.po"))}
-    embeddings = {name: x for name, x in unused.items() if name.startswith(f"{DECODER}.embeddings.")}
-    if m.net.decoder is not None:
-        table, kept = naming.OFFICIAL, _embeddings(m, flat) | _of_this_size(m, embeddings)
-    elif untrained:  # imported from MovingFashion's ICL alone, whose checkpoint has a decoder that saw no training
-        table, kept = naming.OFFICIAL_NO_HEAD, _embeddings(m, flat) | _of_this_size(m, embeddings) | untrained
+    flat = naming.flattened(jax.device_get(model.params))
+    decoder = {name: x for name, x in unused.items() if name.startswith((f"{DECODER}.transformer.", f"{DECODER}.po"))}
+    if model.net.decoder is not None:
+        table, kept = naming.OFFICIAL, _embeddings(model, flat, unused)
+    elif decoder:  # imported from ICL alone on MovingFashion; its checkpoint has a decoder that was never trained
+        table, kept = naming.OFFICIAL_NO_HEAD, _embeddings(model, flat, unused) | decoder
     else:
-        scale = "transformer.logit_scale"  # not used beside norm_s, and there
+        scale = "transformer.logit_scale"  # in the checkpoint beside norm_s, and not used
         table, kept = naming.OFFICIAL_CONTRASTIVE, {scale: unused.get(scale, np.asarray(4.0))}
     foreign = sorted(flat.keys() - {rule.path for rule in table})
     if foreign:
@@ -71,61 +104,57 @@ def official_tensors(m: Model, unused: Tensors) -> Tensors:
     return {name: np.asarray(x, np.float32) for name, x in (naming.invert(flat, table) | kept).items()}
 
 
-def _embeddings(m: Model, flat: Tensors) -> Tensors:
-    """The decoder's embeddings, which nothing reads, as the official code starts them (SPEC 5.8)."""
-    width = m.config.model.width
-    return {
-        f"{DECODER}.embeddings.class_embedding": np.random.default_rng(m.config.seed).normal(size=width),
-        f"{DECODER}.embeddings.position_embedding.weight": flat["encoder/positional_embedding"],
-        f"{DECODER}.embeddings.layer_norm.weight": np.ones(width),
-        f"{DECODER}.embeddings.layer_norm.bias": np.zeros(width),
+def _embeddings(model: Model, flat: Tensors, unused: Tensors) -> Tensors:
+    """Returns the imported embeddings of the decoder, or initial ones (docs/official.md 5.8). Nothing reads them."""
+    width, prefix, tokens = model.config.model.width, f"{DECODER}.embeddings.", 1 + model.net.encoder.patches
+    new = {
+        f"{prefix}class_embedding": np.random.default_rng(model.config.seed).normal(size=width),
+        f"{prefix}position_embedding.weight": flat["encoder/positional_embedding"],
+        f"{prefix}layer_norm.weight": np.ones(width),
+        f"{prefix}layer_norm.bias": np.zeros(width),
     }
+    imported = {name: x for name, x in unused.items() if name.startswith(prefix)}
+    return new | {name: x for name, x in imported.items() if "position" not in name or len(x) == tokens}
 
 
-def _of_this_size(m: Model, embeddings: Tensors) -> Tensors:
-    """Imported ones, but for positions of another image size."""
-    tokens = 1 + m.net.encoder.patches
-    return {name: x for name, x in embeddings.items() if "position" not in name or len(x) == tokens}
-
-
-def write_official(m: Model, unused: Tensors, folder: Path) -> None:
-    tensors = official_tensors(m, unused)
+def write_official(model: Model, unused: Tensors, folder: Path) -> None:
+    tensors = official_tensors(model, unused)
     write_safetensors(tensors, folder / "model.safetensors")
-    _describe_and_read_back(m, tensors, folder)
+    _write_config_and_read_back(model, tensors, folder)
 
 
-def write_pth(m: Model, unused: Tensors, folder: Path) -> None:
+def write_pth(model: Model, unused: Tensors, folder: Path) -> None:
+    """Writes as torch.save of a state dict. Raises ValueError also if torch is not installed."""
     try:
         import torch
     except ImportError as error:
         raise ValueError(
             "--format pth needs torch: pip install 'rice_jax[torch]' (or take --format official)."
         ) from error
-    tensors = official_tensors(m, unused)
-    # np.array, C: torch shares the memory of what it is given, and ours is read-only and transposed here and there.
+    tensors = official_tensors(model, unused)
+    # Copies in C order: torch would share the memory of our arrays, some of which are read-only or transposed.
     state = {name: torch.from_numpy(np.array(x, order="C")) for name, x in tensors.items()}
     torch.save(state, folder / "rice_final.pth")
-    _describe_and_read_back(m, tensors, folder)
+    _write_config_and_read_back(model, tensors, folder)
 
 
-def _describe_and_read_back(m: Model, tensors: Tensors, folder: Path) -> None:
-    """Our config beside the official names, so that a reader of ours need not guess what no tensor shows."""
-    write_config(folder, to_json(m.config))
+def _write_config_and_read_back(model: Model, tensors: Tensors, folder: Path) -> None:
+    write_config(folder, to_json(model.config))  # for the heads and activation, which no tensor shows
     check_equal(tensors, {name: tensor.read() for name, tensor in inspect_weights(folder).tensors.items()}, str(folder))
-    check_equal(jax.device_get(m.params), read_source(folder).params, str(folder))
+    check_equal(jax.device_get(model.params), read_source(folder).params, str(folder))
 
 
-def write_huggingface(m: Model, unused: Tensors, folder: Path) -> None:
-    """The encoder as CLIPVisionModelWithProjection, with what prepares its pictures."""
+def write_huggingface(model: Model, unused: Tensors, folder: Path) -> None:
+    """Writes the encoder as a CLIPVisionModelWithProjection, and the preparation of its pictures."""
     del unused
-    c, data = m.config.model, m.config.data
+    c, data = model.config.model, model.config.data
     if c.stem_channels or c.pool != "class_token":
         raise ValueError(
             "--format huggingface: CLIP has no convolutional stem and pools its class token; take --format stablehlo."
         )
-    encoder = naming.flattened({"encoder": jax.device_get(m.params["encoder"])})
+    encoder = naming.flattened({"encoder": jax.device_get(model.params["encoder"])})
     write_safetensors(naming.invert(encoder, naming.HUGGING_FACE), folder / "model.safetensors")
-    stated = {
+    description = {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
         "hidden_size": c.width,
@@ -141,19 +170,13 @@ def write_huggingface(m: Model, unused: Tensors, folder: Path) -> None:
         "attention_dropout": 0.0,
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(preparation(data), indent=2) + "\n")
-    again = read_source(folder)
-    check_equal(naming.nested(encoder), {"encoder": again.params["encoder"]}, str(folder))
+    check_equal(naming.nested(encoder), {"encoder": read_source(folder).params["encoder"]}, str(folder))
 
 
-def write_stablehlo(m: Model, unused: Tensors, folder: Path) -> None:
-    del unused
-    exports.export_programs(m, folder)  # reads back and compares by itself
-
-
-def preparation(data: Any) -> dict[str, Any]:
-    """The config's `data` section as preprocessor_config.json of Hugging Face: what evaluation does to a picture."""
+def preparation(data: DataConfig) -> dict[str, Any]:
+    """Returns preprocessor_config.json of Hugging Face for what evaluation does to a picture, as `data` states it."""
     stretch = data.resize_mode == "stretch"
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -171,9 +194,29 @@ def preparation(data: Any) -> dict[str, Any]:
     }
 
 
-FORMATS = {
+FORMATS = {  # each writes a model, with the run's unused official tensors, into an empty folder and reads it back
     "official": write_official,
     "pth": write_pth,
     "huggingface": write_huggingface,
-    "stablehlo": write_stablehlo,
+    "stablehlo": lambda model, unused, folder: exports.export_programs(model, folder),
 }
+
+
+def export_run(run: Path, output: Path, format_name: str, *, step: int | None = None) -> tuple[Model, list[str]]:
+    """Writes a run's model and a README.md into `output`, a new or empty folder. Returns the model and user warnings.
+
+    `format_name` is a key of FORMATS, and `step` is a checkpoint's number of updates, None for the newest.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint, or none of that step.
+      ValueError: `run` is no run, its checkpoint is damaged, `output` is not empty, the format cannot express the
+        model, the written files read back differently, or torch is missing for format "pth".
+    """
+    if not is_run(run):
+        raise ValueError(f"{run}: is no run and no imported folder; import it first (rice_jax.weights import).")
+    with new_folder(output) as folder:
+        model = load_on_one_device(run, step)
+        FORMATS[format_name](model, read_unused(run), folder)
+        warnings = differences_from_official(model.config) if format_name in ("official", "pth") else []
+        (folder / "README.md").write_text(model_card(model, run, format_name, warnings), encoding="utf-8")
+    return model, warnings

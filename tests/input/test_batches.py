@@ -1,4 +1,4 @@
-"""Batches: the same whatever carries them, every row where it belongs, nothing on a device, nothing left running."""
+"""Batches: the same for any threads and workers, every row in its place, nothing on a device, nothing left running."""
 
 import dataclasses
 import io
@@ -21,9 +21,8 @@ from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.schema import Frame
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record
-from data_pipeline.input import augment
-from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP
-from data_pipeline.input.batches import ELEMENT_EXAMPLES, Batches, clip_batches, image_batches, train_batches
+from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment_words
+from data_pipeline.input.batches import PART_EXAMPLES, Batches, clip_batches, image_batches, train_batches
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan, rows_without
 from data_pipeline.input.sampling import sample_frames
@@ -42,7 +41,7 @@ class Record:
 
 
 class TinySplit:
-    """Clip i has 1 + i % 13 frames; each picture is of one colour, which tells whose it is."""
+    """Clip i has 1 + i % 13 frames. The red and green of each picture name its clip and frame."""
 
     name, path = "train", Path("tiny")
     num_clips, num_images = NUM_CLIPS, NUM_IMAGES
@@ -69,7 +68,7 @@ class TinySplit:
 def png(colour: tuple[int, int, int]) -> bytes:
     buffer = io.BytesIO()
     pixels = np.full((16, 16, 3), colour, np.uint8)
-    pixels[:, :, 2] = np.add.outer(np.arange(16), 16 * np.arange(16))  # blue tells where a crop was taken
+    pixels[:, :, 2] = np.add.outer(np.arange(16), 16 * np.arange(16))  # blue names each pixel, and so the crop
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -96,7 +95,7 @@ def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndar
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_holds_what_the_plan_says_in_its_order(split):
+def test_a_batch_has_the_rows_of_the_plan_in_its_order(split):
     plan = Plan(NUM_CLIPS, 5, 3)
     for step, batch in enumerate(take(train_batches(split, plan, range(5), PLAIN), 9)):
         rows = plan.batch(step)
@@ -139,7 +138,7 @@ def test_a_clip_longer_than_the_slots_shows_sampled_frames_from_both_ends(split)
 def test_batches_are_the_same_for_any_number_of_threads_and_workers(split, threads, workers):
     plan = Plan(NUM_CLIPS, 23, 1)
     rows = np.tile(np.arange(23), 4)[:80]  # three elements a batch
-    assert len(rows) > 2 * ELEMENT_EXAMPLES
+    assert len(rows) > 2 * PART_EXAMPLES
     expected = take(train_batches(split, plan, rows, OPTIONS, threads=0), 3)
     actual = take(train_batches(split, plan, rows, OPTIONS, threads=threads, workers=workers), 3)
     assert_same(actual, expected)
@@ -195,9 +194,9 @@ def test_skipping_a_clip_leaves_the_augmentation_of_the_others_alone(split):
         np.testing.assert_array_equal(clip, whole[row])
 
 
-def test_frames_of_a_clip_are_augmented_alike_only_when_asked_for(split):
+def test_frames_of_a_clip_are_augmented_alike_only_with_consistent_augment(split):
     def crops(consistent: bool) -> list[int]:
-        """How many different crops and flips the frames of each clip got: blue tells."""
+        """How many different crops and flips the frames of each clip have, by their blue."""
         options = dataclasses.replace(OPTIONS, consistent_augment=consistent, tail_cut=False)
         batch = take(train_batches(split, Plan(NUM_CLIPS, NUM_CLIPS, 0), range(NUM_CLIPS), options), 1)[0]
         return [
@@ -235,7 +234,7 @@ def test_a_cached_record_is_not_read_again(split):
     assert NUM_CLIPS < counting.reads < 2 * NUM_CLIPS
 
 
-def test_no_more_is_read_ahead_than_asked_for():
+def test_no_more_batches_are_read_ahead_than_prefetch_batches():
     class Counting(TinySplit):
         reads = 0
 
@@ -280,7 +279,7 @@ def test_a_clip_without_shop_image_cannot_be_trained_on_unless_skipped(split):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 40, 70])
-def test_every_clip_is_given_exactly_once_and_padding_is_marked(split, batch_size):
+def test_every_clip_comes_exactly_once_and_padding_is_marked(split, batch_size):
     rows = np.random.default_rng(0).permutation(NUM_CLIPS)
     batches = clip_batches(split, rows, OPTIONS, batch_size)
     assert batches.num_batches == -(-NUM_CLIPS // batch_size)
@@ -298,14 +297,14 @@ def test_every_clip_is_given_exactly_once_and_padding_is_marked(split, batch_siz
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 40])
-def test_every_shop_image_is_given_exactly_once(split, batch_size):
+def test_every_shop_image_comes_exactly_once(split, batch_size):
     batches = list(image_batches(split, range(NUM_IMAGES), OPTIONS, batch_size))
     valid = np.concatenate([batch["valid"] for batch in batches])
     assert np.concatenate([batch["row"] for batch in batches])[valid].tolist() == list(range(NUM_IMAGES))
     assert np.concatenate([batch["image"] for batch in batches])[valid, 0, 0, 1].tolist() == list(range(NUM_IMAGES))
 
 
-def test_a_hosts_rows_may_hold_padding_already(split):
+def test_a_hosts_rows_may_contain_padding_already(split):
     batches = list(clip_batches(split, [3, 4, -1, 5, -1, -1], OPTIONS, 3))
     assert [batch["row"].tolist() for batch in batches] == [[3, 4, -1], [5, -1, -1]]
     assert [batch["valid"].tolist() for batch in batches] == [[True, True, False], [True, False, False]]
@@ -365,7 +364,7 @@ def test_a_bad_picture_stops_the_run_with_its_name(threads, workers):
     with train_batches(OneBadPicture(), plan, range(23), options, threads=threads, workers=workers) as batches:
         with pytest.raises(ValueError, match=r"tiny train row 8 \(clip clip8\): frame 7 of 9 .*needs.*skip_clips"):
             next(batches)
-        with pytest.raises(ValueError, match="were closed"):  # what comes after a bad record is never handed out
+        with pytest.raises(ValueError, match="were closed"):  # nothing after a bad record is returned
             next(batches)
 
 
@@ -388,7 +387,7 @@ def test_skip_clips_goes_on_without_the_bad_one():
     assert 8 not in take(train_batches(bad, plan, range(22), OPTIONS), 1)[0]["index"].tolist()
 
 
-def test_closed_batches_say_so(split):
+def test_closed_batches_raise_an_error_that_says_so(split):
     batches = train_batches(split, Plan(NUM_CLIPS, 5, 0), range(5), OPTIONS)
     next(batches)
     batches.close()
@@ -448,7 +447,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
 
 
 def by_hand(path: Path, options: FrameOptions, words: np.ndarray | None) -> np.ndarray:
-    """One picture by Pillow alone, in the words of SPEC 9.5; without words: in evaluation."""
+    """One picture by Pillow alone, as docs/official.md 9.5 says. words None: as in evaluation."""
     image = Image.open(path).convert("RGB").resize((options.resize, options.resize), Image.Resampling.BILINEAR)
     spare = options.resize - options.image_size
     y = x = spare // 2
@@ -472,16 +471,16 @@ def test_training_batches_equal_pillow_on_the_files_of_the_download(source, conv
         for place, row in enumerate(plan.batch(step).tolist()):
             fields = listed[split.clip_ids[row]]
             paths = json.loads(fields[1].replace("'", '"'))
-            gate, fraction = (int(word) * 10 >> 64 for word in augment.draw_words(5, epoch, row, WHOLE_CLIP, 2))
+            gate, fraction = (int(word) * 10 >> 64 for word in augment_words(5, epoch, row, WHOLE_CLIP, 2))
             chosen = np.linspace(0, len(paths) - 1, min(10, len(paths))).astype(int)
             if len(chosen) == 10 and gate >= 5:
                 chosen = chosen[: 10 - fraction]
             assert batch["mask"][place].tolist() == [1] * len(chosen) + [0] * (10 - len(chosen))
             for slot, position in enumerate(chosen):
-                words = augment.draw_words(5, epoch, row, FIRST_FRAME + slot)
+                words = augment_words(5, epoch, row, FIRST_FRAME + slot)
                 expected = by_hand(source / paths[position], options, words)
                 np.testing.assert_array_equal(batch["frames"][place, slot], expected)
-            expected = by_hand(source / fields[4], options, augment.draw_words(5, epoch, row, SHOP_IMAGE))
+            expected = by_hand(source / fields[4], options, augment_words(5, epoch, row, SHOP_IMAGE))
             np.testing.assert_array_equal(batch["image"][place], expected)
 
 
@@ -511,7 +510,7 @@ def test_a_damaged_record_is_named_with_shard_record_and_clip(converted, tmp_pat
 
 
 def test_a_picture_that_cannot_be_decoded_is_named_with_shard_and_record(converted, tmp_path):
-    """Its record's checksum agrees: a conversion refuses such a picture, another writer may not."""
+    """The record's checksum agrees: a conversion refuses such a picture, but another writer may not."""
     path = tmp_path / "copy"
     shutil.copytree(converted.path, path)
     shard = sorted(path.glob("train-clips-*.tfrecord"))[1]

@@ -1,4 +1,4 @@
-"""The order of the data: golden batches, true epochs, and independence from everything but the seed."""
+"""The order of the data: golden batches, epochs that show each example once, and dependence on the seed alone."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ import pytest
 from data_pipeline.input import plan as plan_module
 from data_pipeline.input.plan import Plan, epoch_permutation, rows_without
 
-# (seed, step) -> rows of 11 examples in batches of 4. Written down once from this code and checked below against
-# its definition. They must never change: a run would go on with other data.
+# (seed, step) -> rows of 11 examples in batches of 4, written down once from this code and checked against its
+# definition below. They must never change: a resumed run would go on with other data.
 GOLDEN = {
     (0, 0): [3, 4, 9, 2],
     (0, 1): [1, 5, 10, 0],
@@ -25,7 +25,7 @@ GOLDEN = {
 
 
 def slow_permutation(seed: int, epoch: int, count: int) -> list[int]:
-    """The definition in words: draw a word an example, sort the examples by (word, index)."""
+    """The definition: draw a random word for each example, sort the examples by (word, index)."""
     philox = np.random.Philox(key=seed + (int.from_bytes(b"order") << 64), counter=epoch << 192)
     words = [int(philox.random_raw()) for _ in range(count)]
     return sorted(range(count), key=lambda i: (words[i], i))
@@ -108,7 +108,7 @@ def test_an_epochs_order_is_computed_once_for_all_threads(monkeypatch):
 
 
 def test_four_million_examples_cost_as_much_as_few_sorts_of_as_many():
-    """Half a second on a quiet core; in the same process, so that a slow machine is slow at both."""
+    """Half a second on an idle core. Both are timed in one process, so that a slow machine is slow at both."""
     keys = np.random.default_rng(0).integers(2**63, size=4_013_617, dtype=np.uint64)
     start = time.process_time()
     np.argsort(keys, kind="stable")

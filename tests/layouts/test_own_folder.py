@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from configs import folder
 from data_pipeline.convert import main
 from data_pipeline.format.reader import open_dataset
-from data_pipeline.input.decode import decode, load
+from data_pipeline.input.decode import decode, load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.layouts.own_folder import default_splits, natural
 from rice_jax import evaluate, train
@@ -190,9 +190,9 @@ def test_large_pictures_are_shrunk_before_random_crops_only() -> None:
     options = FrameOptions(image_size=16, resize=16, min_scale=0.5, shrink_to=20)
     data = (Path(__file__).parents[1] / "data/grocery/frame00.jpg").read_bytes()
     full = decode(data)
-    assert min(full.shape[:2]) > 20 and min(load(data, options, train=True).shape[:2]) == 20
-    assert load(data, options, train=False).shape == (16, 16, 3)
-    assert load(data, dataclasses.replace(options, shrink_to=0), train=True).shape == full.shape
+    assert min(full.shape[:2]) > 20 and min(load_picture(data, options, train=True).shape[:2]) == 20
+    assert load_picture(data, options, train=False).shape == (16, 16, 3)
+    assert load_picture(data, dataclasses.replace(options, shrink_to=0), train=True).shape == full.shape
     with pytest.raises(ValueError, match="shrink_to: found 8, needs 0 or at least image_size, 16"):
         FrameOptions(image_size=16, resize=16, shrink_to=8)
 

@@ -17,7 +17,7 @@ from rice_jax.models.rice import build_model
 from rice_jax.parallel import mesh as sharding
 from rice_jax.parallel.mesh import parameter_specs
 from rice_jax.preflight import costs, hlo
-from rice_jax.preflight.assess import abstract_batch
+from rice_jax.preflight.assessment import abstract_batch
 from rice_jax.training import step
 from tests import official
 
@@ -61,25 +61,25 @@ def ours(sizes: tuple[int, int]) -> Found:
 def of_the_batch(found: list[hlo.Collective], parameters: set[tuple[int, ...]]) -> list[hlo.Collective]:
     """Exchanges without what has a parameter's shape: gradients and gathered parameters. Scalars go with those."""
     parts = [
-        one._replace(pieces=tuple(p for p in one.pieces if p.shape and p.shape not in parameters)) for one in found
+        one._replace(results=tuple(p for p in one.results if p.shape and p.shape not in parameters)) for one in found
     ]
-    return [one for one in parts if one.pieces]
+    return [one for one in parts if one.results]
 
 
 def faults(found: list[hlo.Collective], parameters: set[tuple[int, ...]], total: int) -> list[str]:
     out = []
     for one in of_the_batch(found, parameters):
-        for piece in one.pieces:
+        for piece in one.results:
             if {TOKENS, TOKENS - 1, KEYS} & set(piece.shape) or math.prod(piece.shape) > total * WIDTH:
                 out.append(f"{one.name} carries tokens: {piece}")
     for one in found:
-        if any(loop.trips != 1 for loop in one.loops):
-            out.append(f"{one.name} stands in a loop: {one.loops}, {one.pieces}")
+        if any(count != 1 for count in one.trip_counts):
+            out.append(f"{one.name} is in a loop: {one.trip_counts}, {one.results}")
     return out
 
 
 def batch_bytes(found: list[hlo.Collective], parameters: set[tuple[int, ...]]) -> int:
-    return sum(one.bytes * one.times for one in of_the_batch(found, parameters))
+    return sum(one.bytes * one.runs for one in of_the_batch(found, parameters))
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -108,7 +108,7 @@ def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytes
     monkeypatch.setattr(sharding, "whole", lambda shard, spec: shard)
     config = config_of(6, pmd=0.0)  # the hard pairs' own gradient would refuse such parameters
     found, parameters = exchanges(config, official.mesh_of(8, 1))
-    inside = [fault for fault in faults(found, parameters, 48) if "stands in a loop" in fault]
+    inside = [fault for fault in faults(found, parameters, 48) if "is in a loop" in fault]
     assert any(f"shape=(2, {WIDTH}, 88)" in fault or f"shape=({WIDTH}, 88)" in fault for fault in inside)
 
 

@@ -1,7 +1,7 @@
 """Where the official code is wrong or odd (SPEC 11), each option at both values, against a plain definition.
 
-Rows tested where their code is: 9 and 34 test_losses.py too, 15 and 17 test_frames.py, 16 test_batches.py; the options
-of pixels are repeated here no more than to see that the config reaches them.
+Rows tested where their code is: 9 and 34 test_losses.py too, 15 test_sampling.py, 17 test_decode.py,
+16 test_batches.py; the options of pixels are repeated here no more than to see that the config reaches them.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""FLOP by formula, against SPEC 14's table and the compiler's own count."""
+"""FLOP by formula, compared with the table of docs/official.md 14 and with the compiler's count."""
 
 from typing import Any
 
@@ -18,8 +18,10 @@ from rice_jax.training import step
     ("size", "picture", "decoder", "needed", "again"),
     [("b32", 4.41, 1.04, 0.297, 0.394), ("b16", 17.56, 4.5, 1.19, 1.57), ("l14", 81.0, 10.4, 5.41, 7.19)],
 )
-def test_the_figures_of_clips_sizes(size: str, picture: float, decoder: float, needed: float, again: float) -> None:
-    """GMAC a picture and of the decoder an example; TFLOP an example, without and with one more pass of the encoder."""
+def test_clips_sizes_cost_what_the_table_says(
+    size: str, picture: float, decoder: float, needed: float, again: float
+) -> None:
+    """GMAC of a picture and of the decoder for an example; TFLOP of an example without and with a repeated encoder."""
     changes = {"loss.mining_direction": "image_to_clip", "loss.pair_chunk": 0, "loss.icl_chunk": 0, "batch_size": 128}
     config = with_changes(pod.get_config(size), changes | {"model.remat": "none"})
     assert costs.encoder_macs(config) / 1e9 == pytest.approx(picture, rel=2e-3)
@@ -39,11 +41,11 @@ def test_the_compiler_counts_about_as_many_in_one_layer(stem: bool) -> None:
     pictures = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
     encode = jax.jit(lambda p, x: apply(net.encoder, p["encoder"], x))
     analysis: Any = encode.lower(params, pictures).compile().cost_analysis()
-    # It also counts additions, norms and activations, which are a few percent, and no products with a picture's border.
+    # It also counts additions, norms and activations, a few percent, and leaves out products with a picture's padding.
     assert analysis["flops"] == pytest.approx(2 * 8 * costs.encoder_macs(config), rel=0.15)
 
 
-def test_saving_memory_is_paid_for_in_forward_passes() -> None:
+def test_saving_memory_costs_forward_passes() -> None:
     config = with_changes(smoke.get_config(), {"batch_size": 64})
     whole = costs.example_cost(config, devices=8)
     encoder = 2 * 4 * costs.encoder_macs(config)  # three frames and an image

@@ -1,4 +1,4 @@
-"""What is read off a compiled program, against programs whose exchanges are known."""
+"""The collectives that are parsed from a program, compared with the known ones of small programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ import pytest
 
 from rice_jax.parallel.mesh import BATCH, P
 from rice_jax.preflight import hlo
-from rice_jax.preflight.hlo import Loop, Piece
+from rice_jax.preflight.hlo import ArrayType
 from tests import official
 
 DATA, FSDP = BATCH
 
 
 def read(f: Callable[..., Any], *shapes: tuple[int, ...], mesh: tuple[int, int] = (8, 1)) -> list[hlo.Collective]:
-    """The exchanges of f inside shard_map; its arguments, float32 of these global shapes, are split on axis 0."""
+    """Returns the collectives of f in shard_map. Its arguments are float32 of these global shapes, split on axis 0."""
     specs = P(BATCH)
     mapped = jax.shard_map(f, mesh=official.mesh_of(*mesh), in_specs=specs, out_specs=specs)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -39,20 +39,20 @@ def test_kinds_bytes_and_groups_are_those_of_the_program() -> None:
         "collective-permute": 4 * 2 * 16,
         "all-to-all": 4 * 2 * 16,
     }
-    assert {one.group for one in found.values()} == {8}
-    assert {kind: one.sent / one.bytes for kind, one in found.items()} == {
+    assert {one.group_size for one in found.values()} == {8}
+    assert {kind: one.sent_bytes / one.bytes for kind, one in found.items()} == {
         "all-gather": 7 / 8, "reduce-scatter": 7 / 8, "all-reduce": 7 / 4, "collective-permute": 1, "all-to-all": 7 / 8,
     }  # fmt: skip
-    assert all(one.times == 1 and not one.loops for one in found.values())
+    assert all(one.runs == 1 and not one.trip_counts for one in found.values())
 
 
-def test_an_exchange_along_one_axis_is_among_its_devices_only() -> None:
+def test_a_collective_along_one_axis_has_a_group_of_that_size() -> None:
     f = lambda x: (x * jax.lax.psum(x, FSDP), x + jax.lax.psum(jnp.sin(x), DATA))
-    assert sorted(one.group or 0 for one in read(f, (8, 3), mesh=(2, 4))) == [2, 4]
+    assert sorted(one.group_size or 0 for one in read(f, (8, 3), mesh=(2, 4))) == [2, 4]
     assert read(lambda x: x * jax.lax.psum(x, FSDP), (8, 3), mesh=(8, 1)) == []
 
 
-def test_an_exchange_in_nested_loops_is_counted_as_often_as_it_runs() -> None:
+def test_a_collective_in_nested_loops_counts_as_often_as_it_runs() -> None:
     def inner(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jnp.sin(x) * jax.lax.pcast(jax.lax.psum(x, BATCH), BATCH, to="varying"), None
 
@@ -60,20 +60,20 @@ def test_an_exchange_in_nested_loops_is_counted_as_often_as_it_runs() -> None:
         return jax.lax.scan(inner, jnp.cos(x), length=5)[0], None
 
     (one,) = read(lambda x: jax.lax.scan(outer, x, length=3)[0], (8, 7))
-    assert [loop.trips for loop in one.loops] == [3, 5] and one.times == 15
+    assert one.trip_counts == (3, 5) and one.runs == 15
     assert hlo.bytes_by_kind([one]) == {"all-reduce": 15 * 4 * 7}
 
 
-def test_a_loop_of_unknown_length_says_so() -> None:
+def test_a_loop_of_unknown_length_has_no_trip_count_and_counts_once() -> None:
     def f(x: jax.Array) -> jax.Array:
         body = lambda x: jax.lax.pcast(jax.lax.psum(x, BATCH), BATCH, to="varying") + 1
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, body, x)
 
-    found = [one for one in read(f, (8, 7)) if one.pieces[0].shape]
-    assert [[loop.trips for loop in one.loops] for one in found] == [[None]] and found[0].times == 1
+    found = [one for one in read(f, (8, 7)) if one.results[0].shape]
+    assert [one.trip_counts for one in found] == [(None,)] and found[0].runs == 1
 
 
-def test_an_exchange_in_a_branch_is_found() -> None:
+def test_a_collective_in_a_branch_is_found() -> None:
     f = lambda x: jax.lax.cond(
         jax.lax.axis_index(DATA) >= 0, lambda x: x + jax.lax.all_gather(x, DATA).sum(axis=0), lambda x: x, x
     )
@@ -117,12 +117,12 @@ ENTRY %main (param.0: f32[8,2]) -> f32[16,2] {
 """  # noqa: E501
 
 
-def test_the_wordings_of_the_tpu_compiler_are_read() -> None:
+def test_the_text_of_the_tpu_compiler_is_parsed() -> None:
     reduce, spread, started, permuted = hlo.collectives(TPU)
-    assert reduce.loops == (Loop("w", 12),) and reduce.group == 4
-    assert reduce.pieces == (Piece("bf16", (4, 8)), Piece("f32", ())) and reduce.bytes == 4 * 8 * 2 + 4
-    assert spread.group == 2 and spread.bytes == 16 * 2 * 4  # once, though two fusions hide it
-    assert started.pieces == (Piece("f32", (64, 2)),) and permuted.pieces == (Piece("f32", (8, 2)),)
+    assert reduce.trip_counts == (12,) and reduce.group_size == 4
+    assert reduce.results == (ArrayType("bf16", (4, 8)), ArrayType("f32", ())) and reduce.bytes == 4 * 8 * 2 + 4
+    assert spread.group_size == 2 and spread.bytes == 16 * 2 * 4  # once, though two fusions hide it
+    assert started.results == (ArrayType("f32", (64, 2)),) and permuted.results == (ArrayType("f32", (8, 2)),)
     assert hlo.bytes_by_kind([reduce, spread, started, permuted]) == {
         "all-reduce": 12 * 68,
         "all-gather": 128 + 512,
@@ -130,6 +130,6 @@ def test_the_wordings_of_the_tpu_compiler_are_read() -> None:
     }
 
 
-def test_what_is_no_program_is_refused() -> None:
+def test_a_text_that_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="found no ENTRY"):
         hlo.collectives("module @jit_f {}")

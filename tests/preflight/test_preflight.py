@@ -1,4 +1,4 @@
-"""Preflight: what it says of a config on devices that are here, on TPU slices that are not, and of wrong use."""
+"""Preflight reports on configs for CPU devices and TPU slices, advises, searches, and refuses wrong use."""
 
 import dataclasses
 import importlib.util
@@ -21,11 +21,17 @@ from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
 from rice_jax.parallel.mesh import to_global
 from rice_jax.preflight import __main__ as command_module
-from rice_jax.preflight import advice, topologies
-from rice_jax.preflight import assess as assess_module
+from rice_jax.preflight import advice, assessment, topologies
 from rice_jax.preflight.__main__ import main, parse
-from rice_jax.preflight.advice import advise, largest, remedies, with_changes
-from rice_jax.preflight.assess import Report, abstract_batch, asked_bytes, assess, assess_apart, checked
+from rice_jax.preflight.advice import first_remedy, largest_batch, remedies, with_changes
+from rice_jax.preflight.assessment import (
+    abstract_batch,
+    assess,
+    assess_in_subprocess,
+    parse_needed_bytes,
+    without_data_set,
+)
+from rice_jax.preflight.report import Report
 from rice_jax.preflight.topologies import GIB
 from rice_jax.retrieval.model import frame_options
 from tests import official
@@ -52,7 +58,7 @@ def command(*words: object, module: str = "rice_jax.preflight") -> subprocess.Po
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line that the command says before it ends with status 2."""
+    """Returns the one line that the command prints to stderr before it ends with status 2."""
     with pytest.raises(SystemExit) as end:
         main(parse(words if "--config" in words else [*TINY, *words]))
     assert end.value.code == 2
@@ -70,7 +76,7 @@ NOTHING = Report(
 
 
 def answer(config: Any, *, fits: bool) -> Report:
-    """A report of which only the batch and the verdict count."""
+    """Returns a report with this batch and verdict, and otherwise NOTHING."""
     return dataclasses.replace(NOTHING, batch_size=config.batch_size, fits=fits)
 
 
@@ -89,7 +95,7 @@ def test_the_command_reports_a_step_on_more_devices_than_there_are(tmp_path: Pat
     assert "memory of a device: fits" in text and "all-gather" in text
 
 
-def test_what_a_device_holds_is_its_share_of_state_and_batch() -> None:
+def test_the_memory_of_a_device_has_its_share_of_state_and_batch() -> None:
     config = with_changes(smoke.get_config(), {"model.layers": 1, "loss.pmd": 0.0, "loss.pfr": 0.0})
     whole, split = (assess(with_changes(config, {"mesh.fsdp": fsdp}), topologies.parse("cpu:8")) for fsdp in (1, 4))
     batch = 3 * 32 * 32 * 3 + 3 * 4 + 32 * 32 * 3 + 4 + 4  # one of 8 rows: frames, mask, image, product, index
@@ -101,25 +107,25 @@ def test_what_a_device_holds_is_its_share_of_state_and_batch() -> None:
     assert whole.device_bytes == whole.argument_bytes + whole.temp_bytes + whole.other_bytes + batch
 
 
-def test_the_batch_it_compiles_for_is_the_one_that_training_is_fed(converted: Path) -> None:
+def test_the_batch_that_it_compiles_for_has_the_shapes_of_a_training_batch(converted: Path) -> None:
     config, mesh = smoke.get_config(), official.mesh_of(1, 1)
     split = open_dataset(converted).split("train")
     plan, options = Plan(split.num_clips, 8, 0), frame_options(config.data, train=True)
     with train_batches(split, plan, np.arange(8), options, threads=0) as batches:
-        fed = to_global(next(batches), mesh)
+        batch = to_global(next(batches), mesh)
     expected = abstract_batch(config, mesh)
-    assert {name: (x.shape, x.dtype) for name, x in fed.items()} == {
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in expected.items()
     }
 
 
-def test_what_does_not_fit_is_a_result_with_what_to_set(
+def test_a_step_that_does_not_fit_is_reported_with_settings_that_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command adds to it
-    monkeypatch.setattr(assess_module, "physical_memory", lambda: 8 * 2**20)
-    asked = {"loss.micro_batch": 128, "loss.pair_chunk": 16}
-    monkeypatch.setattr(advice, "remedies", lambda config, devices: iter([asked, {"batch_size": 8}]))
+    monkeypatch.setattr(assessment, "host_memory_bytes", lambda: 8 * 2**20)
+    chunks = {"loss.micro_batch": 128, "loss.pair_chunk": 16}
+    monkeypatch.setattr(advice, "remedies", lambda config, devices: iter([chunks, {"batch_size": 8}]))
     out = tmp_path / "report.json"
     words = ["--topology", "cpu:8", "--config.batch_size=256", "--json", str(out)]
     with pytest.raises(SystemExit) as end:
@@ -134,7 +140,7 @@ def test_what_does_not_fit_is_a_result_with_what_to_set(
 # --- what to set, and how much fits -----------------------------------------------------------------------------------
 
 
-def test_remedies_that_change_no_loss_come_first_and_each_is_a_config_that_holds_together() -> None:
+def test_remedies_that_change_no_loss_come_first_and_each_gives_a_valid_config() -> None:
     config = with_changes(default.get_config(), {"batch_size": 2**16, "data.path": "x"})
     found = list(remedies(config, 256))
     chunks = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}
@@ -144,17 +150,17 @@ def test_remedies_that_change_no_loss_come_first_and_each_is_a_config_that_holds
     smaller = ["batch_size" in changes for changes in found]
     assert smaller == sorted(smaller) and found[-1]["batch_size"] == 256
     for changes in found:
-        checked(with_changes(config, changes))
+        without_data_set(with_changes(config, changes))  # raises for an invalid config
         assert changes.get("mesh.data", 256) * changes.get("mesh.fsdp", 1) == 256
     done = with_changes(config, found[-1])
     assert all("loss.micro_batch" not in changes for changes in remedies(done, 256))
 
 
 def test_the_first_remedy_that_fits_is_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    ask = lambda config: answer(config, fits=config.model.remat == "full")
-    changes = advise(default.get_config(), 8, ask)
+    fits_with_full = lambda config: answer(config, fits=config.model.remat == "full")
+    changes = first_remedy(default.get_config(), 8, fits_with_full)
     assert changes is not None and changes["model.remat"] == "full" and "batch_size" not in changes
-    assert advise(default.get_config(), 8, lambda config: answer(config, fits=False)) is None
+    assert first_remedy(default.get_config(), 8, lambda config: answer(config, fits=False)) is None
     assert "--config.model.remat=dots: not known of 16.00 GiB, does not fit" in capsys.readouterr().out
 
 
@@ -162,12 +168,12 @@ def test_the_first_remedy_that_fits_is_the_advice(capsys: pytest.CaptureFixture[
 def test_the_search_ends_at_the_largest_batch_that_fits(limit: int) -> None:
     tried = []
 
-    def ask(config: Any) -> Report:
+    def assess_rows(config: Any) -> Report:
         assert config.batch_size % 8 == 0
         tried.append(config.batch_size // 8)
         return answer(config, fits=tried[-1] <= limit)
 
-    report = largest(default.get_config(), 8, ask)  # starts at 96, 12 a device
+    report = largest_batch(default.get_config(), 8, assess_rows)  # starts at 96, 12 a device
     assert report.fits and report.batch_size == 8 * (limit if limit < 64 else limit // 16 * 16)
     assert len(tried) == len(set(tried)) <= 5 + 2 * limit.bit_length()
 
@@ -175,19 +181,20 @@ def test_the_search_ends_at_the_largest_batch_that_fits(limit: int) -> None:
 def test_a_search_needs_few_tries_where_memory_grows_evenly() -> None:
     tried = []
 
-    def ask(config: Any) -> Report:
+    def assess_rows(config: Any) -> Report:
         tried.append(config.batch_size // 8)
-        asked = int((3 + tried[-1] / 100) * GIB)
-        report = answer(config, fits=asked <= NOTHING.available_bytes)
-        return dataclasses.replace(report, device_bytes=asked)
+        needed = int((3 + tried[-1] / 100) * GIB)
+        report = answer(config, fits=needed <= NOTHING.available_bytes)
+        return dataclasses.replace(report, device_bytes=needed)
 
-    assert largest(default.get_config(), 8, ask).batch_size == 8 * 1296  # 1,300 would fit; a multiple of 16
+    assert (
+        largest_batch(default.get_config(), 8, assess_rows).batch_size == 8 * 1296
+    )  # 1,300 would fit; a multiple of 16
     assert len(tried) <= 12 and tried[:8] == [12, 24, 48, 96, 192, 384, 768, 1536]
 
 
 def test_a_search_in_which_nothing_fits_reports_one_row_a_device() -> None:
-    ask = lambda config: answer(config, fits=False)
-    report = largest(default.get_config(), 8, ask)
+    report = largest_batch(default.get_config(), 8, lambda config: answer(config, fits=False))
     assert not report.fits and report.batch_size == 8
 
 
@@ -200,13 +207,13 @@ def test_a_search_in_which_nothing_fits_reports_one_row_a_device() -> None:
         ("Attempting to allocate 17.5 GiB. That was not possible. There are 512.5MiB free.", 17.5),
     ],
 )
-def test_how_much_is_asked_is_read_off_any_wording(text: str, gib: float) -> None:
-    asked = asked_bytes(text)
-    assert asked is not None and asked / GIB == pytest.approx(gib)
+def test_the_needed_bytes_are_parsed_from_any_wording(text: str, gib: float) -> None:
+    needed = parse_needed_bytes(text)
+    assert needed is not None and needed / GIB == pytest.approx(gib)
 
 
-def test_a_refusal_without_a_size_has_none() -> None:
-    assert asked_bytes("RESOURCE_EXHAUSTED: out of memory, see error_1000") is None
+def test_a_refusal_without_a_size_gives_none() -> None:
+    assert parse_needed_bytes("RESOURCE_EXHAUSTED: out of memory, see error_1000") is None
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def test_wrong_use_is_one_line_and_status_2(
         ("--config.mesh.data=16",): "mesh (data=16, fsdp=1) does not cover 8 device(s)",
         ("--config.mesh.tensor=2",): "--config.mesh.tensor: the config has no such field",
         ("--config.mesh.fsdp=8", "--config.model.width=36", "--config.model.heads=2"): "does not divide by mesh axis",
-        ("--config.batch_size=0",): "batch_size 0 fits itself to a data set",
+        ("--config.batch_size=0",): "batch_size 0 depends on the data set",
         ("--config.model.remat=some",): "model.remat is 'some', needs one of none, dots, full",
     }.items():
         assert expected in refusal(capsys, "--topology", "cpu:8", *words)
@@ -244,7 +251,7 @@ def test_wrong_use_is_one_line_and_status_2(
         ("cpu:", "needs the number of devices"),
     ],
 )  # fmt: skip
-def test_a_topology_that_is_none_or_would_be_misread_is_refused(
+def test_an_unknown_or_ambiguous_topology_is_refused(
     name: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refusal(capsys, "--topology", name)
@@ -258,12 +265,12 @@ def test_slices_have_as_many_chips_as_their_sides_multiply_to() -> None:
 def test_without_libtpu_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command_module, "assess_apart", assess)
+    monkeypatch.setattr(command_module, "assess_in_subprocess", assess)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'rice_jax[preflight]'" in refusal(capsys, "--topology", "v5e:2x2")
 
 
-def test_another_slice_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_slice_than_the_requested_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(os, "environ", dict(os.environ))
     described = type("Described", (), {"devices": jax.devices()[:4]})
@@ -276,7 +283,7 @@ def test_another_slice_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_libtpu
-def test_two_preflights_of_a_slice_at_once_both_answer_without_a_word_on_stderr(tmp_path: Path) -> None:
+def test_two_preflights_of_a_slice_at_once_both_report_and_print_nothing_to_stderr(tmp_path: Path) -> None:
     outs = [tmp_path / "a.json", tmp_path / "b.json"]
     runs = [command(*TINY, "--topology", "v5e:2x2", "--json", out) for out in outs]
     for run, out in zip(runs, outs, strict=True):
@@ -288,7 +295,7 @@ def test_two_preflights_of_a_slice_at_once_both_answer_without_a_word_on_stderr(
 
 
 def figures(config: Any, topology: str, **changes: Any) -> Report:
-    return assess_apart(with_changes(config, changes), topologies.parse(topology))
+    return assess_in_subprocess(with_changes(config, changes), topologies.parse(topology))
 
 
 FULL_SIZE: Sequence[tuple[str, str, int]] = [
@@ -316,16 +323,16 @@ def test_the_full_recipe_fits(size: str, topology: str, batch_size: int) -> None
 @needs_libtpu
 @pytest.mark.slow
 def test_the_official_formulation_at_32768_does_not_fit() -> None:
-    report = assess_apart(pod.get_config("b32"), topologies.parse("v5e:16x16"), official_formulation.make_loss)
+    report = assess_in_subprocess(pod.get_config("b32"), topologies.parse("v5e:16x16"), official_formulation.make_loss)
     assert not report.fits and report.collectives is None
     assert report.device_bytes is not None and 45 < report.device_bytes / GIB < 55
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_does_not_fit_a_slice_is_mended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_does_not_fit_a_slice_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
     config = with_changes(default.get_config(), {"batch_size": 4096, "model.dtype": "bfloat16"})
-    ask = lambda config: assess_apart(config, topologies.parse("v5e:4x4"))
-    assert not ask(config).fits
-    changes = advise(config, 16, ask)
+    assess_4x4 = lambda config: assess_in_subprocess(config, topologies.parse("v5e:4x4"))
+    assert not assess_4x4(config).fits
+    changes = first_remedy(config, 16, assess_4x4)
     assert changes == {"loss.micro_batch": 128, "loss.pair_chunk": 16}

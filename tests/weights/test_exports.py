@@ -1,4 +1,4 @@
-"""Exported programs: what another process gets that has jax and nothing of ours."""
+"""Exported programs give the model's figures in a process that has jax and nothing of rice_jax."""
 
 import inspect
 import json
@@ -97,7 +97,7 @@ def test_files_of_a_newer_jax_are_refused_with_both_versions(made: tuple[Model, 
 
 
 @pytest.mark.parametrize("pfr", [0.0, 1.0])
-def test_a_model_that_never_learned_to_match_has_no_match(tmp_path: Path, pfr: float) -> None:
+def test_a_model_without_pmd_has_no_program_match(tmp_path: Path, pfr: float) -> None:
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": pfr})
     exports.export_programs(m, tmp_path)  # an empty folder will do
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -105,7 +105,7 @@ def test_a_model_that_never_learned_to_match_has_no_match(tmp_path: Path, pfr: f
     ]  # fmt: skip
 
 
-def test_what_does_not_give_the_models_figures_is_not_exported(tmp_path: Path) -> None:
+def test_programs_with_other_figures_than_the_models_are_not_exported(tmp_path: Path) -> None:
     m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
     load = exports.load_programs
 
@@ -120,8 +120,8 @@ def test_what_does_not_give_the_models_figures_is_not_exported(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_something_is_left_alone(made: tuple[Model, Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_not_changed(made: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="needs an empty or new folder"):
+    with pytest.raises(ValueError, match="empty"):
         exports.export_programs(made[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

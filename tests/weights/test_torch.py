@@ -23,10 +23,10 @@ from rice_jax.models.rice import build_model
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 from rice_jax.weights import archives
-from rice_jax.weights.__main__ import main, parse
-from rice_jax.weights.readers import _resized, read_source
+from rice_jax.weights.readers import read_source, resize_positions
 from rice_jax.weights.writers import preparation
 from tests import official
+from tests.weights.conftest import call
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch is not installed: pip install 'rice_jax[torch]'"
@@ -44,16 +44,12 @@ MEAN, STD = np.array(arrays.MEAN), np.array(arrays.STD)
 D, E, LAYERS, PATCH, PX, DECODER_HEADS = 768, 512, 12, 32, 224, 8
 
 
-def call(*words: object) -> None:
-    main(parse([str(word) for word in words]))
-
-
 def quick_gelu(x: Any) -> Any:
     return x * torch.sigmoid(1.702 * x)
 
 
 def block(heads: int, eps: float = 1e-5) -> Any:
-    """CLIP's block by its names; its parts are called one by one below."""
+    """Returns a block with CLIP's names; the functions below call its parts one by one."""
     mlp = collections.OrderedDict(c_fc=nn.Linear(D, 4 * D), c_proj=nn.Linear(4 * D, D))
     parts = {
         "ln_1": nn.LayerNorm(D, eps),
@@ -81,7 +77,7 @@ def tower(tokens: int) -> Any:
 
 
 def official_model() -> Any:
-    """The full official model's tree of names, random everywhere (SPEC 15.1, golden/parameters.csv)."""
+    """Returns a random module with the full official model's names (docs/official.md 15.1, golden/parameters.csv)."""
     tokens = (PX // PATCH) ** 2 + 1
     module = nn.Module()
     module.image_encoder = nn.Module()
@@ -109,7 +105,7 @@ def official_model() -> Any:
 
 
 def encode(module: Any, pictures: Any) -> tuple[Any, Any]:
-    """Tokens and pooled vectors of normalised pictures [n, 3, px, px] (SPEC 2)."""
+    """Returns tokens and pooled vectors of normalised pictures [n, 3, px, px] (docs/official.md 2)."""
     x = module.conv1(pictures).flatten(2).transpose(1, 2)
     x = torch.cat([module.class_embedding.expand(len(x), 1, D), x], 1) + module.positional_embedding
     x = module.ln_pre(x)
@@ -120,7 +116,7 @@ def encode(module: Any, pictures: Any) -> tuple[Any, Any]:
 
 
 def forward(module: Any, clips: Any, mask: Any, images: Any) -> dict[str, np.ndarray]:
-    """What Rice.__call__ returns, by torch's own attention (SPEC 2-6)."""
+    """Returns the same as Rice.__call__, computed with torch's own attention (docs/official.md 2 to 6)."""
     n, slots = mask.shape
     with torch.no_grad():
         image_tokens, image_pooled = encode(module.image_encoder.model, images)
@@ -177,7 +173,7 @@ def ours(run: Path, batch: Batch) -> dict[str, np.ndarray]:
 def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     for name, array in expected.items():
         gap = np.abs(found[name] - array).max() / np.abs(array).max()
-        assert gap < 1e-4, f"{name}: {gap}"  # SPEC 13.2
+        assert gap < 1e-4, f"{name}: {gap}"  # docs/official.md 13.2
 
 
 def test_the_official_model_comes_in_and_goes_out_and_computes_the_same(batch: Batch, tmp_path: Path) -> None:
@@ -241,7 +237,7 @@ def test_positions_are_resized_as_open_clip_does_it() -> None:
     position = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
     params = {"encoder": {"positional_embedding": position}}
     for size in (128, 336):
-        resized, _ = _resized(params, config.copy_and_resolve_references(), size)
+        resized, _ = resize_positions(params, config.copy_and_resolve_references(), size)
         grid = torch.from_numpy(position[1:]).reshape(1, 7, 7, 16).permute(0, 3, 1, 2)
         side = size // 32
         expected = functional.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
