@@ -282,6 +282,7 @@ def _rate(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.convert") -> int:
+    """Runs the command and returns its exit status."""
     options = parse_options(arguments, prog)
     return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 

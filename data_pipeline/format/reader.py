@@ -43,7 +43,7 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
     Example:
         from data_pipeline import open_dataset
 
-        dataset = open_dataset("records")
+        dataset = open_dataset(path)
         train = dataset.split("train")
         clip = train.clip(0)
         image = train.image(clip.image_index)

@@ -215,7 +215,7 @@ def train_batches(
         frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
         mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
         image: uint8 [b, px, px, 3], RGB, the clip's shop image.
-        product: int32 [b], the clip's product: its number in `dataset.products`.
+        product: int32 [b], the clip's product: its index in `dataset.tables["product"]`.
         index: int32 [b], the clip's row in the split.
 
     Raises:
