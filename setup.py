@@ -60,6 +60,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rice_jax*", "configs*", "data_pipeline*"]),
     package_data={"rice_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["rice-jax = rice_jax.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

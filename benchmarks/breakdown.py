@@ -24,9 +24,8 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax import config as config_module
 from rice_jax import errors
-from rice_jax.config import fitted, validate
+from rice_jax.config import Config, fit_to_data, parse_arguments, validate
 from rice_jax.losses import pairs
 from rice_jax.losses.global_batch import make_loss
 from rice_jax.models.rice import build_model
@@ -35,7 +34,7 @@ from rice_jax.retrieval.model import frame_options
 from rice_jax.training import step
 
 
-def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
+def differentiated(config: Config, params: Any, batch: Any, **weights: float) -> Callable[[], Any]:
     """Returns a call that computes loss and gradient with other loss weights.
 
     A loss of weight 0 is left out, with the parameters that only it uses.
@@ -50,7 +49,7 @@ def differentiated(config: Any, params: Any, batch: Any, **weights: float) -> Ca
     return lambda: compiled(params, batch, step.random_key(0))
 
 
-def mining(config: Any) -> Callable[[], Any]:
+def mining(config: Config) -> Callable[[], Any]:
     rng, shape = np.random.default_rng(0), (config.batch_size, config.model.embedding)
     images, clips = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
     own = jnp.eye(config.batch_size, dtype=bool)
@@ -58,7 +57,7 @@ def mining(config: Any) -> Callable[[], Any]:
     return lambda: compiled(images, clips, own)
 
 
-def updating(config: Any, batch: Any) -> Callable[[], Any]:
+def updating(config: Config, batch: Any) -> Callable[[], Any]:
     net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     abstract = step.abstract_state(net, config, mesh)
     compiled = step.make_train_step(net, config, mesh, abstract)
@@ -71,7 +70,7 @@ def updating(config: Any, batch: Any) -> Callable[[], Any]:
     return run
 
 
-def reading(config: Any, split: Split) -> tuple[Any, Callable[[], Any]]:
+def reading(config: Config, split: Split) -> tuple[Any, Callable[[], Any]]:
     """Returns the batches and a call that makes the next one. Without a cache, as in the first epoch."""
     plan = Plan(split.num_clips, config.batch_size, config.seed)
     options, rows = frame_options(config.data, train=True), np.arange(config.batch_size)
@@ -84,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
     validate(config)
     dataset = open_dataset(config.data.path)
     split = dataset.split(config.data.train_split)
-    config = fitted(config, clips=split.num_clips, splits=dataset.splits, devices=1)
+    config = fit_to_data(config, clips=split.num_clips, splits=dataset.splits, devices=1)
     batches, read = reading(config, split)
     with batches:
         batch = to_global(read(), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
@@ -135,7 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/breakdown.json"))
-    return config_module.parse(parser, argv)
+    return parse_arguments(parser, argv)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure, with twice the state's bytes free")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/checkpoint.json"))
-    return config.parse(parser, argv)
+    return config.parse_arguments(parser, argv)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 from configs import default
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
+from rice_jax.config import Config
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
 from rice_jax.models.rice import build_model
@@ -38,7 +39,7 @@ def seconds(call: Callable[..., Any], *inputs: Any) -> float:
     return time.perf_counter() - start
 
 
-def gigamacs(config: Any, slots: int, gallery: float) -> dict[str, float]:
+def gigamacs(config: Config, slots: int, gallery: float) -> dict[str, float]:
     """Returns thousands of millions of multiply-adds per clip and per image, by piece (docs/official.md 14).
 
     Keys and values count once per clip.
@@ -96,7 +97,9 @@ def main() -> None:
     def match(params: Any, tokens: jax.Array, mask: jax.Array, gallery: jax.Array, count: jax.Array) -> Any:
         keys_values = arrays.apply(net.decoder, params["decoder"], tokens, method="keys_values")
         key_mask = jnp.repeat(mask > 0, tokens.shape[1] // slots, axis=1)
-        return inference.shelf_scores(net, False, at_once, params, class_tokens, gallery, count, keys_values, key_mask)
+        return inference.gallery_scores(
+            net, False, at_once, params, class_tokens, gallery, count, keys_values, key_mask
+        )
 
     rows = np.linspace(0, split.num_clips - 1, arguments.clips).astype(int)
     rows = rows[: len(rows) // size * size]

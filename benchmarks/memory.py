@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import training_step, turns
 from configs import default
+from rice_jax.config import Config
 from rice_jax.errors import run
 from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import make_mesh, to_global
@@ -43,7 +44,7 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def measured(config: Any) -> int:
+def measured(config: Config) -> int:
     """Returns the largest growth of resident memory in bytes over STEPS updates, after compiling.
 
     Raises ValueError when the loss is not finite.

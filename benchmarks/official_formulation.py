@@ -15,41 +15,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rice_jax.config import LossConfig
 from rice_jax.errors import run
 from rice_jax.losses import global_batch, pairs
 from rice_jax.losses.equations import GlobalBatch, icl_loss, in_chunks, pfr_loss, pmd_loss, positives_and_ignored
-from rice_jax.losses.global_batch import encode_rows
+from rice_jax.losses.global_batch import encode_rows, loss_context
 from rice_jax.models.arrays import apply
 from rice_jax.models.rice import Rice
-from rice_jax.parallel.mesh import (
-    all_gather_parameter,
-    first_row,
-    gather_rows,
-    max_over_devices,
-    mean_over_devices,
-    sum_over_devices,
-    varying,
-)
+from rice_jax.parallel.mesh import gather_rows, max_over_devices, mean_over_devices, sum_over_devices, varying
 from rice_jax.preflight.__main__ import main, parse
 
 IMAGES_AT_ONCE = 2  # as in the official code
 
 
 def local_losses(
-    net: Rice, options: Any, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
+    net: Rice, options: LossConfig, specs: Any, params: Any, batch: dict[str, Any], key: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns ({"icl", "pmd", "pfr"}, counts), as rice_jax.losses.global_batch.local_losses does inside shard_map."""
-    params, key = jax.tree.map(all_gather_parameter, params, specs), varying(key)
-    rows = batch["mask"].shape[0]
-    own = first_row(rows) + jnp.arange(rows)
-    encoded = encode_rows(net, options, params, key, batch, own)
-    everyone = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
+    context = loss_context(net, options, specs, params, key, batch["mask"].shape[0])
+    params, key, global_rows = context.params, context.key, context.global_rows
+    encoded = encode_rows(context, batch)
+    gathered = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
     out = {
         "icl": icl_loss(
             encoded.clips,
             encoded.images,
-            everyone,
-            own,
+            gathered,
+            global_rows,
             params["logit_scale"],
             same_product_is=options.icl_same_product,
             chunk=options.icl_chunk,
@@ -58,8 +50,8 @@ def local_losses(
     clip_tokens = gather_rows(encoded.clip_tokens)  # [G, S, D]: all clips, on every device
     key_mask = gather_rows(encoded.key_mask)
     same = "masked" if options.exclude_same_product else "negative"
-    itself, also = positives_and_ignored(own, everyone.product, same)
-    hard, found = pairs.mine_hard(encoded.images, everyone.clips, itself | also)
+    partner, same_product = positives_and_ignored(global_rows, gathered.product, same)
+    hard, found = pairs.mine_hard(encoded.images, gathered.clips, partner | same_product)
     decoder = functools.partial(apply, net.decoder, params["decoder"])
 
     def decode(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -78,8 +70,8 @@ def local_losses(
         pfr = pfr_loss(coefficients[0], image_tokens, clip_tokens[clips[0]], key_mask[clips[0]])
         return logits, pfr
 
-    clips = jnp.concatenate([own[:, None], hard], axis=1)
-    logits, pfr = in_chunks(jax.vmap(decode), (encoded.image_tokens, own, clips), IMAGES_AT_ONCE)
+    clips = jnp.concatenate([global_rows[:, None], hard], axis=1)
+    logits, pfr = in_chunks(jax.vmap(decode), (encoded.image_tokens, global_rows, clips), IMAGES_AT_ONCE)
     out["pmd"] = pmd_loss(logits[:, 0], logits[:, 1:], found)
     out["pfr"] = jnp.mean(pfr)
     return mean_over_devices(out), {
@@ -88,7 +80,7 @@ def local_losses(
     }
 
 
-def make_loss(net: Rice, options: Any, mesh: Mesh, specs: Any) -> Callable[..., Any]:
+def make_loss(net: Rice, options: LossConfig, mesh: Mesh, specs: Any) -> Callable[..., Any]:
     """Does what global_batch.make_loss does. Raises ValueError for options that the official code does not have."""
     if not (options.pmd and options.pfr) or options.mining_direction != "image_to_clip" or options.frame_icl:
         raise ValueError("loss: the official formulation needs ICL, PMD and PFR, mined from image to clip; set them.")

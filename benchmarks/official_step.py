@@ -7,12 +7,13 @@ images at a time. Attention that needs neither dropout nor its weights is torch'
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rice_jax.config import Config
 
 TOWER, DECODER = "image_encoder.model", "transformer.transformer"
 HARD = 3
@@ -21,7 +22,7 @@ HARD = 3
 class OfficialStep:
     """Parameters, moments and the training step `update`. Sizes and rates are those of `config`."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], config: Any) -> None:
+    def __init__(self, tensors: Mapping[str, np.ndarray], config: Config) -> None:
         self.config = config
         self.parameters = {name: torch.tensor(array).requires_grad_() for name, array in tensors.items()}
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}

@@ -39,7 +39,7 @@ def write_pictures(split: Split, rows: np.ndarray, folder: Path) -> dict[int, tu
         chosen = sample_frames(len(record.frames), OPTIONS.num_frames)
         paths = [folder / f"{row}-{position}.jpg" for position in chosen]
         for path, position in zip(paths, chosen, strict=True):
-            path.write_bytes(record.frames[position])
+            path.write_bytes(record.frames[position].encoded)
         image = folder / f"{row}-shop.jpg"
         image.write_bytes(split.image(int(split.columns["image"][row])).encoded)
         files[row] = paths, image

@@ -22,6 +22,7 @@ import optax
 
 from benchmarks import turns
 from configs import default
+from rice_jax.config import Config
 from rice_jax.errors import run
 from rice_jax.models import arrays as arrays_module
 from rice_jax.models.rice import build_model
@@ -55,7 +56,7 @@ def sized(size: str) -> Any:
     return config
 
 
-def draw(config: Any) -> dict[str, np.ndarray]:
+def draw(config: Config) -> dict[str, np.ndarray]:
     """Returns a batch of smooth pictures in different colours. The last clip has one frame, the others fill all slots.
 
     With noise as pictures all embeddings would be nearly equal, and rounding would decide which clips are hard.
@@ -73,7 +74,7 @@ def draw(config: Any) -> dict[str, np.ndarray]:
 class Ours:
     """Our jitted step with its state."""
 
-    def __init__(self, config: Any, batch: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, config: Config, batch: Mapping[str, np.ndarray]) -> None:
         net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
         abstract = step.abstract_state(net, config, mesh)
         self.state = step.init_state(net, config, abstract)
@@ -96,7 +97,7 @@ def by_official_name(tree: Any) -> dict[str, np.ndarray]:
 
 
 def torch_step(
-    config: Any, tensors: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]
+    config: Config, tensors: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]
 ) -> tuple["OfficialStep", Any]:
     """Returns the step in PyTorch with these parameters, and the batch as tensors for it."""
     import torch

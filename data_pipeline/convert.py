@@ -1,7 +1,7 @@
-"""From a download to records: python -m data_pipeline.convert --layout lpr750k --source DIR --output DIR
+"""Converts a source to records: python -m data_pipeline.convert --layout lpr750k --source DIR --output DIR
 
-Reads the lists, finds the pictures, checks every one, writes shards, columns and, last, the manifest. Killed or failed,
-the same command goes on where it stopped. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
+Reads the lists, finds the pictures, decodes every one as a check, and writes shards, columns and, last, the manifest.
+If a run is killed or fails, the same command continues it. Exit status: 0 done (or done before), 1 failed, 2 wrong use.
 """
 
 import argparse
@@ -15,26 +15,28 @@ from typing import Any
 
 from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
 from data_pipeline.conversion.report import make_report, print_report
-from data_pipeline.conversion.shards import ClipEntry, Entry, ImageEntry, ShardNote, ShardTask, write_shard
+from data_pipeline.conversion.shards import Entry, ShardNote, ShardTask, write_shard
 from data_pipeline.conversion.survey import list_splits
-from data_pipeline.faults import BadInputError, FailedError
-from data_pipeline.format.manifest import COLUMNS, MANIFEST, shard_name
+from data_pipeline.faults import BadInputError, FailedError, Fault
+from data_pipeline.format.manifest import COLUMNS, MANIFEST, SPLITS, shard_name
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import sync_folder, write_file
-from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, SPLITS, open_source
+from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, open_source
 from data_pipeline.layouts.listing import NONE, Layout, Listing
-from data_pipeline.system.command_line import add_workers, exit_status, make_parser, number, positive
+from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
 from data_pipeline.system.output_folder import WORK, claim, locked
 from data_pipeline.system.workers import Workers
 
-IMAGES_A_CLIP = 8  # an images shard holds that many times what a clips shard holds
+IMAGES_A_CLIP = 8  # an images shard has so many times the records of a clips shard
 FAULTS, REPORT = "faults.txt", "report.json"
 SHOWN_FAULTS = 20
-MAX_FAULTS = 10_000  # then the reading stops: it is not single clips that are wrong
+MAX_FAULTS = 10_000  # then writing stops, since so many faults have a common cause
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """The options of the command, by their names."""
+
     layout: str
     source: Path
     output: Path
@@ -53,7 +55,11 @@ class Options:
 
 
 def convert(options: Options) -> dict[str, Any]:
-    """Converts, unless it is done already; the report. Errors as the module says."""
+    """Converts a source unless it is converted already, and returns the report (the content of report.json).
+
+    Raises WrongUseError for a source or an output that do not fit the options, BadInputError for faults of whole lists,
+    FailedError for faults that are not to be skipped, and OSError.
+    """
     layout, splits = open_source(
         options.layout,
         options.source,
@@ -65,7 +71,7 @@ def convert(options: Options) -> dict[str, Any]:
     identity = identity_of(options, layout, splits)
     options.output.mkdir(parents=True, exist_ok=True)
     with locked(options.output):
-        # The lists may change between the runs (a fault mended): each shard knows its own inputs.
+        # The lists may change between the runs, when a fault is corrected: each shard's note has its own inputs.
         if claim(options.output, identity, options.output / MANIFEST, may_change=("lists",)):
             print(f"{options.output}: already converted, nothing to do.")
             report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
@@ -80,7 +86,7 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
         refuse_list_faults(layout)
         refuse_empty(options, listings)
         remarks = layout.locate(listings, workers.run, work)
-    with Workers(options.workers, layout) as workers:  # anew, as the layout now knows where the pictures are
+    with Workers(options.workers, layout) as workers:  # new processes, since the layout has now located the pictures
         converted = [convert_split(workers, options, listing, tables["product"]) for listing in listings]
     judge_faults(options, converted)
     manifest = make_manifest(options.output, identity, converted, tables)
@@ -95,18 +101,8 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
     return report
 
 
-# --- before anything is written ---------------------------------------------------------------------------------------
-
-
-def refuse_list_faults(layout: Layout) -> None:
-    """BadInputError with all that is wrong with lists and names as a whole."""
-    if faults := list(dict.fromkeys(layout.faults)):
-        more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-        raise BadInputError("bad lists", "\n".join([*map(str, faults[:SHOWN_FAULTS]), *more]))
-
-
 def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
-    """What makes a conversion this one: options that change its records, and the lists by name, size and checksum."""
+    """Returns the identity of a conversion: options that change its records, and the checksums of its lists."""
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
@@ -122,11 +118,12 @@ def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict
 
 
 def write_shards(
-    workers: Workers, options: Options, listing: Listing, kind: str, entry: Callable[[int], Entry | None]
+    workers: Workers, options: Options, listing: Listing, kind: str, make_entry: Callable[[int], Entry | None]
 ) -> list[ShardNote]:
-    """All shards of one kind. Which entry goes to which shard depends on the sorted ids alone.
+    """Writes all shards of one kind, "clips" or "images", and returns their notes in order.
 
-    entry: what to write for an ordinal, None: nothing. Made when its shard's turn comes: LPR4M has 4 million.
+    The shard of an entry depends on the sorted ids alone. make_entry: returns what to write for an ordinal; None:
+    nothing. It is called when its shard is due, since LPR4M has 4 million clips.
     """
     size = options.clips_per_shard or min(1024, max(64, -(-len(listing) // 64)))
     total = len(listing)
@@ -137,7 +134,7 @@ def write_shards(
 
     def task(number: int) -> tuple[ShardTask]:
         ordinals = range(number * size, min(total, (number + 1) * size))
-        entries = [each for each in map(entry, ordinals) if each is not None]
+        entries = [entry for entry in map(make_entry, ordinals) if entry is not None]
         path = options.output / shard_name(listing.split, kind, number, count)
         return (ShardTask(listing.split, path, options.output / WORK, entries, skip),)
 
@@ -154,23 +151,26 @@ def write_shards(
 
 
 def convert_split(workers: Workers, options: Options, listing: Listing, products: Sequence[str]) -> Converted:
-    """Shop images first: which of them are sound decides the rows that the clips name."""
+    """Writes all shards of a split and returns it. Shop images come first, as clip records contain their rows.
 
-    def image_entry(ordinal: int) -> ImageEntry:
+    products: the texts that the column product numbers.
+    """
+
+    def image_entry(ordinal: int) -> Entry:
         image = listing.images[ordinal]
-        return ImageEntry(ordinal, image, int(listing.image_products[ordinal]))
+        return Entry(ordinal, image.id, image, image.product, int(listing.image_products[ordinal]))
 
-    def clip_entry(ordinal: int) -> ClipEntry | None:
+    def clip_entry(ordinal: int) -> Entry | None:
         if ordinal in converted.without_image:
             return None
         product = int(listing.columns["product"][ordinal])
-        return ClipEntry(
+        return Entry(
             ordinal=ordinal,
             id=listing.clip_ids[ordinal].decode(),
             source=listing.source(ordinal),
-            image_index=int(converted.true_rows[ordinal]),
-            product=products[product] if product != NONE else "",
+            product=products[product] if product != NONE else "",  # its shop image's if its row has none
             product_index=product,
+            image_index=int(converted.true_rows[ordinal]),
         )
 
     images = write_shards(workers, options, listing, "images", image_entry)
@@ -182,7 +182,20 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
+def show_faults(faults: Sequence[Fault]) -> str:
+    """Returns the first SHOWN_FAULTS faults, one a line, then the number of the others if there are any."""
+    more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    return "\n".join([*map(str, faults[:SHOWN_FAULTS]), *more])
+
+
+def refuse_list_faults(layout: Layout) -> None:
+    """Raises BadInputError with the faults of lists and names as a whole, if there are any."""
+    if faults := list(dict.fromkeys(layout.faults)):
+        raise BadInputError("bad lists", show_faults(faults))
+
+
 def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
+    """Raises FailedError if a listing has no clip."""
     for listing in listings:
         if not listing.listed:
             raise FailedError(
@@ -192,7 +205,7 @@ def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
 
 
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
-    """Writes all faults to a file. FailedError if they are not to be skipped, or too many of a split are."""
+    """Writes all faults to faults.txt. Raises FailedError if none may be skipped, or too many of a split are."""
     faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
     path = options.output / FAULTS
     path.unlink(missing_ok=True)
@@ -200,11 +213,9 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
         return
     write_file(path, "".join(f"{fault}\n" for fault in faults).encode("utf-8", "backslashreplace"))
     if options.on_error == "fail":
-        shown = "\n".join(map(str, faults[:SHOWN_FAULTS]))
-        more = f"\n... and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise FailedError(
-            f"{shown}{more}\n{options.source}: found {len(faults)} faults, all of them in {path}; mend them and run "
-            "the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
+            f"{show_faults(faults)}\n{options.source}: found {len(faults)} faults, all of them in {path}; correct them "
+            "and run the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
         )
     rates = [
         (split, kind, skipped, skipped + stored)
@@ -219,40 +230,40 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
             raise FailedError(
                 f"{options.source}: skipped {skipped} of {listed} {split.listing.split} {kind} "
                 f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
-                f"{options.max_skip_rate:.2%}; the faults are in {path}: mend them, or raise --max-skip-rate."
+                f"{options.max_skip_rate:.2%}; the faults are in {path}: correct them, or raise --max-skip-rate."
             )
-    print(f"{options.source}: left out what {len(faults)} faults touch; they are in {path}.", file=sys.stderr)
+    print(f"{options.source}: left out clips and images for {len(faults)} faults; they are in {path}.", file=sys.stderr)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse_options(arguments: Sequence[str] | None) -> Options:
-    parser = make_parser("data_pipeline.convert", __doc__)
-    parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="how the source is laid out on disk")
+def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
+    """Returns the options in the arguments of the command, by default sys.argv. Raises SystemExit for wrong ones."""
+    parser = make_parser(prog, __doc__)
+    parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="layout of the source on disk")
     parser.add_argument(
         "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder of the records, made if missing"
+        "--output", required=True, type=Path, metavar="DIR", help="folder of the records, created if missing"
     )
     parser.add_argument("--splits", type=_splits, metavar="LIST", help="of train,val,test (all that the source has)")
-    parser.add_argument("--train-annotation", metavar="NAME", help="training list, where annotations/ holds several")
+    parser.add_argument("--train-annotation", metavar="NAME", help="training list, if annotations/ has several")
     parser.add_argument(
         "--frames", choices=("sampled", "all"), default="sampled",
-        help=f"store the at most {SAMPLED_FRAMES} evenly spaced frames that the official sampling reads, or all",
+        help=f"store at most the {SAMPLED_FRAMES} evenly spaced frames that the official code samples, or all",
     )  # fmt: skip
     parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="at a fault: collect all and fail, or drop the clip",
-    )
+        "--on-error", choices=("fail", "skip"), default="fail",
+        help="at a fault: collect all and fail, or leave the clip out",
+    )  # fmt: skip
     parser.add_argument(
-        "--max-skip-rate", type=_rate, default=0.01, metavar="R", help="share of a split's clips or images (0.01)"
-    )
+        "--max-skip-rate", type=_rate, default=0.01, metavar="R",
+        help="with skip: fail above this share of a split's clips or images (0.01)",
+    )  # fmt: skip
     add_workers(parser)
-    parser.add_argument("--clips-per-shard", type=positive, metavar="N", help="64 to 1,024, by the number of clips")
+    parser.add_argument("--clips-per-shard", type=parse_count, metavar="N", help="64 to 1,024, by the number of clips")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -264,14 +275,14 @@ def _splits(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> float:
-    rate = number(float, text, "0 to 1")
+    rate: float = parse_number(float, text, "0 to 1")
     if not 0 <= rate <= 1:
         raise argparse.ArgumentTypeError(f"found {text}, needs 0 to 1")
     return rate
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.convert") -> int:
+    options = parse_options(arguments, prog)
     return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 
 

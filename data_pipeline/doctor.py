@@ -126,8 +126,8 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     print(f"{report['path']}: {verdict}; {output / 'report.html'}")
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("data_pipeline.doctor", __doc__)
+def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = make_parser(prog, __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a source folder, or a converted set")
     parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="layout of PATH (found by its folders)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
@@ -170,8 +170,8 @@ def _is_converted(path: Path) -> bool:
     return (path / MANIFEST).exists() or any(path.glob("*.tfrecord")) or (path / WORK).is_dir()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.doctor") -> int:
+    options = parse_options(arguments, prog)
     report: dict[str, Any] = {}
 
     def job() -> bool:

@@ -1,17 +1,17 @@
-"""What is wrong with the source, said once: which file and line, whose, what was found, what is needed, what to do."""
+"""Faults of a source, each with its place, what was found, what is needed and what to do; and errors of commands."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of the source. `reason` is its kind, by which the report counts."""
+    """One fault of a source. `str` of it is its line in faults.txt: "FILE line N (SUBJECT): DETAIL"."""
 
-    reason: str
+    reason: str  # its kind, by which reports count faults
     file: str  # relative to the source folder
     detail: str  # "found X, needs Y; do Z."
-    line: int = 0  # from 1; 0: not of a line
-    subject: str = ""  # "clip ID" or "image ID"
+    line: int = 0  # from 1; 0: the fault is of no line
+    subject: str = ""  # "clip ID", "image ID" or the like
 
     def __str__(self) -> str:
         line = f" line {self.line}" if self.line else ""
@@ -20,27 +20,35 @@ class Fault:
 
 
 class BadInputError(ValueError):
-    """A part of the source that cannot be used; whoever knows where it stands catches it and makes it a Fault."""
+    """A part of the source that cannot be used. A caller that knows the clip or image makes it a Fault by `at`.
+
+    file: the file at fault, relative to the source folder; None: the file that the caller reads.
+    """
 
     def __init__(self, reason: str, detail: str, file: str | None = None) -> None:
-        super().__init__(reason, detail, file)  # all of them, or it could not leave a worker
+        super().__init__(reason, detail, file)  # all of them: a worker process sends the error by these arguments
         self.reason = reason
         self.detail = detail
-        self.file = file  # None: where the caller stands
+        self.file = file
 
     def __str__(self) -> str:
         return f"{self.file}: {self.detail}" if self.file else self.detail
 
     def at(self, file: str, line: int = 0, subject: str = "") -> Fault:
-        if self.file is not None and self.file != file:  # the picture is at fault, the line only names it
+        """Returns the error as a fault in `file`, the list that the caller reads.
+
+        An error with a file of its own, such as a picture, becomes a fault in that file. Its detail then names the list
+        and the line, unless the file lies in a folder called `file`.
+        """
+        if self.file is not None and self.file != file:
             named = "" if self.file.startswith(f"{file}/") else f" (named by {file}{f' line {line}' if line else ''})"
             return Fault(self.reason, self.file, self.detail + named, subject=subject)
         return Fault(self.reason, file, self.detail, line, subject)
 
 
 class WrongUseError(ValueError):
-    """The command cannot begin as it was given: exit status 2."""
+    """A command cannot start with these arguments or this source: exit status 2."""
 
 
 class FailedError(Exception):
-    """The command's work failed, and the message says all: exit status 1."""
+    """The work of a command failed; the message says why: exit status 1."""

@@ -263,8 +263,8 @@ def _print(summary: dict[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<18}{value:>12,}")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("data_pipeline.synthetic", __doc__)
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = make_parser(prog, __doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if missing")
     parser.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"with siblings ({PRODUCTS})")
     parser.add_argument("--clips", type=int, metavar="N", help=f"of all splits ({CLIPS_A_PRODUCT} a product)")
@@ -276,8 +276,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.synthetic") -> int:
+    options = parse(arguments, prog)
     return exit_status(lambda: synthesize(**vars(options)), output=options.output, kept="finished pictures are kept")
 
 

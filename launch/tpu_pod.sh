@@ -27,10 +27,15 @@ case "${1:-}" in
       pip3 install --user --quiet uv; python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
       python3 -m uv pip install --quiet --python .venv/bin/python './rice_jax[tpu,fast]'"
     ;;
-  # Which worker this is, of how many, the machine's metadata say. It runs on when the connection breaks.
+  # Which worker this is, of how many, the machine's metadata say. It runs on when the connection breaks. The secret is
+  # made anew for each job: no other process can join the run.
   train)
+    secret=$(mktemp)
+    head -c 32 /dev/urandom | base64 > "$secret"
+    gcloud compute tpus tpu-vm scp "$secret" "$NAME:$NAME.secret" --zone "$ZONE" --worker=all
+    rm "$secret"
     on_all "nohup .venv/bin/python -m rice_jax.train --config $CONFIG --workdir $WORKDIR \
-      --config.data.path=$DATA --config.init_from=$INIT_FROM --wait 120 >> train.log 2>&1 < /dev/null &"
+      --config.data.path=$DATA --config.init_from=$INIT_FROM --secret-file $NAME.secret --wait 120 >> train.log 2>&1 < /dev/null &"
     ;;
   status) on_all "tail -n 3 train.log" && queue describe "$NAME" --format "value(state.state)" ;;
   delete) queue delete "$NAME" --force --quiet ;;

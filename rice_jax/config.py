@@ -53,7 +53,7 @@ def shipped_path(name: str) -> str:
 
 def check_field(config: Config, dotted: str) -> None:
     """Raises ValueError, naming the nearest field, if the config has no field `dotted`."""
-    known = flat(config)
+    known = flatten(config)
     if dotted in known:
         return
     if inside := [name for name in known if name.startswith(f"{dotted}.")]:
@@ -74,7 +74,7 @@ def check_field(config: Config, dotted: str) -> None:
     raise ValueError(f"--config.{dotted}: the config has no such field; {hint}.")
 
 
-def load(name: str) -> Config:
+def load_config(name: str) -> Config:
     """Returns the config of FILE[:ARG], where FILE is a path or the name of a shipped config.
 
     Raises:
@@ -100,7 +100,7 @@ def override(config: Config, dotted: str, text: str) -> None:
       ValueError: no such field, or a text that its type cannot be read from.
     """
     check_field(config, dotted)
-    old = flat(config)[dotted]
+    old = flatten(config)[dotted]
     # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
     item = FIELDS[dotted].item if dotted in FIELDS else str if isinstance(old, tuple) else type(old)
     try:
@@ -132,7 +132,7 @@ def split_override(word: str) -> tuple[str, str]:
     return name, text
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command that takes --config and --config.field=value. Its `config` is the locked config.
 
     Wrong use prints one line on stderr and exits with status 2.
@@ -145,7 +145,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     )
     arguments, rest = parser.parse_known_args(argv)
     try:
-        arguments.config = load(arguments.config)
+        arguments.config = load_config(arguments.config)
         for word in rest:
             override(arguments.config, *split_override(word))
     except (ValueError, FileNotFoundError) as error:
@@ -156,7 +156,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def validate(config: Config) -> None:
     """Raises ValueError with all values that the table does not allow, or else all that do not fit each other."""
-    f = flat(config)
+    f = flatten(config)
     faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
     if not faults:
         faults = _misfits(config)
@@ -165,7 +165,7 @@ def validate(config: Config) -> None:
 
 
 def _misfits(config: Config) -> list[str]:
-    faults, f, model, optimizer = [], flat(config), config.model, config.optimizer
+    faults, f, model, optimizer = [], flatten(config), config.model, config.optimizer
     for whole, part in (
         ("data.image_size", "model.patch_size"),
         ("model.width", "model.heads"),
@@ -190,7 +190,7 @@ def _misfits(config: Config) -> list[str]:
     return faults
 
 
-def fitted(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
+def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
     An epoch of `clips` training clips is split into as few equal batches of at most FITTED_BATCH as possible, so that
@@ -210,12 +210,12 @@ def fitted(config: Config, *, clips: int, splits: Sequence[str], devices: int) -
     return config
 
 
-def flat(config: Section | dict[str, Any]) -> dict[str, Any]:
+def flatten(config: Section | dict[str, Any]) -> dict[str, Any]:
     """Returns {'data.path': ..., ...} for a config or nested dicts."""
     out: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, (ml_collections.ConfigDict, dict)):
-            out.update({f"{name}.{inner}": leaf for inner, leaf in flat(value).items()})
+            out.update({f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()})
         else:
             out[name] = value
     return out
@@ -244,7 +244,7 @@ def from_json(text: str) -> Config:
         saved = tuples(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"the run's config is no JSON ({error}); restore config.json or train anew.") from error
-    unknown = sorted(flat(saved).keys() - flat(config).keys())
+    unknown = sorted(flatten(saved).keys() - flatten(config).keys())
     if unknown:
         raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")
     config.update(saved)
@@ -253,7 +253,7 @@ def from_json(text: str) -> Config:
 
 def differences(old: Config, new: Config, *, free: tuple[str, ...] = ()) -> list[str]:
     """Returns the fields that differ, as 'field: old -> new', without those in `free`."""
-    a, b = (flat(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
+    a, b = (flatten(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
     return [
         f"{name}: {a.get(name)!r} -> {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())

@@ -1,8 +1,8 @@
-"""The whole road in minutes, on data that needs no download: python -m rice_jax.demo [--output DIR]
+"""Runs all commands in minutes, on data that needs no download: python -m rice_jax.demo [--output DIR]
 
-Draws a livestream shop, converts it, trains, evaluates and draws some rankings, each by the command that a user would
-type, which is printed. Started again after an interruption it goes on where it stopped. DIR/report.json holds what
-chance, the colour histogram, the untrained and the trained model reach, DIR/queries.png eight queries.
+Draws a livestream shop, converts it, trains, evaluates and draws some rankings, and prints each command as a user would
+type it. After an interruption the same command continues. It writes DIR/report.json, Recall@1 of chance, of a colour
+histogram and of the model before and after training, and DIR/queries.png, eight queries with their rankings.
 """
 
 import argparse
@@ -26,15 +26,19 @@ SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to le
 
 
 def demo(output: Path, overrides: list[str]) -> None:
-    """All of it. `overrides` are --config.field=value for the training."""
+    """Runs the demo in the folder `output`. `overrides` are --config.field=value words for the training.
+
+    Raises:
+      SystemExit: a command failed; the status is the command's.
+    """
     start = time.monotonic()
     shop, records, run, evaluation = (output / name for name in ("shop", "records", "run", "evaluation"))
-    command("data_pipeline.synthetic", "--output", shop, *SHOP)
-    command("data_pipeline.convert", "--layout", "lpr750k", "--source", shop, "--output", records)
-    command("rice_jax.train", "--config", "demo", f"--config.data.path={records}", "--workdir", run, *overrides)
-    command("rice_jax.evaluate", "--workdir", run, "--data", records, "--output", evaluation)
+    run_command("data_pipeline.synthetic", "--output", shop, *SHOP)
+    run_command("data_pipeline.convert", "--layout", "lpr750k", "--source", shop, "--output", records)
+    run_command("rice_jax.train", "--config", "demo", f"--config.data.path={records}", "--workdir", run, *overrides)
+    run_command("rice_jax.evaluate", "--workdir", run, "--data", records, "--output", evaluation)
     picture = output / "queries.png"
-    command("rice_jax.show", "--evaluation", evaluation, "--data", records, "--output", picture)
+    run_command("rice_jax.show", "--evaluation", evaluation, "--data", records, "--output", picture)
     report = compare(run, records, evaluation)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{'recall@1 in percent':>22}")
@@ -43,13 +47,13 @@ def demo(output: Path, overrides: list[str]) -> None:
     print(
         f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Look at {picture}, and at {shop} for the pictures.\n"
         "Next: your own clips and shop images, docs/own_clips.md; an LPR download, README.md; why it works,\n"
-        "rice_jax/losses.py; other settings, for example\n"
+        "rice_jax/losses/equations.py; other settings, for example\n"
         f"  python -m rice_jax.train --config demo:icl --config.data.path={records} --workdir {output / 'icl'}"
     )
 
 
 def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, float]]:
-    """Recall@1 in percent of chance, of the colour histogram, and of the model before and after its training."""
+    """Returns {NAME: {"recall@1": percent}} of chance, colour_histogram, untrained and trained, on the test split."""
     split, trained = open_dataset(records).split("test"), json.loads((evaluation / "metrics.json").read_text())
     config = from_json((run / "config.json").read_text())
     net, mesh = build_model(config), make_mesh(data=-1, fsdp=1)
@@ -65,8 +69,8 @@ def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, f
     return {name: {"recall@1": float(value)} for name, value in recall.items()}
 
 
-def command(module: str, *words: str | Path) -> None:
-    """Runs python -m MODULE WORDS, saying so; ends the demo when it fails, which it has said why."""
+def run_command(module: str, *words: str | Path) -> None:
+    """Prints and runs `python -m MODULE WORDS`. Raises SystemExit with its status if that is not 0."""
     line = [module, *map(str, words)]
     print("\n$ python -m " + " ".join(line), flush=True)
     status = subprocess.run([sys.executable, "-m", *line], check=False).returncode
@@ -74,9 +78,9 @@ def command(module: str, *words: str | Path) -> None:
         raise SystemExit(status)
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.demo",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--config.field=value changes the training's config, configs/demo.py.",
@@ -89,6 +93,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     return arguments, rest
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> None:
+    arguments, overrides = parse(argv, prog)
+    errors.run(lambda output: demo(output, overrides), arguments.output)
+
+
 if __name__ == "__main__":
-    parsed, changes = parse()
-    errors.run(lambda arguments: demo(arguments.output, changes), parsed)
+    command()

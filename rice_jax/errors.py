@@ -1,14 +1,18 @@
-"""Errors and warnings as a user reads them: one line on stderr and an exit status."""
+"""Errors and warnings as a user reads them: one line on stderr, and an exit status."""
 
 import errno
+import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+ADVICE = {errno.ENOENT: "give a path that exists", errno.ENOSPC: "make space there"}
+
 
 def fail(message: str, *, status: int = 1) -> NoReturn:
-    """One line on stderr and an exit status: 1 failed, 2 wrong use."""
+    """Prints "error: MESSAGE" on stderr and raises SystemExit(status). Status 1: it failed; 2: wrong use."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -17,21 +21,39 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-MEND = {errno.ENOENT: "give a path that exists", errno.ENOSPC: "make space there"}
-
-
 def run(main: Callable[[Any], None], values: Any) -> None:
-    """Runs a command; what a user can mend is one message on stderr, anything else keeps its traceback."""
-    # For one failed save Orbax logs a traceback a thread; the error is raised all the same, and said here once.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Runs main(values) as a command: an error that a user can fix becomes one line on stderr and an exit status.
+
+    ValueError and OSError end with status 1, KeyboardInterrupt with 130; other exceptions keep their traceback. Only
+    commands may call this, because it silences Orbax in the whole process.
+    """
+    _silence_orbax()
     try:
         main(values)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         fail(reason(error), status=status(error))
 
 
+@functools.cache
+def _silence_orbax() -> None:
+    """Drops what is printed beside the exception when Orbax cannot read or write one file.
+
+    Orbax logs a traceback a thread, and Python complains of dozens of coroutines that Orbax drops. They come from
+    TensorStore's threads too, and after the exception; so this is never undone.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "coroutine" not in repr(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def reason(error: BaseException) -> str:
-    """What a user is told of an error."""
+    """Returns the text of an error for a user. For an OSError it names the file and says what to do."""
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -41,8 +63,9 @@ def reason(error: BaseException) -> str:
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if error.errno is None:
         return where
-    return f"{where}; {MEND.get(error.errno, 'check that path')}, then run the same command again."
+    return f"{where}; {ADVICE.get(error.errno, 'check that path')}, then run the same command again."
 
 
 def status(error: BaseException) -> int:
+    """Returns the exit status of a command that `error` ends: 130 for KeyboardInterrupt, else 1."""
     return 130 if isinstance(error, KeyboardInterrupt) else 1

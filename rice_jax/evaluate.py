@@ -1,11 +1,11 @@
-"""Evaluate a run: python -m rice_jax.evaluate --workdir RUN --data DIR [--split test] [--subset FILE] [--output DIR]
+"""Evaluates a run: python -m rice_jax.evaluate --workdir RUN --data DIR [--split test] [--subset FILE] [--output DIR]
     [--score matching]
 
 Prints Recall@k by the official definition and writes metrics.json and rankings.jsonl to --output. DIR may be another
-converted set than the one trained on. Started again after an interruption it goes on with what is not encoded yet.
-With --score matching every clip also meets its whole gallery in the matching decoder, and the decoder's ranking and
-that of the sum of both scores stand beside the embedding's. On several hosts it is the same command on each, and RUN
-and --output are folders that all share.
+converted set than the one trained on. After an interruption the same command continues with the pictures that are not
+encoded yet. With --score matching the matching decoder also scores each clip against its whole gallery, and the figures
+are given for the embedding, the decoder and the sum of both scores. On several hosts run the same command on each; RUN
+and --output must be folders that all of them share.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
-from rice_jax.config import split_override, to_json
+from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
@@ -34,7 +34,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.workdir / name
     hosts.check_shared(output)
 
-    # All that decides an embedding or its place names the folder: another model's are never taken for this one's.
+    # The folder is named after all that decides an embedding or its row, so no other model's embeddings are read.
     about = {
         "model": model.fingerprint,
         "step": model.step,
@@ -46,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     identity = [about, to_json(model.config), subset]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = EmbeddingStore(output / "embeddings" / key)
-    hosts.agree({"the model in --workdir": key})  # else parts of one result would be of two models
+    hosts.agree({"the model in --workdir": key})  # or one result would mix two models
     result = evaluation.evaluate_split(
         model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
     )
@@ -60,21 +60,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What all hosts must have alike: the options, and what the data set holds, wherever it lies."""
+    """Returns what must be equal on all hosts: the options, and the content of the data set, whatever its path."""
     return {
         "command": "evaluate",
         "data": Dataset(arguments.data).content_hash,
         "--subset": read_ids(arguments.subset) if arguments.subset else None,
         **{f"--{name}": getattr(arguments, name) for name in ("split", "score", "step")},
-        **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in hosts.MAY_DIFFER},
+        **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in PER_HOST},
     }
 
 
 def read_ids(path: Path) -> list[str]:
-    """Clip ids, one a line.
+    """Returns the clip ids in a text file, one a line, without empty lines.
 
     Raises:
-      ValueError: not UTF-8 text, or no id in it.
+      ValueError: the file is no UTF-8 text, or has no id.
+      OSError: it cannot be read.
     """
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -83,29 +84,29 @@ def read_ids(path: Path) -> list[str]:
             f"{path}: byte {error.start} is not UTF-8; give a text file with one clip id a line."
         ) from error
     if not any(ids):
-        raise ValueError(f"{path}: holds no clip id; give a text file with one a line.")
+        raise ValueError(f"{path}: found no clip id; give a text file with one a line.")
     return [clip for clip in ids if clip]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluate") -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.evaluate",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--config.field=value sets what does not touch the weights: eval_flip, data.test_tail_cut, ...",
+        epilog="--config.field=value sets fields that do not concern the weights: eval_flip, data.test_tail_cut, ...",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument("--data", type=Path, required=True, help="a converted data set")
-    parser.add_argument("--split", default="test", help="which of its splits (default: test)")
-    parser.add_argument("--subset", type=Path, help="file of clip ids, one a line: only these queries count")
+    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    parser.add_argument("--subset", type=Path, help="text file of clip ids, one a line: evaluate only these queries")
     parser.add_argument(
         "--score",
         choices=SCORES,
         default="embedding",
-        help="what ranks: the embedding alone, or beside it the decoder's cosine (or, raw, its h . w) and their sum",
+        help="rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both",
     )
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
-    parser.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
+    parser.add_argument("--step", type=int, help="number of updates of the checkpoint (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     hosts.add_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
@@ -116,5 +117,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluate") -> None:
+    hosts.run(evaluate, parse(argv, prog), facts)
+
+
 if __name__ == "__main__":
-    hosts.run(evaluate, parse(), facts)
+    command()

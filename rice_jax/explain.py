@@ -1,14 +1,13 @@
-"""What an update was made of: python -m rice_jax.explain --workdir RUN --step N [--data DIR] [--output FILE.png]
+"""Explains an update: python -m rice_jax.explain --workdir RUN --step N [--data DIR] [--output FILE.png]
 
-Draws the clips and shop images of update N as the network saw them, cropped and flipped, names them all, and checks
-the run's ledger for the epoch of that update: that every update so far saw the plan's clips, none of them twice, and
-which clips the epoch leaves out. Exit status 1 when an update saw other clips, or the data set is another one.
+Draws the clips and shop images of update N as the network saw them, cropped and flipped, and prints all their ids. Then
+it checks the ledger of that update's epoch: whether each update so far saw the clips of the plan, and none twice; and
+it prints the clips that the epoch leaves out. Exit status 1: an update saw other clips, or the data set is another.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,84 +17,91 @@ from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import from_json
+from rice_jax.config import Config, from_json
 from rice_jax.errors import run
 from rice_jax.retrieval.model import frame_options
-from rice_jax.training import ledger as order
+from rice_jax.training.ledger import Epoch, check_epoch, make_plan, read_ledger
 
 SIDE, GAP, TEXT = 72, 6, 16  # px: a picture, between pictures, a line of text
-NAMED = 5  # of the clips that an epoch leaves out
+SHOWN = 5  # ids or numbers in a message
 
 
-def draw_update(split: Split, plan: Plan, config: Any, update: int, *, examples: int) -> Image.Image:
-    """The first `examples` pairs of an update, a line each: the shop image, then the clip's frame slots."""
+def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
+    """Returns a picture of an update's first `examples` pairs, one a line: the shop image, then the clip's frames.
+
+    Args:
+      plan: the run's plan, with which `split` is read.
+      update: number of the update, counted from 1.
+    """
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
         batch = next(batches)
     slots = batch["frames"].shape[1]
     font = ImageFont.load_default(11)
-    texts = [f"{split.clip_ids[clip]}  shows  {image_of(split, clip)}"[:160] for clip in batch["index"].tolist()]
+    texts = [f"{split.clip_ids[row]}  shows  {_image_of(split, row)}"[:160] for row in batch["index"].tolist()]
     width = max((slots + 1) * (SIDE + GAP) + 2 * GAP, *(GAP + int(font.getlength(text)) for text in texts))
     sheet = Image.new("RGB", (width + GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for line, text in enumerate(texts):
         x, y = GAP, GAP + line * (SIDE + TEXT + GAP)
         pen.text((x, y), text, "#30343b", font)
-        for place, picture in enumerate([batch["image"][line], *batch["frames"][line][: batch["mask"][line].sum()]]):
+        for column, picture in enumerate([batch["image"][line], *batch["frames"][line][: batch["mask"][line].sum()]]):
             shown = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            sheet.paste(shown, (x + place * (SIDE + GAP) + (GAP if place else 0), y + TEXT))
+            sheet.paste(shown, (x + column * (SIDE + GAP) + (GAP if column else 0), y + TEXT))
     return sheet
 
 
-def image_of(split: Split, clip: int) -> str:
-    return split.image_ids[int(split.columns["image"][clip])]
+def _image_of(split: Split, row: int) -> str:
+    """Returns the id of the shop image of the clip at `row`."""
+    return split.image_ids[int(split.columns["image"][row])]
 
 
 def explain(arguments: argparse.Namespace) -> None:
     workdir, update = arguments.workdir, arguments.step
     text = read_config(workdir)
     if text is None:
-        raise FileNotFoundError(f"{workdir}: holds no config.json; give the --workdir of a training run.")
+        raise FileNotFoundError(f"{workdir}: found no config.json; give the --workdir of a training run.")
     config = from_json(text)
     dataset = _open(arguments.data, config, workdir)
-    split, plan, ledger = (
-        dataset.split(config.data.train_split),
-        order.make_plan(config, dataset),
-        order.read_ledger(workdir),
-    )
+    split, plan, ledger = dataset.split(config.data.train_split), make_plan(config, dataset), read_ledger(workdir)
     if not 1 <= update <= config.num_updates:
         raise ValueError(f"--step {update}: this run has updates 1 to {config.num_updates}; give one of them.")
-    epoch = order.check_epoch(plan, ledger, plan.epoch(update - 1), last_update=config.num_updates)
+    epoch = check_epoch(plan, ledger, plan.epoch(update - 1), last_update=config.num_updates)
     rows = plan.batch(update - 1)
 
     output = arguments.output or workdir / f"update-{update}.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_update(split, plan, config, update, examples=arguments.examples).save(output)
-    pairs = [{"clip": split.clip_ids[row], "image": image_of(split, row)} for row in rows.tolist()]
+    pairs = [{"clip": split.clip_ids[row], "image": _image_of(split, row)} for row in rows.tolist()]
     if arguments.json:
         found = epoch._asdict() | {"updates": [epoch.updates.start, epoch.updates.stop - 1]}
         found |= {name: [split.clip_ids[row] for row in found[name]] for name in ("twice", "left_out")}
         print(json.dumps({"update": update, "pairs": pairs, "ledger": ledger.get(update), "epoch": found}))
     else:
-        print("\n".join(lines(split, plan, epoch, ledger, update, pairs)))
+        print("\n".join(_report(split, plan, epoch, ledger, update, pairs)))
         print(f"written to {output}: the first {min(arguments.examples, len(rows))} pairs as the network saw them")
     if epoch.wrong:
         raise ValueError(
-            f"{workdir}: update(s) {', '.join(map(str, epoch.wrong[:NAMED]))} saw other clips than the plan of this "
+            f"{workdir}: update(s) {', '.join(map(str, epoch.wrong[:SHOWN]))} saw other clips than the plan of this "
             "data set and config; give the --data that the run was trained on, or distrust the run."
         )
 
 
-def _open(data: Path | None, config: Any, workdir: Path) -> Dataset:
-    """The run's data set. ValueError when a checkpoint says that it is another: a ledger of rows could not tell."""
+def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
+    """Returns the data set at `data`, or else at the config's path.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not the one that the newest checkpoint names. The ledger has only rows, so it cannot notice.
+    """
     try:
         dataset = open_dataset(data or config.data.path)
     except FileNotFoundError as error:
         if data:
             raise
         raise FileNotFoundError(
-            f"{config.data.path}: found no data set where the run had it; say with --data where it is now."
+            f"{config.data.path}: found no data set where the run had it; give its folder with --data."
         ) from error
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest()
@@ -108,16 +114,16 @@ def _open(data: Path | None, config: Any, workdir: Path) -> Dataset:
     return dataset
 
 
-def lines(
-    split: Split, plan: Plan, epoch: order.Epoch, ledger: dict[int, str], update: int, pairs: list[dict[str, str]]
+def _report(
+    split: Split, plan: Plan, epoch: Epoch, ledger: dict[int, str], update: int, pairs: list[dict[str, str]]
 ) -> list[str]:
-    """What is known of an update and its epoch, as text."""
+    """Returns the report as lines of text: the update, its pairs, its epoch, and the clips that are left out."""
     yes = "the plan's" if update in epoch.checked else "NOT the plan's" if update in epoch.wrong else "not written yet"
     out = [
         f"update {update}: batch {(update - 1) % plan.batches_per_epoch + 1} of {plan.batches_per_epoch} of epoch "
         f"{epoch.number}, ledger {ledger.get(update, '-')} ({yes})"
     ]
-    out += [f"  {place:>5}  {pair['clip']}  shows  {pair['image']}" for place, pair in enumerate(pairs)]
+    out += [f"  {position:>5}  {pair['clip']}  shows  {pair['image']}" for position, pair in enumerate(pairs)]
     done = len(epoch.checked) + len(epoch.wrong)
     out.append(
         f"epoch {epoch.number}: updates {epoch.updates.start} to {epoch.updates.stop - 1}, {done} of them written, "
@@ -125,27 +131,25 @@ def lines(
         + (f"{len(epoch.twice)} MORE THAN ONCE" if epoch.twice else "none twice")
     )
     names = [split.clip_ids[row] for row in epoch.left_out]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     out.append(
-        f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {', '.join(names[:NAMED])}{more}"
+        f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {', '.join(names[:SHOWN])}{more}"
         if names
         else "it leaves out no clip"
     )
     return out
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument(
         "--step", type=int, required=True, help="number of the update, as in metrics.jsonl: 1 is the first"
     )
-    parser.add_argument("--data", type=Path, help="the converted set (default: where the run found it)")
+    parser.add_argument("--data", type=Path, help="the converted set (default: its path in the run's config)")
     parser.add_argument("--output", type=Path, help="the picture, .png (default: RUN/update-N.png)")
-    parser.add_argument("--examples", type=int, default=16, help="pairs that are drawn (default: 16)")
-    parser.add_argument("--json", action="store_true", help="print what was found as one line of JSON")
+    parser.add_argument("--examples", type=int, default=16, help="number of pairs to draw (default: 16)")
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     arguments = parser.parse_args(argv)
     for name in ("step", "examples"):
         if getattr(arguments, name) < 1:
@@ -155,5 +159,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> None:
+    run(explain, parse(argv, prog))
+
+
 if __name__ == "__main__":
-    run(explain, parse())
+    command()

@@ -1,7 +1,7 @@
-"""Look at an evaluation: python -m rice_jax.show --evaluation DIR --data DIR --output FILE.png
+"""Draws rankings of an evaluation: python -m rice_jax.show --evaluation DIR --data DIR --output FILE.png
 
-Draws clips with the shop images ranked first, right ones framed green and wrong ones red. DIR is what rice_jax.evaluate
-wrote (rankings.jsonl and metrics.json), --data the converted set it was run on.
+The picture shows clips and the shop images ranked first, true ones in a green frame and others in a red one.
+--evaluation is the folder that rice_jax.evaluate wrote, --data the converted set that it evaluated.
 """
 
 import argparse
@@ -17,24 +17,26 @@ from data_pipeline.input.decode import decode
 from rice_jax.errors import run
 
 SIDE, GAP, TEXT = 104, 10, 18  # px: a picture, between pictures, a line of text
-FRAMES = 3  # of a clip that are drawn
+FRAMES = 3  # drawn of each clip
 INK, PAPER, RIGHT, WRONG = "#30343b", "#ffffff", "#1a9850", "#d73027"
 
 
 def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int = 8, top: int = 3) -> Image.Image:
-    """Queries, evenly spaced from the best ranked to the worst, hence as many wrong ones as there are, two a row.
+    """Returns a picture of some queries, two a row: frames, the shop images ranked first, and a missed true image.
 
-    Each with frames of the clip, its `top` shop images, and the right one where it is not among them.
+    The queries are evenly spaced from the best ranked to the worst, so wrong ones appear in their proportion.
 
     Args:
-      split: of the data set that was ranked.
-      rankings: the lines of evaluate's rankings.jsonl.
+      split: the split that was ranked.
+      rankings: the lines of rankings.jsonl.
+      queries: the number of queries to draw, at most.
+      top: the number of shop images a query.
 
     Raises:
-      ValueError: no query, or a clip or shop image that the split does not have.
+      ValueError: `rankings` is empty, or a drawn query names a clip or shop image that the split does not have.
     """
     if not rankings:
-        raise ValueError("rankings.jsonl holds no query; evaluate a split that has some.")
+        raise ValueError("rankings.jsonl has no query; evaluate a split that has some.")
     by_rank = sorted(rankings, key=lambda line: np.inf if line["rank"] is None else line["rank"])
     chosen = [by_rank[i] for i in np.unique(np.linspace(0, len(by_rank) - 1, queries).astype(int))]
     clips = {name: row for row, name in enumerate(split.clip_ids)}
@@ -42,15 +44,15 @@ def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int 
     known = all(line["clip"] in clips and all(image in images for image, _ in line["top"]) for line in chosen)
     if not known:
         raise ValueError(
-            f"split {split.name} of {split.path} lacks a clip or shop image of rankings.jsonl; give --data "
-            "the set, and --split the part, that were evaluated."
+            f"split {split.name} of {split.path} lacks a clip or shop image of rankings.jsonl; give the --data and "
+            "--split that were evaluated."
         )
     width, height = (FRAMES + top + 1) * (SIDE + GAP) + 4 * GAP, SIDE + TEXT + 2 * GAP
     sheet = Image.new("RGB", (2 * width, TEXT + 2 * GAP + height * -(-len(chosen) // 2)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for side in range(2):
-        for place, title in ((0, "clip"), (FRAMES, "ranked first"), (FRAMES + top, "the right one")):
-            x = side * width + 2 * GAP + place * (SIDE + GAP) + (2 * GAP if place >= FRAMES else 0)
+        for column, title in ((0, "clip"), (FRAMES, "ranked first"), (FRAMES + top, "the right one")):
+            x = side * width + 2 * GAP + column * (SIDE + GAP) + (2 * GAP if column >= FRAMES else 0)
             pen.text((x, GAP), title, INK, ImageFont.load_default(13))
     for i, line in enumerate(chosen):
         corner = (i % 2 * width + 2 * GAP, TEXT + 2 * GAP + i // 2 * height)
@@ -67,11 +69,11 @@ def _draw_query(
     images: dict[str, int],
     top: int,
 ) -> None:
-    """One query from its upper left corner on."""
+    """Draws one query; `corner` is the upper left one, `line` its line of rankings.jsonl."""
     pen, (x, y), font = ImageDraw.Draw(sheet), corner, ImageFont.load_default(13)
     frames, truth = split.clip(row).frames, set(split.truth(row))
     for k in np.linspace(0, len(frames) - 1, FRAMES).astype(int):
-        sheet.paste(_thumbnail(frames[k]), (x, y))
+        sheet.paste(_thumbnail(frames[k].encoded), (x, y))
         x += SIDE + GAP
     pen.text((corner[0], y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
     x += 2 * GAP
@@ -90,7 +92,7 @@ def _draw_query(
 
 
 def _thumbnail(encoded: bytes) -> Image.Image:
-    """A picture whole, on a square of SIDE."""
+    """Returns the whole picture, shrunk onto a grey square with sides of SIDE px."""
     picture = Image.fromarray(decode(encoded))
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (SIDE, SIDE), "#eceef1")
@@ -99,11 +101,11 @@ def _thumbnail(encoded: bytes) -> Image.Image:
 
 
 def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation's rankings.jsonl.
+    """Returns the lines of the folder's rankings.jsonl as {"clip", "rank", "top"}.
 
     Raises:
-      FileNotFoundError: no evaluation there.
-      ValueError: a line that is no ranking.
+      FileNotFoundError: the folder has no such file.
+      ValueError: a line is no ranking.
     """
     path, lines = evaluation / "rankings.jsonl", []
     if not path.is_file():
@@ -125,15 +127,15 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.output}")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.show") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", type=Path, required=True, help="folder that rice_jax.evaluate wrote")
     parser.add_argument("--data", type=Path, required=True, help="the converted set that was evaluated")
-    parser.add_argument("--split", default="test", help="and its split (default: test)")
+    parser.add_argument("--split", default="test", help="the split that was evaluated (default: test)")
     parser.add_argument("--output", type=Path, required=True, help="the picture: .png, .jpg or .webp")
-    parser.add_argument("--queries", type=int, default=8, help="drawn, from the best ranked to the worst (default: 8)")
+    parser.add_argument(
+        "--queries", type=int, default=8, help="queries, from the best ranked to the worst (default: 8)"
+    )
     parser.add_argument("--top", type=int, default=3, help="shop images a query (default: 3)")
     arguments = parser.parse_args(argv)
     if arguments.queries < 1 or arguments.top < 1:
@@ -141,5 +143,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.show") -> None:
+    run(show, parse(argv, prog))
+
+
 if __name__ == "__main__":
-    run(show, parse())
+    command()

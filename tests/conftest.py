@@ -29,7 +29,6 @@ import pytest
 from hypothesis import settings
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-jax.config.update("jax_numpy_rank_promotion", "raise")  # a broadcast nobody meant is an error
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # A busy machine is no finding, and a finding is the same everywhere: HYPOTHESIS_PROFILE=fresh takes other examples.
@@ -71,6 +70,13 @@ def _forgotten_programs() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def no_silent_broadcast() -> Iterator[None]:
+    """Makes a broadcast between arrays of different rank an error, for losses and ranks; models may broadcast."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
-"""Ten thousand single bytes of a converted set changed, one at a time: python -m tests.corruption
+"""Changes ten thousand single bytes of a converted set, one at a time: python -m tests.corruption
 
 Each is a byte of a shard, an index, a column, a table or the manifest, at a random place and with a random value,
 before the set is opened or (shards and indices) after. Then everything that training and evaluation read is read. The
 outcome is one of
 
-    refused     ValueError with the name of the file, and of the record where it is a record's
-    harmless    everything that was read is what it was
-    unnamed     an error that does not say where
-    silent      something else was read, and nobody said so
+    refused     ValueError with the name of the file, for a shard also of the record
+    harmless    everything that was read is equal to the original
+    unnamed     ValueError that does not name the file
+    silent      something different was read without an error
     crash       another exception
 
-and only the first two are right. Exit status 1 if there was another. OUTPUT/report.json has the numbers.
+and only the first two are right. Exit status 1 if there was another one. OUTPUT/report.json has the numbers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.convert import Options, convert
-from data_pipeline.format.manifest import MANIFEST, TABLE_FILES
+from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import INDEX_SUFFIX, write_file
 from tests import lpr_layouts
@@ -35,7 +35,7 @@ SHOWN = 20  # wrong outcomes in the report
 
 
 def make_set(folder: Path) -> Path:
-    """A small set with every file that a set can have, several shards of a kind."""
+    """Makes a small set in which every kind of file occurs, with several clip shards, and returns its folder."""
     source = lpr_layouts.make_lpr750k(folder / "source")
     convert(Options("lpr750k", source, folder / "records", clips_per_shard=3))
     return folder / "records"
@@ -50,10 +50,10 @@ def kind_of(path: Path) -> str:
 
 
 def everything(dataset: Dataset) -> str:
-    """A digest of all that is read of a set: records, columns, tables, ids, galleries and truth."""
+    """Returns a digest of all that can be read of a set: records, columns, tables, ids, galleries and truth."""
     digest = hashlib.sha256()
-    for name in TABLE_FILES.values():
-        digest.update(repr(list(getattr(dataset, name))).encode())
+    for texts in dataset.tables.values():
+        digest.update(repr(list(texts)).encode())
     for name in dataset.splits:
         split = dataset.split(name)
         columns = {**split.columns, **split.image_columns, **split.galleries}
@@ -69,7 +69,10 @@ def everything(dataset: Dataset) -> str:
 
 
 def outcome(folder: Path, path: Path, place: int, value: int, *, opened: bool, expected: str) -> tuple[str, str]:
-    """What came of writing a byte, and the words; the byte is put back. opened: the set was, before."""
+    """Writes a byte, reads everything, restores the byte, and returns the outcome and the message of the error, or "".
+
+    opened: open the set before the byte is written.
+    """
     dataset = open_dataset(folder) if opened else None
     with path.open("r+b", buffering=0) as file:
         file.seek(place)
@@ -83,7 +86,7 @@ def outcome(folder: Path, path: Path, place: int, value: int, *, opened: bool, e
         shard = path.name.removesuffix(INDEX_SUFFIX)
         named = (f"{shard} record " if kind_of(path) == "shard" else shard) in str(err)
         return ("refused" if named else "unnamed"), str(err)
-    except Exception as err:  # whatever comes is the finding
+    except Exception as err:  # every other exception is a finding
         return "crash", repr(err)
     finally:
         with path.open("r+b", buffering=0) as file:
@@ -92,7 +95,7 @@ def outcome(folder: Path, path: Path, place: int, value: int, *, opened: bool, e
 
 
 def study(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """`count` corruptions of the set in `folder`, spread over its kinds of files; a report."""
+    """Makes `count` corruptions of the set in `folder`, spread over its kinds of files, and returns a report."""
     rng = np.random.default_rng(seed)
     expected = everything(open_dataset(folder))
     files = collections.defaultdict(list)

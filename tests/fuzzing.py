@@ -1,9 +1,9 @@
 """Fuzzes parsers and readers: python -m tests.fuzzing [--minutes M] [--only NAME ...]
 
-Hypothesis builds annotations, boxes, records, lists, pictures and frame options; atheris, where it has a wheel for this
-Python, mutates bytes under coverage: records, indices, manifests, lines, tables, files of fingerprints. Each engine has
-its minutes, shared by its targets. A target fails if it raises another error than its users catch, or if something that
-was read is wrong. Then the exit status is 1, and OUTPUT/report.json has the input.
+Hypothesis builds annotations, boxes, records, lists, pictures, frame options and torch's pickles; atheris, where it
+has a wheel for this Python, mutates bytes under coverage: records, indices, manifests, lines, tables, files of
+fingerprints. Each engine has its minutes, shared by its targets. A target fails if it raises another error than its
+users catch, or if something that was read is wrong. Then the exit status is 1, and OUTPUT/report.json has the input.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
+import pickletools
 import re
 import subprocess
 import sys
@@ -41,8 +43,10 @@ from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.sampling import choose_frames
 from data_pipeline.inspection import fingerprints
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.listing import Row
+from data_pipeline.layouts.listing import TrainingRow
 from data_pipeline.layouts.own_folder import read_table
+from rice_jax.weights import archives
+from tests import torch_files
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES, TRAIN, training_row
 
 EXAMPLES = 500  # of hypothesis at a time
@@ -55,7 +59,7 @@ def check_row(line: bytes) -> None:
     """A line of a training list (docs/official.md 8.3, 8.4)."""
     with contextlib.suppress(BadInputError):
         row = annotations.parse_row(line)
-        assert isinstance(row, Row) and row.frames and all(frame.isprintable() for frame in row.frames)
+        assert isinstance(row, TrainingRow) and row.frames and all(frame.isprintable() for frame in row.frames)
         assert row.boxes is None or len(row.boxes) == len(row.frames)
         for box in (box for of_frame in row.boxes or () for box in of_frame):
             assert len(box) == 4 and np.isfinite(box).all() and any(box)
@@ -70,8 +74,7 @@ def check_record(data: bytes) -> None:
         with contextlib.suppress(ValueError):
             record = decode(data)
             if isinstance(record, schema.ClipRecord):
-                assert len(record.frames) == len(record.frame_names) == len(record.positions)
-                assert record.boxes is None or len(record.boxes) == len(record.frames)
+                assert len({frame.boxes is None for frame in record.frames}) <= 1
 
 
 def check_framing(data: bytes) -> None:
@@ -128,8 +131,8 @@ def check_lines(data: bytes, folder: Path, cut: int) -> None:
     """The two parts of a list have its lines, each once, wherever it is cut."""
     path = folder / "lines.txt"
     path.write_bytes(data)
-    whole = [(offset, line) for _, offset, line in annotations.lines(path)]
-    parts = [*annotations.lines(path, 0, cut), *annotations.lines(path, cut, len(data))]
+    whole = [(offset, line) for _, offset, line in annotations.read_lines(path)]
+    parts = [*annotations.read_lines(path, 0, cut), *annotations.read_lines(path, cut, len(data))]
     assert [(offset, line) for _, offset, line in parts] == whole
 
 
@@ -167,13 +170,22 @@ def check_clip(given_clip: tuple[Clip, list[bytes]], place: int, change: int) ->
     clip, pictures = given_clip
     data = schema.encode_clip(clip, pictures, ordinal=1, image_index=2, product_index=-1)
     record = schema.decode_clip(data)
-    assert record.frames == pictures and record.id == clip.id and record.speech == clip.speech
-    assert record.image_ids == list(clip.image_ids) and record.positions == list(clip.positions)
+    frames = record.frames
+    assert [frame.encoded for frame in frames] == pictures and record.id == clip.id and record.speech == clip.speech
+    assert record.image_ids == list(clip.image_ids) and [frame.position for frame in frames] == list(clip.positions)
     sides = lambda boxes: [[tuple(np.float32(box).tolist()) for box in of_frame] for of_frame in boxes]
-    assert record.boxes == (sides(clip.boxes) if clip.boxes else None)
+    assert [frame.boxes for frame in frames] == (sides(clip.boxes) if clip.boxes else len(frames) * [None])
     changed = bytearray(data)
     changed[place % len(data)] ^= change
     check_record(bytes(changed))
+
+
+def check_archive(pickle: bytes, folder: Path, script: bool) -> None:
+    """An archive with this pickle: refused, or its tensors are read in the shapes that it states."""
+    torch_files.write_archive(folder / "archive.pt", pickle, [np.arange(6, dtype=np.float32)] * 2, script=script)
+    with contextlib.suppress(ValueError):
+        for tensor in archives.read(folder / "archive.pt").tensors.values():
+            assert tensor.read().shape == tensor.shape
 
 
 # --- hypothesis -------------------------------------------------------------------------------------------------------
@@ -231,6 +243,26 @@ def pictures(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 
+def opcodes(pickle: bytes) -> list[bytes]:
+    places = [place for _, _, place in pickletools.genops(pickle)] + [len(pickle)]
+    return [pickle[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+SIX = torch_files.pickled(np.arange(6, dtype=np.float32).reshape(2, 3), [])
+A, B = torch_files.text("a"), torch_files.text("b")
+SEED = opcodes(b"\x80\x02}q\0(" + A + b"q\1" + SIX + b"q\2" + B + b"c__torch__\nX\n)\x81}h\1h\2sbu.")
+OTHERS = opcodes(b"\x85\x86\x87(t]aeNh\0\x94j\2\0\0\0\x9302\x8a\5\0\0\0\0\x7f\x95" + bytes(8) + b"ctorch\nSize\n.")
+
+
+@st.composite
+def pickles(draw: st.DrawFn) -> bytes:
+    """A state dict's pickle with some of its opcodes removed, replaced or followed by others."""
+    found, several = list(SEED), st.lists(st.sampled_from(SEED + OTHERS), max_size=3)
+    for place in draw(st.lists(st.integers(0, len(SEED) - 1), max_size=5)):
+        found[place : place + draw(st.integers(0, 3))] = draw(several)
+    return b"".join(found)
+
+
 def picture_seeds() -> list[bytes]:
     seeds = [path.read_bytes() for path in (FRAMES[0], SHOP_IMAGES[0])]
     with Image.open(FRAMES[0]) as image:
@@ -274,12 +306,13 @@ def hypothesis_targets(folder: Path) -> dict[str, tuple[Any, Callable[..., None]
         "records": (st.tuples(clips(), st.integers(0, 10**6), st.integers(1, 255)), check_clip),
         "options": (st.tuples(OPTIONS, st.integers(1, 40), st.integers(0, 2**64 - 1), st.booleans()), check_options),
         "pictures": (st.tuples(pictures()), check_picture),
+        "archives": (st.tuples(pickles(), st.booleans()), lambda data, script: check_archive(data, folder, script)),
     }
 
 
 def _boxes(value: Any) -> None:
     with contextlib.suppress(BadInputError):
-        assert all(len(box) == 4 and np.isfinite(box).all() for box in annotations.boxes_of_frame(value))
+        assert all(len(box) == 4 and np.isfinite(box).all() for box in annotations.parse_frame_boxes(value))
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""A livestream shop of a dozen real photographs, laid out on disk as LPR750K and as LPR4M have it.
+"""A livestream shop of a dozen real photographs, written in the layouts of LPR750K and LPR4M.
 
 Seven training clips, one validation clip and three test clips of four products, in livestreams with galleries. One clip
 has twelve frames, one has one. The pictures are of the Grocery Store Dataset (see data/grocery/LICENSE.txt).
@@ -61,7 +61,7 @@ GALLERIES = {2: [3, 0, 1], 3: [1, 2]}
 
 
 def training_row(clip: TinyClip, *, paths: bool) -> str:
-    """A line of the training list: LPR750K's 13 columns with paths, or LPR4M's 11 with ids and original boxes."""
+    """Returns a line of a training list: LPR750K's 13 columns with paths, or LPR4M's 11 with ids and original boxes."""
     scale = 1 if paths else 2
     boxes = [[scale * side for side in clip.box(number)] for number in range(clip.length)]
     frames = [f"{folder_of(clip)}/{clip.id}/{frame}.jpg" if paths else frame for frame in clip.frame_ids]
@@ -112,7 +112,7 @@ def ten_of(length: int) -> list[int]:
 def make_lpr4m(
     source: Path, *, tars: bool = False, tables: bool = True, sidecars: bool = True, failed: Collection[str] = ()
 ) -> Path:
-    """The same clips as LPR4M. failed: frame or image ids that could not be downloaded."""
+    """Writes the clips as LPR4M and returns the source. failed: ids of frames and images whose download failed."""
     annotations = _make_annotations(source, paths=False)
     galleries = {LIVES[live]: [IMAGE_IDS[image] for image in shelf] for live, shelf in GALLERIES.items()}
     (annotations / "test_liveid_to_gallery_2.json").write_text(json.dumps(galleries))
@@ -132,7 +132,7 @@ def make_lpr4m(
 
 @dataclasses.dataclass
 class Img2dataset:
-    """Writes an output folder as img2dataset does, shards of eight; the last pictures come first, as downloads end."""
+    """Writes an output folder as img2dataset does, in shards of eight pictures, each in reverse order."""
 
     folder: Path
     tars: bool

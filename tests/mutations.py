@@ -18,19 +18,17 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 COPIED = ("rice_jax", "data_pipeline", "configs", "tests", "pyproject.toml")
 
-MODEL, LOSSES, PAIRS, OPTIMIZER = (f"rice_jax/{name}.py" for name in ("model", "losses", "pairs", "optimizer"))
-METRICS, FRAMES, NAMING, DEFAULT = (
-    "rice_jax/metrics.py",
-    "data_pipeline/frames.py",
-    "rice_jax/naming.py",
-    "configs/default.py",
-)
+VIT, ARRAYS, DECODER, RICE = (f"rice_jax/models/{name}.py" for name in ("vit", "arrays", "decoder", "rice"))
+EQUATIONS, GLOBAL_BATCH, PAIRS = (f"rice_jax/losses/{name}.py" for name in ("equations", "global_batch", "pairs"))
+RANKS, RECALL = (f"rice_jax/retrieval/{name}.py" for name in ("ranking", "recall"))
+OPTIMIZER, NAMING = "rice_jax/training/optimizer.py", "rice_jax/weights/naming.py"
+FRAME_CHOICE, DEFAULT = "data_pipeline/input/sampling.py", "configs/default.py"
 
 # The smallest of the golden files notices every mistake but those of the ones that only updates or fixtures show.
 FORWARD = ("tests/test_golden.py", "-k", "rice_w64 and not updates and (losses or gradients or probes)")
 UPDATES = ("tests/test_golden.py", "-k", "updates or schedule or groups")
-SAMPLING = ("tests/test_frames.py", "-k", "sampling")
-RANKING = ("tests/test_metrics.py", "-k", "official or ties or denominator")
+SAMPLING = ("tests/input/test_sampling.py",)
+RANKING = ("tests/retrieval/test_ranking.py", "-k", "official or ties or denominator")
 
 
 class Mistake(NamedTuple):
@@ -55,29 +53,29 @@ MISTAKES = (
     mistake(
         "exact (erf) GELU instead of QuickGELU",
         FORWARD,
-        (MODEL, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=False),'),
+        (VIT, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=False),'),
     ),
     mistake(
         "tanh GELU instead of QuickGELU",
         FORWARD,
-        (MODEL, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=True),'),
+        (VIT, QUICK, '"quick_gelu": lambda z: jax.nn.gelu(z, approximate=True),'),
     ),
     mistake(
         "encoder LayerNorm eps 1e-6 instead of 1e-5",
         FORWARD,
-        (MODEL, '    eps: float = 1e-5\n    remat: str = "none"', '    eps: float = 1e-6\n    remat: str = "none"'),
+        (VIT, '    eps: float = 1e-5\n    remat: str = "none"', '    eps: float = 1e-6\n    remat: str = "none"'),
     ),
     mistake(
         "decoder self layer eps 1e-5 instead of 1e-12",
         FORWARD,
         (DEFAULT, "decoder_self_eps: NotNegative = field(1e-12,", "decoder_self_eps: NotNegative = field(1e-5,"),
     ),
-    mistake("encoder heads: 4 instead of D/64", FORWARD, (MODEL, "heads=c.heads,", "heads=4,")),
+    mistake("encoder heads: 4 instead of D/64", FORWARD, (RICE, "heads=c.heads,", "heads=4,")),
     mistake(
         "decoder heads 2 instead of 8 (of the self layer)",
         FORWARD,
         (
-            MODEL,
+            DECODER,
             "self.self_layer, self.cross_layer = block(eps=self.self_eps), block()",
             "self.self_layer, self.cross_layer = block(eps=self.self_eps).clone(heads=2), block()",
         ),
@@ -86,7 +84,7 @@ MISTAKES = (
         "patch pixels flattened as (row, column, channel)",
         FORWARD,
         (
-            MODEL,
+            VIT,
             'jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.astype(self.dtype))',
             'jnp.einsum("ngphqc,pqcd->nghd", patches, kernel.transpose(2, 0, 1, 3).reshape(kernel.shape))',
         ),
@@ -95,7 +93,7 @@ MISTAKES = (
         "ln_pre left out",
         FORWARD,
         (
-            MODEL,
+            VIT,
             'self.resblocks(LayerNorm(self.eps, name="ln_pre")(x))',
             'self.resblocks(x + 0 * LayerNorm(self.eps, name="ln_pre")(x))',
         ),
@@ -104,7 +102,7 @@ MISTAKES = (
         "tokens taken after ln_post",
         FORWARD,
         (
-            MODEL,
+            VIT,
             'pooled = LayerNorm(self.eps, name="ln_post")(summary)',
             'norm = LayerNorm(self.eps, name="ln_post")\n        pooled, tokens = norm(summary), norm(tokens)',
         ),
@@ -112,13 +110,13 @@ MISTAKES = (
     mistake(
         "frame vectors normalised before the mean",
         FORWARD,
-        (MODEL, "unit((pooled * weight).sum(axis=-2)", "unit((unit(pooled) * weight).sum(axis=-2)"),
+        (ARRAYS, "unit((pooled * weight).sum(axis=-2)", "unit((unit(pooled) * weight).sum(axis=-2)"),
     ),
     mistake(
         "mean over all slots, padding included",
         FORWARD,
         (
-            MODEL,
+            ARRAYS,
             "weight = mask[..., None].astype(pooled.dtype)",
             "weight = jnp.ones_like(mask[..., None], pooled.dtype)",
         ),
@@ -127,16 +125,16 @@ MISTAKES = (
     mistake(
         "scale entering once (s instead of s^2)",
         FORWARD,
-        (LOSSES, "jnp.square(scale) * cosines", "scale * cosines"),
+        (EQUATIONS, "jnp.square(scale) * cosines", "scale * cosines"),
     ),
-    mistake("scale as exp(s)", FORWARD, (LOSSES, "jnp.square(scale) * cosines", "jnp.exp(scale) * cosines")),
+    mistake("scale as exp(s)", FORWARD, (EQUATIONS, "jnp.square(scale) * cosines", "jnp.exp(scale) * cosines")),
     mistake(
         "one direction only",
         FORWARD,
         (
-            LOSSES,
-            "return (cross_entropy(clips, everyone.images) + cross_entropy(images, everyone.clips)) / 2",
-            "return cross_entropy(clips, everyone.images)",
+            EQUATIONS,
+            "return (cross_entropy(clips, gathered.images) + cross_entropy(images, gathered.clips)) / 2",
+            "return cross_entropy(clips, gathered.images)",
         ),
     ),
     # -- PMD
@@ -158,15 +156,15 @@ MISTAKES = (
         "no gradient into the negatives' tokens",
         FORWARD,
         (
-            LOSSES,
-            "class_tokens, positives.keys_values, context)",
-            ("class_tokens, jax.lax.stop_gradient(positives.keys_values), context)"),
+            GLOBAL_BATCH,
+            "keys_values=positives.keys_values,",
+            "keys_values=jax.lax.stop_gradient(positives.keys_values),",
         ),
     ),
     mistake(
         "padding slots not masked in cross attention",
         FORWARD,
-        (MODEL, "jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)", "scores"),
+        (DECODER, "jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)", "scores"),
     ),
     mistake(
         "keys/values passed through ln_1",
@@ -177,7 +175,7 @@ MISTAKES = (
         "class tokens dropped from keys/values in PMD",
         FORWARD,
         (
-            LOSSES,
+            GLOBAL_BATCH,
             "keys_values, key_mask[clip], method",
             "keys_values, key_mask[clip] & "
             "(jnp.arange(key_mask.shape[1]) % encoded.image_tokens.shape[1] > 0)[None], method",
@@ -186,25 +184,29 @@ MISTAKES = (
     mistake(
         "tokens patch-major with a frame-major mask",
         FORWARD,
-        (LOSSES, "jnp.repeat(mask > 0, tokens.shape[2], axis=1)", "jnp.tile(mask > 0, (1, tokens.shape[2]))"),
+        (GLOBAL_BATCH, "jnp.repeat(mask > 0, tokens.shape[2], axis=1)", "jnp.tile(mask > 0, (1, tokens.shape[2]))"),
     ),
     mistake(
         "pooling by mean instead of the class token",
         FORWARD,
-        (LOSSES, "Positives(logit, keys_values, x[:, 0], pfr)", "Positives(logit, keys_values, x.mean(axis=1), pfr)"),
+        (
+            GLOBAL_BATCH,
+            "Positives(logit, keys_values, x[:, 0], pfr)",
+            "Positives(logit, keys_values, x.mean(axis=1), pfr)",
+        ),
     ),
     mistake(
         "ReLU of the pooler left out",
         FORWARD,
-        (MODEL, "jax.nn.relu(self.dense(self.pooler_norm(x)))", "self.dense(self.pooler_norm(x))"),
+        (DECODER, "jax.nn.relu(self.dense(self.pooler_norm(x)))", "self.dense(self.pooler_norm(x))"),
     ),
-    mistake("factor 10 left out", FORWARD, (MODEL, RAW, RAW.removeprefix("10 * "))),
-    mistake("raw linear head instead of 10 cos", FORWARD, (MODEL, RAW, "pooled @ self.match")),
+    mistake("factor 10 left out", FORWARD, (DECODER, RAW, RAW.removeprefix("10 * "))),
+    mistake("raw linear head instead of 10 cos", FORWARD, (DECODER, RAW, "pooled @ self.match")),
     mistake(
         "binary instead of 4-way cross entropy",
         FORWARD,
         (
-            LOSSES,
+            EQUATIONS,
             "return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)",
             "return (jax.nn.softplus(-positive).sum() + jax.nn.softplus(logits[:, 1:]).sum()) / logits.size",
         ),
@@ -243,27 +245,27 @@ MISTAKES = (
         "no second softmax (head mean of the maps)",
         FORWARD,
         (
-            MODEL,
-            "return jax.nn.softmax(mixed, axis=-1)\n\n\nclass Rice",
-            ("return mixed * 0 + self.read(scores, key_mask).mean(axis=1)\n\n\nclass Rice"),
+            DECODER,
+            "return jax.nn.softmax(mixed, axis=-1)",
+            "return mixed * 0 + self.read(scores, key_mask).mean(axis=1)",
         ),
     ),
     mistake(
         "padding tokens left in the source",
         FORWARD,
-        (LOSSES, f"jnp.where(key_mask[..., None], {REBUILT}", "jax.lax.stop_gradient(clip_tokens)"),
+        (EQUATIONS, f"jnp.where(key_mask[..., None], {REBUILT}", "jax.lax.stop_gradient(clip_tokens)"),
     ),
-    mistake("no gradient stop on source", FORWARD, (LOSSES, REBUILT, "clip_tokens, 0)")),
+    mistake("no gradient stop on source", FORWARD, (EQUATIONS, REBUILT, "clip_tokens, 0)")),
     mistake(
         "no gradient stop on target",
         FORWARD,
-        (LOSSES, "target = jax.lax.stop_gradient(image_tokens)[", "target = image_tokens["),
+        (EQUATIONS, "target = jax.lax.stop_gradient(image_tokens)[", "target = image_tokens["),
     ),
     mistake(
         "class token left out of the loss",
         FORWARD,
         (
-            LOSSES,
+            EQUATIONS,
             "jnp.square(found - target.astype(found.dtype))",
             ("jnp.square(found - target.astype(found.dtype))[..., 1:, :]"),
         ),
@@ -271,17 +273,17 @@ MISTAKES = (
     mistake(
         "sum over D instead of mean",
         FORWARD,
-        (LOSSES, "return jnp.mean(jnp.square(found", "return found.shape[-1] * jnp.mean(jnp.square(found"),
+        (EQUATIONS, "return jnp.mean(jnp.square(found", "return found.shape[-1] * jnp.mean(jnp.square(found"),
     ),
     mistake(
         "last ReLU left out",
         FORWARD,
-        (MODEL, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', '(jnp.einsum("nkts,k->nts", '),
+        (DECODER, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', '(jnp.einsum("nkts,k->nts", '),
     ),
     mistake(
         "ReLU as maximum(x,0) (derivative 1/2 at 0)",
         FORWARD,
-        (MODEL, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', 'jnp.maximum(0, jnp.einsum("nkts,k->nts", '),
+        (DECODER, 'jax.nn.relu(jnp.einsum("nkts,k->nts", ', 'jnp.maximum(0, jnp.einsum("nkts,k->nts", '),
     ),
     # -- optimiser
     mistake(
@@ -374,36 +376,40 @@ MISTAKES = (
     mistake(
         "rounded instead of truncated indices",
         SAMPLING,
-        (FRAMES, EVENLY, "return np.rint(np.arange(slots) * (count - 1) / max(1, slots - 1)).astype(np.int64)"),
+        (FRAME_CHOICE, EVENLY, "return np.rint(np.arange(slots) * (count - 1) / max(1, slots - 1)).astype(np.int64)"),
     ),
     mistake(
-        "end point left out (floor(k n/10))", SAMPLING, (FRAMES, EVENLY, "return np.arange(slots) * count // slots")
+        "end point left out (floor(k n/10))",
+        SAMPLING,
+        (FRAME_CHOICE, EVENLY, "return np.arange(slots) * count // slots"),
     ),
-    mistake("segment centres", SAMPLING, (FRAMES, EVENLY, "return (2 * np.arange(slots) + 1) * count // (2 * slots)")),
-    mistake("first ten frames", SAMPLING, (FRAMES, EVENLY, "return np.arange(slots)")),
+    mistake(
+        "segment centres", SAMPLING, (FRAME_CHOICE, EVENLY, "return (2 * np.arange(slots) + 1) * count // (2 * slots)")
+    ),
+    mistake("first ten frames", SAMPLING, (FRAME_CHOICE, EVENLY, "return np.arange(slots)")),
     mistake(
         "ties broken towards the later image",
         RANKING,
-        (METRICS, "(place_l[None, :] < first_q1)", "(place_l[None, :] > first_q1)"),
+        (RANKS, "(position_l[None, :] < first_q1)", "(position_l[None, :] > first_q1)"),
     ),
     mistake(
         "ties against the true image",
         RANKING,
         (
-            METRICS,
-            "(sortable_ql == best_q1) & (place_l[None, :] < first_q1)",
-            ("(sortable_ql == best_q1) & (place_l[None, :] != first_q1)"),
+            RANKS,
+            "(sortable_ql == best_q1) & (position_l[None, :] < first_q1)",
+            ("(sortable_ql == best_q1) & (position_l[None, :] != first_q1)"),
         ),
     ),
     mistake(
         "only the first true image counts",
         RANKING,
-        (METRICS, "for image_id in set(ids) if", "for image_id in list(ids)[:1] if"),
+        (RANKS, "for image_id in set(ids) if", "for image_id in list(ids)[:1] if"),
     ),
     mistake(
         "denominator = predicted queries",
         RANKING,
-        (METRICS, "np.count_nonzero(rank_q <= k)) / denominator", "np.count_nonzero(rank_q <= k)) / len(rank_q)"),
+        (RECALL, "np.count_nonzero(rank_q <= k)) / denominator", "np.count_nonzero(rank_q <= k)) / len(rank_q)"),
     ),
 )
 

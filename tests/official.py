@@ -14,12 +14,11 @@ import numpy as np
 
 from configs import default
 from rice_jax.losses.equations import GlobalBatch, icl_logits, reconstruct
-from rice_jax.losses.global_batch import decode_positives, encode_rows, hard_pairs, make_loss
+from rice_jax.losses.global_batch import decode_positives, encode_rows, hard_pairs, loss_context, make_loss
 from rice_jax.models.arrays import apply, cosines
 from rice_jax.models.decoder import MatchingDecoder
 from rice_jax.models.rice import Rice, build_model
-from rice_jax.parallel import mesh as mesh_module
-from rice_jax.parallel.mesh import BATCH, P, first_row, gather_rows, make_mesh, parameter_specs, path_name, varying
+from rice_jax.parallel.mesh import BATCH, P, gather_rows, make_mesh, parameter_specs, path_name
 from rice_jax.weights import naming
 
 DECODER = "transformer.transformer.transformer.layers"
@@ -101,7 +100,7 @@ def load(path: Path) -> Golden:
 
 
 def table_of(tensors: dict[str, np.ndarray]) -> naming.Table:
-    """By the head type that the official model has (SPEC 3.4)."""
+    """By the head type that the official model has (docs/official.md 3.4)."""
     if "transformer.contrastive_norm.norm_s" in tensors:
         return naming.OFFICIAL_CONTRASTIVE
     bare = any(name.startswith(f"{DECODER}.") for name in tensors) and "transformer.heads.vim.weight" not in tensors
@@ -123,7 +122,7 @@ def config_of(params: Any, image_size: int, tensors: dict[str, np.ndarray]) -> A
 
 
 def gaps(ours: Any, theirs: Any) -> dict[str, float]:
-    """Per official tensor: the largest difference over the largest entry (SPEC 13.3); layers of a stack apart."""
+    """Per official tensor, layers apart: the largest difference over the largest entry (docs/official.md 13.3)."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     out = {}
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
@@ -191,20 +190,19 @@ def _trained(golden: Golden) -> Any:
     specs = parameter_specs(golden.params, mesh)
 
     def local(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        params, key = jax.tree.map(mesh_module.all_gather_parameter, params, specs), varying(jax.random.key(0))
-        own = first_row(len(batch["mask"])) + jnp.arange(len(batch["mask"]))
-        encoded = encode_rows(net, options, params, key, batch, own)
-        everyone = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
+        context = loss_context(net, options, specs, params, jax.random.key(0), len(batch["mask"]))
+        encoded = encode_rows(context, batch)
+        gathered = GlobalBatch(*map(gather_rows, (encoded.images, encoded.clips, batch["product"])))
         out = {
             "image_embedding": encoded.images,
             "video_embedding": encoded.clips,
-            "icl_logits_clip_to_image": icl_logits(encoded.clips, everyone.images, params["logit_scale"]),
-            "pmd_similarity_image_by_clip": cosines(encoded.images, everyone.clips),
+            "icl_logits_clip_to_image": icl_logits(encoded.clips, gathered.images, params["logit_scale"]),
+            "pmd_similarity_image_by_clip": cosines(encoded.images, gathered.clips),
         }
         if net.decoder is None:
             return out
-        positives = decode_positives(net, options, params, key, (encoded, own))
-        (hard,) = hard_pairs(net, options, params, key, encoded, positives, everyone, own)
+        positives = decode_positives(context, encoded)
+        (hard,) = hard_pairs(context, encoded, positives, gathered)
         logits = jnp.concatenate([positives.logit[:, None], hard.logit], axis=1)
         return out | {"pmd_negative_clips": hard.partner, "pmd_logits": logits}
 

@@ -162,7 +162,7 @@ def shares(x: jax.Array, allowed: jax.Array) -> jax.Array:
 
 
 def pfr(net: Rice, options: Any, params: Any, scores: Any, image_tokens: Any, clip_tokens: Any, key_mask: Any) -> Any:
-    """SPEC 6, with the options of rows 1, 2 and 29 of its table of oddities."""
+    """The PFR loss of docs/official.md 6, with the options of docs/official.md 11, rows 1, 2 and 29."""
     rec, heads = params["reconstruction"], net.decoder.heads
     real = jnp.broadcast_to(key_mask[:, None, None, :], scores.shape)
     attention = jnp.where(real, scores, 0) if options.pfr_attention == "score" else shares(scores, real)

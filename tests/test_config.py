@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def parse(*words: str) -> argparse.Namespace:
-    return configuration.parse(argparse.ArgumentParser(), list(words))
+    return configuration.parse_arguments(argparse.ArgumentParser(), list(words))
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke.py", "configs/smoke.py"])
@@ -141,7 +141,9 @@ def test_a_config_survives_its_text() -> None:
 
 
 def test_every_field_says_what_it_is_and_allows_its_default() -> None:
-    assert configuration.flat(default.get_config()) == {name: field.default for name, field in default.FIELDS.items()}
+    assert configuration.flatten(default.get_config()) == {
+        name: field.default for name, field in default.FIELDS.items()
+    }
     for name, field in default.FIELDS.items():
         assert field.meaning and field.allows(field.default), name
         items = field.default if isinstance(field.default, tuple) else (field.default,)

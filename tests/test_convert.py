@@ -1,4 +1,4 @@
-"""The command: every fault of a source named, nothing that is converted lost, the same bytes however it was done."""
+"""The command convert: it names every fault, keeps finished work, and writes the same bytes however it is run."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(sound: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the sound source, to be damaged."""
     return shutil.copytree(sound / "source", tmp_path / "source")
 
 
@@ -71,13 +71,13 @@ def source(sound: Path, tmp_path: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """One fault: how to make it, what the message must say, which clips are left out when it is skipped."""
+    """One fault: the damage, the message, and the clips that are left out when it is skipped."""
 
     name: str
-    spoil: Callable[[Path], object]
+    damage: Callable[[Path], object]
     message: str  # a regular expression
     skipped: tuple[str, ...]
-    rewritten: int = 1  # finished shards that change when it is mended: the one that was written without the clip
+    rewritten: int = 1  # number of finished shards that change when it is corrected
 
 
 def write(path: str, data: bytes) -> Callable[[Path], object]:
@@ -187,7 +187,7 @@ BAD_INPUTS = [
 def test_a_fault_is_named_and_costs_nothing_that_is_converted(
     bad: Bad, source: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad.spoil(source)
+    bad.damage(source)
     output = tmp_path / "records"
     assert run(source, output, "--clips-per-shard=1") == 1
     errors = capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_a_fault_is_named_and_costs_nothing_that_is_converted(
 
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
 def test_a_skipped_fault_drops_its_clips_and_no_others(bad: Bad, source: Path, tmp_path: Path) -> None:
-    bad.spoil(source)
+    bad.damage(source)
     output = tmp_path / "records"
     assert run(source, output, "--on-error=skip", "--max-skip-rate=1") == 0
     dataset = open_dataset(output)
@@ -233,13 +233,13 @@ def test_too_many_skipped_clips_fail_with_the_rate(
     assert run(source, tmp_path / "records", "--on-error=skip", "--splits=train", "--max-skip-rate=0.2") == 0
 
 
-def test_a_picture_that_is_mended_after_it_was_skipped_is_stored(source: Path, sound: Path, tmp_path: Path) -> None:
+def test_a_picture_that_is_corrected_after_it_was_skipped_is_stored(source: Path, sound: Path, tmp_path: Path) -> None:
     arguments = ("--on-error=skip", "--clips-per-shard=1")
     (source / FRAME).write_bytes(b"text")
     assert run(source, tmp_path / "records", *arguments) == 1
-    unmended = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").glob("*.tfrecord")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").glob("*.tfrecord")}
     assert run(source, tmp_path / "records", *arguments) == 1
-    assert all(path.stat().st_mtime_ns == changed for path, changed in unmended.items())
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     (source / FRAME).write_bytes((sound / "source" / FRAME).read_bytes())
     assert run(source, tmp_path / "records", *arguments) == 0
     assert files_of(tmp_path / "records") == files_of(sound / "records")
@@ -248,7 +248,7 @@ def test_a_picture_that_is_mended_after_it_was_skipped_is_stored(source: Path, s
 def test_too_many_skipped_shop_images_fail_too(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A gallery without its distractors would flatter the model."""
+    """Recall would be too high in a gallery without its distractors."""
     (source / "gallery" / LIVES[3] / f"{IMAGE_IDS[2]}-0.jpg").unlink()
     assert run(source, tmp_path / "records", "--on-error=skip", "--splits=test") == 1
     errors = capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_all_faults_are_collected_before_it_stops(
     assert run(source, tmp_path / "records") == 1
     faults = (tmp_path / "records/faults.txt").read_text().splitlines()
     errors = capsys.readouterr().err
-    assert len(faults) == 4  # the shop image, which training and validation's gallery share, is named once
+    assert len(faults) == 4  # training and validation's gallery share the shop image, which is named once
     assert all(fault in errors for fault in faults)
     assert "found 4 faults" in errors
 
@@ -286,7 +286,11 @@ def test_all_faults_are_collected_before_it_stops(
             b'{"a": ' + b"1" * 5000 + b"}",
             "annotations/query_tenframes.json: cannot be read (Exc",
         ),
-        ("query_tenframes.json", b'{"a":' + b"[" * 100_000, "annotations/query_tenframes.json: found lists in lists"),
+        (
+            "query_tenframes.json",
+            b'{"a":' + b"[" * 100_000,
+            "annotations/query_tenframes.json: found lists nested too deep",
+        ),
         ("test_image_title_4.txt", b"a\tb\n\xff\tc", "annotations/test_image_title_4.txt: found byte 0xff in line 2"),
         ("test_videoid_to_gtimage_3.json", b'{"a": 5}', "annotations/test_videoid_to_gtimage_3.json: found 5 for a"),
         (
@@ -304,8 +308,8 @@ def test_a_file_that_is_wrong_as_a_whole_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_no_space_left_is_told_and_the_rest_goes_on_later(sound: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk: the system's own write fails in mid-shard."""
+def test_a_full_disk_is_reported_and_the_same_command_continues_later(sound: Path, tmp_path: Path) -> None:
+    """A limit on the size of files acts as a full disk: the system's write fails in the middle of a shard."""
     output = tmp_path / "records"
     arguments = [sys.executable, "-m", "data_pipeline.convert", "--layout=lpr750k", f"--source={sound / 'source'}"]
     arguments += [f"--output={output}", "--clips-per-shard=1"]
@@ -380,7 +384,7 @@ def test_two_converters_cannot_share_a_folder(sound: Path, tmp_path: Path, capsy
     (tmp_path / "records").mkdir()
     with command.locked(tmp_path / "records"):
         assert run(sound / "source", tmp_path / "records") == 2
-    assert "found another run at work in it" in capsys.readouterr().err
+    assert "found another run that writes to it" in capsys.readouterr().err
 
 
 # --- however it was done ----------------------------------------------------------------------------------------------
@@ -391,7 +395,7 @@ def test_any_number_of_workers_writes_the_same_bytes(sound: Path, tmp_path: Path
     assert files_of(tmp_path / "records") == files_of(sound / "records")
 
 
-def test_where_the_source_lies_does_not_matter(source: Path, sound: Path, tmp_path: Path) -> None:
+def test_the_place_of_the_source_does_not_matter(source: Path, sound: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "records", "--clips-per-shard=1") == 0
     assert files_of(tmp_path / "records") == files_of(sound / "records")
 
@@ -429,10 +433,10 @@ def test_a_finished_shard_is_verified_before_it_is_used_again(source: Path, soun
     output = tmp_path / "records"
     (source / FRAME).unlink()
     assert run(source, output, "--clips-per-shard=1") == 1
-    spoilt = sorted(output.glob("train-clips-*.tfrecord"))[0]
-    data = bytearray(spoilt.read_bytes())
+    damaged = sorted(output.glob("train-clips-*.tfrecord"))[0]
+    data = bytearray(damaged.read_bytes())
     data[100] ^= 1
-    spoilt.write_bytes(data)
+    damaged.write_bytes(data)
     (source / FRAME).write_bytes((sound / "source" / FRAME).read_bytes())
     assert run(source, output, "--clips-per-shard=1") == 0
     assert files_of(output) == files_of(sound / "records")

@@ -1,4 +1,4 @@
-"""No byte of a converted set changes what is read without being told; 10,000 of them by `make corruption`."""
+"""Corruption of a converted set: no changed byte passes unnoticed. `make corruption` changes 10,000 of them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The demo at a tiny size: every command of it, its report and its picture."""
+"""The demo at a tiny size: each of its commands, its report and its picture."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_the_demo_runs_its_commands_and_reports_what_each_yardstick_reaches(
+def test_the_demo_runs_its_commands_and_reports_recall_of_chance_histogram_and_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -36,7 +36,9 @@ def test_the_demo_runs_its_commands_and_reports_what_each_yardstick_reaches(
 
 def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        demo.command("data_pipeline.convert", "--layout", "lpr750k", "--source", tmp_path, "--output", tmp_path / "out")
+        demo.run_command(
+            "data_pipeline.convert", "--layout", "lpr750k", "--source", tmp_path, "--output", tmp_path / "out"
+        )
     assert end.value.code == 2
     with pytest.raises(SystemExit) as end:
         demo.parse(["--colour", "blue"])

@@ -405,14 +405,14 @@ def test_a_folder_that_links_into_itself_ends(source: Path) -> None:
 
 def test_a_picture_that_may_not_be_read_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal is imitated: tests may run as a superuser, who may read every file."""
-    whole = fingerprints.PictureFolder.read
+    whole = fingerprints.PictureReader.read
 
-    def read(self: fingerprints.PictureFolder, found: Any) -> bytes:
+    def read(self: fingerprints.PictureReader, found: Any) -> bytes:
         if found.path == FRAME:
             raise BadInputError("unreadable picture", "cannot be read (Permission denied)", found.path)
         return whole(self, found)
 
-    monkeypatch.setattr(fingerprints.PictureFolder, "read", read)
+    monkeypatch.setattr(fingerprints.PictureReader, "read", read)
     assert kinds(inspect(source)[1]) == {"unreadable picture": 1}
 
 

@@ -64,7 +64,7 @@ def test_a_subset_restricts_both_sides(run: Path, converted: Path, tmp_path: Pat
     [
         (b"no-such-clip\n", "not in split test's truth, e.g. no-such-clip"),
         (b"\xff\n", "byte 0 is not UTF-8"),
-        (b"\n", "holds no clip id"),
+        (b"\n", "found no clip id"),
     ],
 )
 def test_a_bad_subset_is_named(run: Path, converted: Path, tmp_path: Path, content: bytes, message: str) -> None:

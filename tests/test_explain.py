@@ -1,10 +1,11 @@
-"""What an update was made of: the ledger against the plan, the picture, and what is refused."""
+"""Explaining an update: the ledger against the plan, the picture, and refused input."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from rice_jax import explain
 from rice_jax.checkpoints.run_folder import write_config
 from rice_jax.config import to_json
 from rice_jax.training import ledger as order
-from rice_jax.training import logs, step
+from rice_jax.training import logs
 
 
 def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Plan:
-    """A run's config and the ledger that its first `updates` updates write, without the training."""
+    """Writes a run's config and the ledger of its first `updates` updates, without training, and returns its plan."""
     config = smoke.get_config()
     config.data.path, config.batch_size = str(data), 5
     config.data.update(fields)
@@ -30,17 +31,18 @@ def make_run(folder: Path, data: Path, *, updates: int = 4, **fields: Any) -> Pl
     with logs.Log(folder, step=0) as log:
         for update in range(1, updates + 1):
             rows = jnp.asarray(plan.batch(update - 1), jnp.int32)
-            log.write(update, {"ledger": step.ledger(rows)})
+            log.write(update, {"ledger": order.batch_digest(rows, jnp)})
         log.write(2, {"val/queries": 3})  # a line that is none of an update
     return plan
 
 
 def test_the_digest_is_that_of_the_step() -> None:
     rows = np.random.default_rng(0).permutation(4_000_000)[:300]
-    assert order.digest(rows) == logs.plain(step.ledger(jnp.asarray(rows, jnp.int32)))
+    digest = order.batch_digest(rows)
+    np.testing.assert_array_equal(jax.jit(lambda x: order.batch_digest(x, jnp))(jnp.asarray(rows, jnp.int32)), digest)
     swapped = rows.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    assert order.digest(swapped) != order.digest(rows)
+    assert (order.batch_digest(swapped) != digest).any()
 
 
 def test_an_epoch_is_proved_to_show_no_clip_twice(converted: Path, tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_an_epoch_is_proved_to_show_no_clip_twice(converted: Path, tmp_path: Pat
 
 def test_an_update_that_saw_other_clips_is_found(converted: Path, tmp_path: Path) -> None:
     plan = make_run(tmp_path, converted)
-    ledger = order.read_ledger(tmp_path) | {3: order.digest(plan.batch(7))}
+    ledger = order.read_ledger(tmp_path) | {3: order.as_hex(order.batch_digest(plan.batch(7)))}
     assert order.check_epoch(plan, ledger, 0, last_update=6).wrong == [3]
 
 
@@ -70,10 +72,10 @@ def test_the_command_names_draws_and_proves(
 ) -> None:
     plan = make_run(tmp_path, converted)
     run("--workdir", str(tmp_path), "--step", "2", "--examples", "3")
-    said, split = capsys.readouterr().out, open_dataset(converted).split("train")
-    assert "batch 2 of 4 of epoch 0" in said and "(the plan's)" in said and "20 clips shown, none twice" in said
-    assert all(split.clip_ids[row] in said for row in plan.batch(1).tolist())
-    assert "leaves out 4 of 24 clips" in said
+    text, split = capsys.readouterr().out, open_dataset(converted).split("train")
+    assert "batch 2 of 4 of epoch 0" in text and "(the plan's)" in text and "20 clips shown, none twice" in text
+    assert all(split.clip_ids[row] in text for row in plan.batch(1).tolist())
+    assert "leaves out 4 of 24 clips" in text
     with Image.open(tmp_path / "update-2.png") as sheet:  # three lines, a shop image and three slots each
         assert sheet.width > 4 * 78 + 18 and sheet.height == 3 * 94 + 6
         right = np.asarray(sheet.convert("L"))[6:22, 4 * 78 + 18 :]
@@ -87,21 +89,21 @@ def test_the_command_names_draws_and_proves(
 
 
 @pytest.mark.parametrize("field", ["spread_products", "skip_clips"])
-def test_the_plan_is_that_of_the_config(
+def test_the_plan_follows_the_config(
     field: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     skipped = open_dataset(converted).split("train").clip_ids[3]
     make_run(tmp_path, converted, **{field: True if field == "spread_products" else (skipped,)})
     run("--workdir", str(tmp_path), "--step", "1")
-    said = capsys.readouterr().out
-    assert "4 with the plan's ledger; 20 clips shown, none twice" in said
-    assert ("leaves out 3 of 23 clips" in said and skipped not in said) == (field == "skip_clips")
+    text = capsys.readouterr().out
+    assert "4 with the plan's ledger; 20 clips shown, none twice" in text
+    assert ("leaves out 3 of 23 clips" in text and skipped not in text) == (field == "skip_clips")
 
 
-def test_another_data_set_is_refused_and_one_that_moved_is_asked_for(
+def test_another_data_set_and_a_moved_one_without_data_are_refused(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ledger has rows: of a set of the same length it would prove what never was."""
+    """The ledger has only rows: with another set of the same length it would agree with the plan all the same."""
     moved = shutil.copytree(converted, tmp_path / "data")
     make_run(tmp_path, moved)
     monkeypatch.setattr(explain.Checkpoints, "latest", lambda self: 3)
@@ -109,7 +111,7 @@ def test_another_data_set_is_refused_and_one_that_moved_is_asked_for(
     with pytest.raises(ValueError, match=r"needs 000000000000, on which the run was trained"):
         run("--workdir", str(tmp_path), "--step", "1")
     moved.rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="say with --data where it is now"):
+    with pytest.raises(FileNotFoundError, match="give its folder with --data"):
         run("--workdir", str(tmp_path), "--step", "1")
     content = open_dataset(converted).content_hash
     monkeypatch.setattr(explain.Checkpoints, "meta", lambda self, step: {"data": content})
@@ -126,7 +128,9 @@ def test_wrong_use_is_exit_status_2(words: tuple[str, ...], capsys: pytest.Captu
     assert end.value.code == 2 and "needs" in capsys.readouterr().err
 
 
-def test_what_is_refused(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_a_wrong_step_and_a_wrong_ledger_are_refused(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         run("--workdir", str(tmp_path), "--step", "1")
     make_run(tmp_path, converted)

@@ -21,9 +21,9 @@ from rice_jax.training import optimizer, step
 from rice_jax.weights import naming
 from tests import official
 
-LOSS = 1e-5  # SPEC 13.2, absolute
-ARRAY = 1e-4  # SPEC 13.2, of an array's largest entry
-GRADIENT = 1e-4  # SPEC 13.3, of a tensor's largest entry
+LOSS = 1e-5  # docs/official.md 13.2, absolute
+ARRAY = 1e-4  # docs/official.md 13.2, of an array's largest entry
+GRADIENT = 1e-4  # docs/official.md 13.3, of a tensor's largest entry
 HERE = Path(__file__).parent / "golden"
 
 PARTS = ("icl", "pmd", "pfr")
@@ -72,7 +72,7 @@ def test_similarities(golden_file: Path) -> None:
 
 @pytest.mark.holds("out/pmd_negative_clips")
 def test_mined_clips(golden_file: Path) -> None:
-    """The same set an image (SPEC 13.2)."""
+    """The same set an image (docs/official.md 13.2)."""
     theirs = official.load(golden_file).arrays["out/pmd_negative_clips"]
     ours = official.forward(golden_file)["pmd_negative_clips"]
     assert np.sort(ours[: len(theirs)]).tolist() == np.sort(theirs).tolist()
@@ -152,7 +152,7 @@ def test_losses(golden_file: Path) -> None:
 
 
 def check_gradients(path: Path, part: str) -> None:
-    """A parameter without a stored gradient must get exactly none (SPEC 13.3)."""
+    """A parameter without a stored gradient must get exactly none (docs/official.md 13.3)."""
     names = ("total", *PARTS)
     _, grads = loss_and_gradients(path)(*(float(name == part) for name in names))
     found = official.gaps(grads, official.load(path).as_parameters(f"grad_{part}/"))
@@ -181,7 +181,7 @@ def test_gradients_of_the_total(golden_file: Path) -> None:
 
 @pytest.mark.holds("contrastive_head/")
 def test_model_of_icl_alone(golden_file: Path) -> None:
-    """The head type `contrastive`, our model without a decoder: the same function of its scale (SPEC 3.4-3.5)."""
+    """Head type `contrastive`, our model without a decoder: the same function of s (docs/official.md 3.4-3.5)."""
     golden = official.load(golden_file)
     config = golden.config.copy_and_resolve_references()
     config.loss.pmd = config.loss.pfr = 0.0
@@ -262,7 +262,7 @@ def test_losses_of_the_updates(updates_file: Path) -> None:
 
 @pytest.mark.holds("final/", "logit_scale")
 def test_weights_after_the_updates(updates_file: Path) -> None:
-    """Largest difference of a weight (SPEC 13.4); the bypassed decoder embeddings, which we drop, never move."""
+    """Largest difference of a weight (docs/official.md 13.4); the decoder embeddings that we drop never move."""
     golden, arrays, _ = updates(updates_file)
     _, params = run_updates(updates_file)
     scales = [float(p["logit_scale"]) for p in params[1:]]
@@ -305,7 +305,7 @@ def test_learning_rates_of_the_updates(updates_file: Path) -> None:
 
 
 def test_schedule_is_the_official_one() -> None:
-    """SPEC 7.4 at chosen updates of the default config: 1e-12 of the peak in float64, 3e-7 of each rate in float32."""
+    """docs/official.md 7.4 at chosen updates: 1e-12 of the peak in float64, 3e-7 of each rate in float32."""
     config = default.get_config()
     config.optimizer.learning_rate = 1.0
     for update, factor in np.loadtxt(HERE / "schedule.csv", delimiter=",", skiprows=1):

@@ -1,4 +1,4 @@
-"""Rankings as a picture: which queries are drawn, what is marked right, and what is refused."""
+"""Pictures of rankings: the queries that are drawn, the marks of true images, and refused input."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,18 @@ GREEN, RED = (26, 152, 80), (215, 48, 39)
 
 
 def lines(converted: Path) -> list[dict[str, object]]:
-    """Every test clip, with its gallery in file order as the ranking."""
+    """Returns a line of rankings.jsonl for each test clip; its gallery is ranked in file order."""
     split = open_dataset(converted).split("test")
     out = []
     for row in range(split.num_clips):
         top = [split.image_ids[image] for image in split.gallery_of(row)]
-        rank = next((place for place, image in enumerate(top, 1) if image in split.truth(row)), None)
+        rank = next((position for position, image in enumerate(top, 1) if image in split.truth(row)), None)
         out.append({"clip": split.clip_ids[row], "rank": rank, "top": [(image, 0.5) for image in top]})
     return out
 
 
 def frames_of(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
-    """How many shop images are framed in a colour: each frame's left edge is one run of 110 pixels, three wide."""
+    """Returns the number of shop images in a frame of this colour; a frame has two sides, 110 pixels high, 3 wide."""
     pixels = np.asarray(sheet)
     alike = (pixels == np.array(colour)).all(axis=2)
     columns = alike.sum(axis=0)
@@ -44,7 +44,7 @@ def test_queries_are_drawn_from_the_best_ranked_to_the_worst(converted: Path) ->
     one = show.draw_rankings(split, [line], queries=1)
     several = [line | {"rank": 7}, line | {"rank": None}, line | {"rank": 1}]
     two = show.draw_rankings(split, several, queries=2)
-    assert one.size == two.size  # two queries stand side by side
+    assert one.size == two.size  # two queries a row
     assert not np.array_equal(np.asarray(one), np.asarray(two))
 
 
@@ -52,7 +52,7 @@ def test_another_data_set_and_a_file_that_is_no_ranking_are_refused(converted: P
     split = open_dataset(converted).split("test")
     with pytest.raises(ValueError, match="lacks a clip or shop image of rankings"):
         show.draw_rankings(split, [{"clip": "nobody", "rank": 1, "top": []}])
-    with pytest.raises(ValueError, match="holds no query"):
+    with pytest.raises(ValueError, match="has no query"):
         show.draw_rankings(split, [])
     with pytest.raises(FileNotFoundError, match="evaluate --output"):
         show.read_rankings(tmp_path)

@@ -41,10 +41,10 @@ ROOMS = {
         "weights": "config errors version models parallel training checkpoints retrieval",
     },
 }
-# Nobody imports a command, but for `__init__`, the console command and the demo.
+# Nobody imports a command. `__init__` and the console command, __main__, import commands by name when they are used.
 COMMANDS = {
     "data_pipeline": {"convert", "doctor", "synthetic"},
-    "rice_jax": {"train", "evaluate", "explain", "show", "demo"},
+    "rice_jax": {"__main__", "train", "evaluate", "explain", "show", "demo"},
 }
 LARGEST_FILE = 450  # lines
 LARGEST_ROOM = 12  # files, besides __init__

@@ -57,7 +57,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_tensorboard(run: Path) -> N
     assert steps == [1, 2, 3, 4, 5, 6]
     first = lines[0]
     assert first["loss"] == pytest.approx(first["icl"] + first["pmd"] + first["pfr"], rel=1e-5)
-    assert first["learning_rate"] == 0 and lines[1]["learning_rate"] > 0  # SPEC 7.4
+    assert first["learning_rate"] == 0 and lines[1]["learning_rate"] > 0  # docs/official.md 7.4
     assert len({line["ledger"] for line in lines if "loss" in line}) == 6
     assert "val/recall@1" in lines[-1]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6"]
@@ -173,7 +173,7 @@ def test_evaluation_takes_the_step_before_a_damaged_one_and_changes_nothing(
     before = there()
     assert rice_jax.load(tmp_path / "run").step == 3
     assert there() == before
-    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is passed over\.\n", capsys.readouterr().err)
+    assert re.fullmatch(r"warning: .*/checkpoints/6 is damaged \(.*\); it is skipped\.\n", capsys.readouterr().err)
     with pytest.raises(ValueError, match="checkpoints/6 is damaged"):
         rice_jax.load(tmp_path / "run", step=6)
 
@@ -363,7 +363,7 @@ def test_python_and_command_give_the_same_embeddings(loaded: rice_jax.Model, con
     """encode_clips and encode_images on pictures decoded by hand against what evaluate encodes."""
     split = open_dataset(converted).split("test")
     clip = split.clip(1)
-    ours = loaded.encode_clips(loaded.prepare(clip.frames)[None])
+    ours = loaded.encode_clips(loaded.prepare([frame.encoded for frame in clip.frames])[None])
     image = loaded.encode_images(loaded.prepare([split.image(0).encoded]))
     store = EmbeddingStore(None)
     clips, images = embed(loaded, split, np.array([1]), np.array([0]), store=store, show_progress=False)

@@ -1,5 +1,6 @@
-"""The end of a conversion: columns, tables, galleries and truth of the clips that were stored, and the manifest."""
+"""The end of a conversion: columns, tables, galleries and truth of the stored clips, and the manifest."""
 
+import collections
 import dataclasses
 import io
 import json
@@ -16,24 +17,25 @@ from data_pipeline.faults import Fault
 from data_pipeline.format.manifest import CLIP_COLUMNS, COLUMNS, TABLE_FILES, content_hash, manifest_hash, shard_name
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import file_crc, index_path, write_file
-from data_pipeline.layouts.listing import NONE, TABLES, Listing, reasons
+from data_pipeline.layouts.listing import NONE, TABLES, Listing
 
 
 @dataclasses.dataclass
 class Converted:
-    """One split with its shards on disk. Rows count stored records, ordinals count listed ones."""
+    """One split with the notes of its shards. Rows count stored records, ordinals count listed ones."""
 
     listing: Listing
     images: list[ShardNote]
-    image_rows: NDArray[np.int32]  # row of each listed image; NONE: left out. One longer, so that NONE gives NONE
-    true_rows: NDArray[np.int32]  # row of each listed clip's shop image in its gallery; NONE: left out
+    image_rows: NDArray[np.int32]  # row by ordinal of a shop image; NONE: left out. One entry more maps NONE to NONE.
+    true_rows: NDArray[np.int32]  # row of the true shop image by ordinal of a clip; NONE: the clip is left out
     clips: list[ShardNote] = dataclasses.field(default_factory=list)
 
     @classmethod
     def with_images(cls, listing: Listing, images: list[ShardNote], *, skip_faults: bool) -> Self:
-        """Rows of the images that were stored; of all that are listed if faults are to be mended, not skipped.
+        """Returns the split without clips yet, its shop images numbered by row.
 
-        The clips' shards then are what they will be when the images are mended, and stay.
+        With skip_faults only stored images get a row. Otherwise all listed ones do, so that the clip shards written now
+        stay valid when the images at fault are corrected.
         """
         stored = [ordinal for note in images for ordinal in note.ordinals]
         ordinals = stored if skip_faults else list(range(len(listing.images)))
@@ -43,7 +45,7 @@ class Converted:
 
     @cached_property
     def without_image(self) -> frozenset[int]:
-        """Clips that are left out because their shop image is, or because the list was at fault."""
+        """Ordinals of the clips that are left out because their shop image is, or because the list is at fault."""
         return frozenset(np.flatnonzero(self.true_rows == NONE).tolist())
 
     @property
@@ -52,9 +54,20 @@ class Converted:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Fault -> how many, and clips left out for their shop image's."""
+        """Number of faults by reason, sorted, then of clips left out because their shop image is."""
+        counts = collections.Counter(fault.reason for fault in self.faults)
         left_out = np.count_nonzero((self.true_rows == NONE) & (self.listing.columns["image"] != NONE))
-        return reasons(self.faults) | ({"shop image left out": int(left_out)} if left_out else {})
+        return dict(sorted(counts.items())) | ({"shop image left out": int(left_out)} if left_out else {})
+
+    @property
+    def clip_ordinals(self) -> NDArray[np.int32]:
+        """Ordinals of the stored clips, by row."""
+        return np.array([ordinal for note in self.clips for ordinal in note.ordinals], np.int32)
+
+    @property
+    def image_ordinals(self) -> NDArray[np.int32]:
+        """Ordinals of the stored shop images, by row."""
+        return np.array([ordinal for note in self.images for ordinal in note.ordinals], np.int32)
 
     @property
     def num_clips(self) -> int:
@@ -63,6 +76,10 @@ class Converted:
     @property
     def num_images(self) -> int:
         return sum(len(note.ordinals) for note in self.images)
+
+    @property
+    def num_frames(self) -> int:
+        return sum(sum(note.frames) for note in self.clips)
 
     @property
     def skipped_clips(self) -> int:
@@ -74,17 +91,20 @@ class Converted:
 
     @cached_property
     def galleries(self) -> dict[str, list[int]]:
-        """Livestream -> rows of the images that were stored, in the order of the file."""
+        """Rows of the stored images of each livestream's gallery, in the order of the source; livestreams sorted."""
         return {
-            livestream: [int(row) for row in self.image_rows[shelf] if row != NONE]
-            for livestream, shelf in sorted(self.listing.galleries.items())
+            livestream: [int(row) for row in self.image_rows[images] if row != NONE]
+            for livestream, images in sorted(self.listing.galleries.items())
         }
 
 
 def make_manifest(
     output: Path, identity: dict[str, Any], converted: Sequence[Converted], tables: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Writes all that lies beside the shards, removes shards that an earlier list left; the manifest, unwritten."""
+    """Writes columns and tables, deletes shards that an earlier run left, and returns the manifest, which is unwritten.
+
+    identity: as for `claim`. tables: the sorted texts that columns number, by column.
+    """
     files: dict[str, list[int]] = {}
     for split in converted:
         for kind, notes in (("images", split.images), ("clips", split.clips)):
@@ -95,7 +115,7 @@ def make_manifest(
     for stale in {path.name for path in output.glob("*.tfrecord*")} - set(files):
         (output / stale).unlink()
     (output / COLUMNS).mkdir(exist_ok=True)
-    contents = {f"{TABLE_FILES[name]}.txt": _lines(texts) for name, texts in tables.items()}
+    contents = {f"{TABLE_FILES[name]}.txt": _encode_lines(texts) for name, texts in tables.items()}
     for split in converted:
         contents |= {f"{split.listing.split}-{name}": data for name, data in _column_files(split).items()}
     for name, data in contents.items():
@@ -114,47 +134,47 @@ def make_manifest(
 
 
 def _column_files(split: Converted) -> dict[str, bytes]:
-    listing = split.listing
-    clips = np.array([ordinal for note in split.clips for ordinal in note.ordinals], np.int32)
-    images = np.array([ordinal for note in split.images for ordinal in note.ordinals], np.int32)
+    """Returns the contents of a split's files in columns/, by name without the split."""
+    listing, clips, images = split.listing, split.clip_ordinals, split.image_ordinals
     columns = {name: listing.columns[name][clips] for name in TABLES}
     columns["image"] = split.true_rows[clips]
     columns["frames"] = np.array([count for note in split.clips for count in note.frames], np.int32)
     columns["original_frames"] = np.array([count for note in split.clips for count in note.original_frames], np.int32)
     columns["ordinal"] = clips
-    files = {f"clips-{name}.npy": _npy(columns[name]) for name in CLIP_COLUMNS}
-    files["clips-id.txt"] = _lines([clip_id.decode() for clip_id in listing.clip_ids[clips]])
-    files["images-id.txt"] = _lines([listing.images[ordinal].id for ordinal in images])
-    files["images-product.npy"] = _npy(listing.image_products[images])
-    files["images-ordinal.npy"] = _npy(images)
-    files["gallery.npy"] = _npy(np.array([row for shelf in split.galleries.values() for row in shelf], np.int32))
+    files = {f"clips-{name}.npy": _encode_npy(columns[name]) for name in CLIP_COLUMNS}
+    files["clips-id.txt"] = _encode_lines([clip_id.decode() for clip_id in listing.clip_ids[clips]])
+    files["images-id.txt"] = _encode_lines([listing.images[ordinal].id for ordinal in images])
+    files["images-product.npy"] = _encode_npy(listing.image_products[images])
+    files["images-ordinal.npy"] = _encode_npy(images)
+    rows = [row for gallery in split.galleries.values() for row in gallery]
+    files["gallery.npy"] = _encode_npy(np.array(rows, np.int32))
     if listing.split == "test":
         files["truth.json"] = encode_json(listing.truth)
     return files
 
 
 def _counts(split: Converted) -> dict[str, Any]:
-    """What the manifest says of a split. Queries of the truth file count in Recall even without a record."""
-    truth = len(split.listing.truth) if split.listing.split == "test" else split.num_clips
+    """Returns a split's counts in the manifest. "truth" counts the queries of Recall, stored or not."""
     return {
         "clips": {"records": split.num_clips, "shards": [len(note.ordinals) for note in split.clips]},
         "images": {"records": split.num_images, "shards": [len(note.ordinals) for note in split.images]},
-        "frames": sum(sum(note.frames) for note in split.clips),
-        "galleries": {livestream: len(shelf) for livestream, shelf in split.galleries.items()},
+        "frames": split.num_frames,
+        "galleries": {livestream: len(rows) for livestream, rows in split.galleries.items()},
         "gallery_rows": sum(map(len, split.galleries.values())),
-        "truth": truth,
+        "truth": len(split.listing.truth) if split.listing.split == "test" else split.num_clips,
     }
 
 
 def encode_json(value: Any) -> bytes:
+    """Returns a value as JSON, indented, ended by a line end."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _lines(texts: Sequence[str]) -> bytes:
+def _encode_lines(texts: Sequence[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()
 
 
-def _npy(values: NDArray[np.int32]) -> bytes:
+def _encode_npy(values: NDArray[np.int32]) -> bytes:
     file = io.BytesIO()
     np.save(file, values.astype("<i4"), allow_pickle=False)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What a conversion did, as numbers for report.json and as a table for the screen."""
+"""The report of a conversion: counts of each split, for report.json and as a table for the screen."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipeline.conversion.finish import Converted
 
-COUNTS = {  # key of the report: words of the table
+COUNTS = {  # key of the report: label in the table
     "listed_clips": "clips in the lists",
     "clips": "clips stored",
     "frames": "frames stored",
@@ -29,18 +29,18 @@ COUNTS = {  # key of the report: words of the table
 def make_report(
     layout: str, converted: Sequence[Converted], remarks: Sequence[str], content_hash: str
 ) -> dict[str, Any]:
+    """Returns the report: layout, content hash, COUNTS and fault counts ("skipped") by split, and remarks."""
     return {
         "layout": layout,
         "content_hash": content_hash,
-        "splits": {split.listing.split: _of_split(split) for split in converted},
+        "splits": {split.listing.split: _count(split) for split in converted},
         "remarks": list(remarks),
     }
 
 
-def _of_split(split: Converted) -> dict[str, Any]:
+def _count(split: Converted) -> dict[str, Any]:
     listing = split.listing
-    clips = np.array([ordinal for note in split.clips for ordinal in note.ordinals], np.int64)
-    images = np.array([ordinal for note in split.images for ordinal in note.ordinals], np.int64)
+    clips, images = split.clip_ordinals, split.image_ordinals
     products = np.concatenate([listing.columns["product"][clips], listing.image_products[images]])
 
     def distinct(values: Any) -> int:
@@ -48,16 +48,16 @@ def _of_split(split: Converted) -> dict[str, Any]:
 
     return {
         "listed_clips": listing.listed,
-        "clips": split.num_clips,
-        "frames": sum(sum(note.frames) for note in split.clips),
-        "images": split.num_images,
-        "pairs": split.num_clips,  # each stored clip with its shop image
+        "clips": len(clips),
+        "frames": split.num_frames,
+        "images": len(images),
+        "pairs": len(clips),  # each stored clip with its shop image
         "products": distinct(products),
         "categories": distinct(listing.columns["category"][clips]),
         "livestreams": distinct(listing.columns["livestream"][clips]),
         "galleries": len(split.galleries),
         "gallery_images": sum(map(len, split.galleries.values())),
-        "queries_without_frames": max(0, len(listing.truth) - split.num_clips) if listing.truth else 0,
+        "queries_without_frames": max(0, len(listing.truth) - len(clips)) if listing.truth else 0,
         "skipped_clips": split.skipped_clips,
         "skipped_images": split.skipped_images,
         "failed_downloads": sum(note.failed_downloads for note in split.clips),
@@ -67,11 +67,12 @@ def _of_split(split: Converted) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
+    """Prints the report as a table with a column a split, then fault counts, remarks and the content hash."""
     splits = report["splits"]
     width = max(map(len, COUNTS.values())) + 2
     print(f"{report['layout']}".ljust(width) + "".join(f"{name:>16}" for name in splits))
-    for key, words in COUNTS.items():
-        print(words.ljust(width) + "".join(f"{split[key]:>16,}" for split in splits.values()))
+    for key, label in COUNTS.items():
+        print(label.ljust(width) + "".join(f"{split[key]:>16,}" for split in splits.values()))
     for name, split in splits.items():
         for reason, count in split["skipped"].items():
             print(f"{name}: left out for {reason}: {count:,}")

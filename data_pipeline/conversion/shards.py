@@ -1,8 +1,8 @@
-"""Writing one shard, in a worker: read its clips or shop images, check every picture, write, say what came of it.
+"""Writing of one shard, in a worker: find and check its pictures, write its records, and note the result.
 
-A finished shard has a note beside it, in the work folder, with a digest of what went in and the checksum of what came
-out. The same command after a kill finds the notes, verifies the shards and writes only the others. Nothing in a shard
-depends on the worker, on its neighbours or on the clock.
+A finished shard has a note in the work folder, with a digest of its inputs and the checksum of its bytes. After a kill
+the same command finds the notes, verifies the shards and writes only the others. Nothing in a shard depends on the
+worker, on other shards or on the time.
 """
 
 import dataclasses
@@ -13,36 +13,29 @@ from pathlib import Path
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
-from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, write_file
-from data_pipeline.layouts.listing import ClipListing, Layout, RowLocation
-from data_pipeline.layouts.pictures import PictureFolder, check_picture
+from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, new_shard, write_file
+from data_pipeline.layouts.listing import NONE, ClipListing, ClipSource, FoundFrame, Layout, ListedClip, RowLocation
+from data_pipeline.layouts.pictures import PictureReader, check_picture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ClipEntry:
-    """A clip to be written, by where its layout lists it."""
+class Entry:
+    """A clip or shop image to write."""
 
     ordinal: int
     id: str
-    source: RowLocation | ClipListing
-    image_index: int
-    product: str  # of its row, or of its shop image where the layout names none for clips
+    source: ClipSource | ShopImage
+    product: str
     product_index: int
+    image_index: int = NONE  # of a clip: row of its shop image
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageEntry:
-    ordinal: int
-    image: ShopImage
-    product_index: int
-
-
-Entry = ClipEntry | ImageEntry
+Found = list[tuple[Entry, Clip | Picture]]  # entries with what is to be stored of them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardTask:
-    """A shard to be written."""
+    """A shard to write. skip_faults: write it without the entries at fault; otherwise a fault prevents it."""
 
     split: str
     path: Path
@@ -53,112 +46,154 @@ class ShardTask:
 
 @dataclasses.dataclass
 class ShardNote:
-    """What came of a shard; kept as JSON. Lists have one entry a record, in order."""
+    """The result of writing a shard, kept as JSON. The first three lists have an entry a record, in order."""
 
-    inputs: str
+    inputs: str  # digest of what decides the shard's bytes
     size: int = 0
     crc: int = 0
     index_size: int = 0
     index_crc: int = 0
     ordinals: list[int] = dataclasses.field(default_factory=list)
-    frames: list[int] = dataclasses.field(default_factory=list)
+    frames: list[int] = dataclasses.field(default_factory=list)  # number of stored frames; none for shop images
     original_frames: list[int] = dataclasses.field(default_factory=list)
     failed_downloads: int = 0
     faults: list[Fault] = dataclasses.field(default_factory=list)
-    left_out: list[int] = dataclasses.field(
-        default_factory=list
-    )  # ordinals whose pictures were found, and are at fault
+    left_out: list[int] = dataclasses.field(default_factory=list)  # ordinals with a picture that exists and is at fault
 
 
 def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
-    """Writes the shard unless a finished one with the same inputs lies there.
+    """Writes a shard, its index and its note, and returns the note. A finished shard with the same inputs is kept.
 
-    With faults and without `skip_faults` nothing is written; the note tells them all.
+    With faults and without `skip_faults` nothing is written, and the note returned has the faults.
     """
     faults: list[Fault] = []
     found = _find_pictures(layout, task, faults)
     inputs = _digest(found, faults)
     note_path = task.work / f"{task.path.name}.json"
-    folder = PictureFolder(layout.source)
+    pictures = PictureReader(layout.source)
     if (finished := _finished(task.path, note_path, inputs)) and (
-        not finished.faults or (task.skip_faults and _still_at_fault(folder, found, finished.left_out))
+        not finished.faults or (task.skip_faults and _still_at_fault(pictures, found, finished.left_out))
     ):
         return finished
     note = ShardNote(inputs, faults=faults)
-    with ShardWriter(task.path) as writer:
-        for entry, item in found:
-            try:
-                data = _encode(folder, entry, item)
-            except BadInputError as err:
-                note.faults.append(_fault(err, entry))
-                note.left_out.append(entry.ordinal)
-                continue
-            writer.write(data)
-            note.ordinals.append(entry.ordinal)
-            if isinstance(item, Clip):
-                note.frames.append(len(item.frames))
-                note.original_frames.append(item.original_frames)
-                note.failed_downloads += item.failed_downloads
-        if note.faults and not task.skip_faults:
-            writer.discard()
-            return note
+    try:
+        with new_shard(task.path) as writer:
+            _write_records(writer, pictures, found, note)
+            if note.faults and not task.skip_faults:
+                raise _FaultsError
+    except _FaultsError:
+        return note
     note.size, note.crc = writer.offsets[-1], writer.crc
     note.index_size, note.index_crc = index_path(task.path).stat().st_size, file_crc(index_path(task.path))
     write_file(note_path, json.dumps(dataclasses.asdict(note)).encode())
     return note
 
 
-def _digest(found: list[tuple[Entry, Clip | Picture]], faults: list[Fault]) -> str:
-    """What decides a shard's bytes. Not where a clip's line stands, which moves when another line is mended."""
-    inputs = [
+class _FaultsError(Exception):
+    """Ends a shard that must not be written."""
+
+
+def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, note: ShardNote) -> None:
+    for entry, item in found:
+        try:
+            data = _encode(pictures, entry, item)
+        except BadInputError as err:
+            note.faults.append(_fault(err, entry))
+            note.left_out.append(entry.ordinal)
+            continue
+        writer.write(data)
+        note.ordinals.append(entry.ordinal)
+        if isinstance(item, Clip):
+            note.frames.append(len(item.frames))
+            note.original_frames.append(item.original_frames)
+            note.failed_downloads += item.failed_downloads
+
+
+def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> Found:
+    found: Found = []
+    for entry in task.entries:
+        try:
+            if isinstance(entry.source, ShopImage):
+                found.append((entry, layout.find_image(entry.source, task.split)))
+            else:
+                found.append((entry, make_clip(*layout.find_frames(entry.source, task.split))))
+        except BadInputError as err:
+            faults.append(_fault(err, entry))
+    return found
+
+
+def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
+    """Returns the clip that `Layout.find_frames` found, with the frames to store and boxes in original pixels.
+
+    Raises BadInputError if a frame has no picture although its download did not fail, or if no frame has one.
+    """
+    pictures: dict[int, Picture] = {}  # by position
+    for frame in found:
+        if isinstance(frame.picture, BadInputError):
+            raise frame.picture
+        if frame.picture is not None:
+            pictures[frame.position] = frame.picture
+    if not pictures:
+        detail = f"found none of its {len(listed.frames)} frames (all downloads failed), needs one; "
+        raise BadInputError("clip without frames", f"{detail}download them again.")
+    failed = len(found) - len(pictures)
+    clip = Clip(
+        id=listed.clip_id,
+        livestream=listed.livestream,
+        frames=tuple(pictures.values()),
+        positions=tuple(pictures),
+        original_frames=len(listed.frames) - failed,
+        image_ids=listed.truth if isinstance(listed, ClipListing) else (listed.image_id,),
+        boxes=None if listed.boxes is None else tuple(listed.boxes[position] for position in pictures),
+        title=listed.title if isinstance(listed, ClipListing) else listed.image_title,
+        speech=listed.speech,
+        failed_downloads=failed,
+    )
+    if isinstance(listed, ClipListing):
+        return clip
+    names = ("product", "category", "category_name", "scale", "duration", "number")
+    return dataclasses.replace(clip, **{name: getattr(listed, name) for name in names})
+
+
+def _digest(found: Found, faults: list[Fault]) -> str:
+    """Returns a digest of what decides a shard's bytes."""
+    inputs = [  # not a clip's RowLocation, which changes when another line is corrected
         (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
-        if isinstance(entry, ClipEntry)
+        if isinstance(item, Clip)
         else (entry, item)
         for entry, item in found
     ]
     return hashlib.sha256(repr((SCHEMA_VERSION, inputs, faults)).encode()).hexdigest()
 
 
-def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> list[tuple[Entry, Clip | Picture]]:
-    found: list[tuple[Entry, Clip | Picture]] = []
-    for entry in task.entries:
-        try:
-            if isinstance(entry, ClipEntry):
-                found.append((entry, layout.read_clip(entry.source, task.split)))
-            else:
-                found.append((entry, layout.read_image(entry.image, task.split)))
-        except BadInputError as err:
-            faults.append(_fault(err, entry))
-    return found
-
-
-def _encode(folder: PictureFolder, entry: Entry, item: Clip | Picture) -> bytes:
-    if isinstance(entry, ImageEntry):
-        assert isinstance(item, Picture)
-        data, _ = _read(folder, item)
-        return encode_image(entry.image, data, ordinal=entry.ordinal, product_index=entry.product_index)
-    assert isinstance(item, Clip)
-    pictures = [_read(folder, picture) for picture in item.frames]
+def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> bytes:
+    """Returns the data of an entry's record. Raises BadInputError for a picture that cannot be used."""
+    if isinstance(item, Picture):
+        assert isinstance(entry.source, ShopImage)
+        data, _ = _read(pictures, item)
+        return encode_image(entry.source, data, ordinal=entry.ordinal, product_index=entry.product_index)
+    frames = [_read(pictures, picture) for picture in item.frames]
     if item.boxes is not None:
-        sizes = [size for _, size in pictures]
+        sizes = [size for _, size in frames]
         scaled = tuple(map(scale_boxes, item.boxes, item.frames, sizes))
         item = dataclasses.replace(item, boxes=scaled)
     return encode_clip(
         dataclasses.replace(item, product=entry.product),
-        [data for data, _ in pictures],
+        [data for data, _ in frames],
         ordinal=entry.ordinal,
         image_index=entry.image_index,
         product_index=entry.product_index,
     )
 
 
-def _read(folder: PictureFolder, picture: Picture) -> tuple[bytes, tuple[int, int]]:
-    data = folder.read(picture)
+def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, int]]:
+    """Returns the bytes, width and height of a picture that was decoded as a check. Raises BadInputError."""
+    data = pictures.read(picture)
     return data, check_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path)
 
 
 def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...]:
-    """Boxes in pixels of the original frame, in those of the stored picture; as they are if it was never shrunk."""
+    """Returns boxes given in pixels of the original picture in pixels of the stored one. size: its width and height."""
     if picture.original_size is None:
         return tuple(boxes)
     x, y = (stored / original for stored, original in zip(size, picture.original_size, strict=True))
@@ -166,14 +201,14 @@ def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -
 
 
 def _fault(error: BadInputError, entry: Entry) -> Fault:
-    if isinstance(entry, ImageEntry):
-        return error.at(error.file or entry.image.reference, 0, f"image {entry.image.id}")
     source = entry.source
+    if isinstance(source, ShopImage):
+        return error.at(error.file or source.reference, 0, f"image {entry.id}")
     return error.at(source.file, source.number if isinstance(source, RowLocation) else 0, f"clip {entry.id}")
 
 
 def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:
-    """The note of a finished shard whose bytes are still what it says."""
+    """Returns the note of a finished shard with these inputs; None if there is none or the shard has other bytes."""
     try:
         note = ShardNote(**json.loads(note_path.read_bytes()))
         sound = note.inputs == inputs and (note.size, note.crc) == (path.stat().st_size, file_crc(path))
@@ -184,12 +219,12 @@ def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:
     return note if sound else None
 
 
-def _still_at_fault(folder: PictureFolder, found: list[tuple[Entry, Clip | Picture]], left_out: Sequence[int]) -> bool:
-    """Whether all that a finished shard left out would be left out again: a picture may have been mended since."""
+def _still_at_fault(pictures: PictureReader, found: Found, left_out: Sequence[int]) -> bool:
+    """Returns False if an entry that a finished shard left out can be encoded now: its picture was corrected."""
     for entry, item in found:
         if entry.ordinal in left_out:
             try:
-                _encode(folder, entry, item)
+                _encode(pictures, entry, item)
             except BadInputError:
                 continue
             return False

@@ -1,4 +1,8 @@
-"""Reading the lists of a source: training lists in parts by the workers, line numbers and duplicates by the parent."""
+"""The survey of a source: reads its lists into a `Listing` per split.
+
+Workers read training lists in parts. The parent process adds line numbers, numbers texts and images, and finds
+duplicates.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import ShopImage
-from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, lines, parse_row
+from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, parse_row, read_lines
 from data_pipeline.layouts.img2dataset import hash_names
 from data_pipeline.layouts.listing import (
     LINE,
@@ -18,34 +22,39 @@ from data_pipeline.layouts.listing import (
     ClipListing,
     Layout,
     Listing,
-    Run,
-    Table,
-    TextLayout,
+    RunTasks,
+    TextNumbers,
     sort_images,
 )
+from data_pipeline.layouts.text_layout import TextLayout
 
 PART_BYTES = 1 << 24
 
 
-def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[Listing], dict[str, list[str]]]:
-    """The listings of the splits, and the tables that their columns count in (sorted, shared by all splits)."""
-    tables = {name: Table() for name in TABLES}
+def list_splits(layout: Layout, splits: Iterable[str], run: RunTasks) -> tuple[list[Listing], dict[str, list[str]]]:
+    """Returns the listings of the splits, and the tables: the sorted texts by the column that numbers them.
+
+    Faults of single clips and images are in the listings. Raises BadInputError or WrongUseError for a list that cannot
+    be read at all.
+    """
+    tables = {name: TextNumbers() for name in TABLES}
     listings: list[Listing] = []
     for split in splits:
         if split == "test" or not isinstance(layout, TextLayout):
             listings.append(list_clips(layout, split, tables))
         else:
-            shelf = _training_images(layout, listings, run) if split == "val" else ()
-            listings.append(list_training(layout, split, tables, run, shelf))
-    known = _known_products(listings)
+            gallery = _training_images(layout, listings, run) if split == "val" else ()
+            listings.append(list_training(layout, split, tables, run, gallery))
+    # Test lists do not name products: they are known from training rows with the same image.
+    products = {image.id: image.product for listing in listings for image in listing.images if image.product}
     for listing in listings:
         listing.images = [
-            dataclasses.replace(image, product=image.product or known.get(image.id, "")) for image in listing.images
+            dataclasses.replace(image, product=image.product or products.get(image.id, "")) for image in listing.images
         ]
-        products = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
-        listing.image_products = products
+        numbers = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
+        listing.image_products = numbers
         if listing.clips:
-            listing.columns["product"] = np.append(products, np.int32(NONE))[listing.columns["image"]]
+            listing.columns["product"] = np.append(numbers, np.int32(NONE))[listing.columns["image"]]
     texts = {}
     for name, table in tables.items():
         texts[name], renumber = table.sort()
@@ -56,97 +65,79 @@ def list_splits(layout: Layout, splits: Iterable[str], run: Run) -> tuple[list[L
     return listings, texts
 
 
-def _training_images(layout: TextLayout, listings: Sequence[Listing], run: Run) -> Iterator[ShopImage]:
-    """Validation has no gallery in these layouts: its own are all shop images of both lists, converted or not."""
+def _training_images(layout: TextLayout, listings: Sequence[Listing], run: RunTasks) -> Iterator[ShopImage]:
+    """Yields the shop images of the training list, converted or not: validation's gallery contains them."""
     if listings:
         yield from listings[0].images
     elif "train" in layout.splits():
         for survey in _surveys(layout, "train", layout.training_lists("train"), run):
-            yield from filter(None, survey.images)
-
-
-def _known_products(listings: Sequence[Listing]) -> dict[str, str]:
-    """Image id -> product, from training rows: the test lists do not name products."""
-    return {image.id: image.product for listing in listings for image in listing.images if image.product}
+            yield from (row.image for row in survey.rows if row.image)
 
 
 # --- training and validation ------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Part:
-    """Lines of a list that start in [begin, end)."""
+@dataclasses.dataclass(slots=True)
+class SurveyedRow:
+    """A row with what stays of it in memory. Without an image it is at fault."""
 
-    file: int
-    path: Path
-    begin: int
-    end: int
+    clip_id: str
+    line: tuple[int, int, int, int]  # LINE
+    texts: tuple[str, ...] = len(TABLES) * ("",)
+    image: ShopImage | None = None
+    columns: int = 0  # number of columns in the line; 0: at fault
+    frame_hashes: NDArray[np.uint64] = dataclasses.field(default_factory=lambda: hash_names(()))
 
 
 @dataclasses.dataclass
 class Survey:
-    """What one part lists, one entry a row. Line numbers count from the part's first line.
+    """The rows of one part. Line numbers count from the part's first line.
 
-    A row at fault whose clip id is sound keeps its place, without an image: when the row is mended, the clips behind it
-    have the numbers that they have now, and their shards need not be written again.
+    A row at fault with a sound clip id is included, without an image. So the clips behind it have the ordinals that
+    they will have when the row is corrected, and their shards stay valid.
     """
 
-    clip_ids: list[bytes] = dataclasses.field(default_factory=list)
-    lines: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)  # LINE
-    texts: list[tuple[str, ...]] = dataclasses.field(default_factory=list)  # TABLES
-    images: list[ShopImage | None] = dataclasses.field(default_factory=list)
-    columns: list[int] = dataclasses.field(default_factory=list)  # how many the line has; 0: it is at fault
-    frame_hashes: list[NDArray[np.uint64]] = dataclasses.field(default_factory=list)
+    rows: list[SurveyedRow] = dataclasses.field(default_factory=list)
     faults: list[Fault] = dataclasses.field(default_factory=list)
-    nameless: int = 0  # rows at fault without a clip id
+    nameless: int = 0  # number of rows at fault without a sound clip id
     num_lines: int = 0
 
 
-def survey_part(layout: TextLayout, split: str, part: Part) -> Survey:
-    """Reads a part of a training list (in a worker)."""
+def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey:
+    """Returns the rows that start in the PART_BYTES from byte `begin` of file number `file` of a training list.
+
+    Runs in a worker.
+    """
     survey = Survey()
-    file = str(part.path.relative_to(layout.source))
-    for number, offset, content in lines(part.path, part.begin, part.end):
+    for number, offset, content in read_lines(path, begin, begin + PART_BYTES):
         survey.num_lines = number
-        line = (part.file, number, offset, len(content))
+        line = (file, number, offset, len(content))
         try:
             row = parse_row(content)
-            image = layout.shop_image(row, split)
+            image = layout.shop_image(row)
         except BadInputError as err:
-            clip = content.split(b"\t", 1)[0][:MAX_ID_BYTES].decode("utf-8", "backslashreplace")
-            survey.faults.append(err.at(file, number, f"clip {clip}"))
-            _keep_place(survey, clip, line)
+            clip_id = content.split(b"\t", 1)[0][:MAX_ID_BYTES].decode("utf-8", "backslashreplace")
+            survey.faults.append(err.at(str(path.relative_to(layout.source)), number, f"clip {clip_id}"))
+            try:
+                survey.rows.append(SurveyedRow(checked_id(clip_id, "clip"), line))
+            except BadInputError:
+                survey.nameless += 1
             continue
         category = f"{row.category}\t{row.category_name}".strip("\t")
-        survey.clip_ids.append(row.clip_id.encode())
-        survey.lines.append(line)
-        survey.texts.append((row.livestream, category, row.product, row.scale, row.duration, row.number))
-        survey.images.append(image)
-        survey.columns.append(row.columns)
-        survey.frame_hashes.append(hash_names(layout.frames_to_locate(row)))
+        texts = (row.livestream, category, row.product, row.scale, row.duration, row.number)
+        hashes = hash_names(layout.frames_to_locate(row))
+        survey.rows.append(SurveyedRow(row.clip_id, line, texts, image, row.columns, hashes))
     return survey
 
 
-def _keep_place(survey: Survey, clip_id: str, line: tuple[int, int, int, int]) -> None:
-    try:
-        survey.clip_ids.append(checked_id(clip_id, "clip").encode())
-    except BadInputError:
-        survey.nameless += 1
-        return
-    survey.lines.append(line)
-    survey.texts.append(len(TABLES) * ("",))
-    survey.images.append(None)
-    survey.columns.append(0)
-    survey.frame_hashes.append(np.zeros(0, np.uint64))
-
-
 class ImageNumbers:
-    """Shop images numbered in the order in which they come, each once."""
+    """Numbers shop images in the order in which they come, from 0. Images of one id and reference are one."""
 
     def __init__(self) -> None:
         self.images: dict[tuple[str, str], tuple[int, ShopImage]] = {}
 
     def number(self, image: ShopImage | None) -> int:
+        """Returns the number of an image, a new one if it is new; NONE for None."""
         if image is None:
             return NONE
         return self.images.setdefault((image.id, image.reference), (len(self.images), image))[0]
@@ -156,19 +147,19 @@ class ImageNumbers:
 
 
 def list_training(
-    layout: TextLayout, split: str, tables: dict[str, Table], run: Run, shelf: Iterable[ShopImage] = ()
+    layout: TextLayout, split: str, tables: dict[str, TextNumbers], run: RunTasks, gallery: Iterable[ShopImage] = ()
 ) -> Listing:
-    """The listing of a training list; shelf: further shop images of validation's gallery."""
+    """Returns the listing of a training or validation list. gallery: further shop images of validation's gallery."""
     paths = layout.training_lists(split)
     images = ImageNumbers()
     faults: list[Fault] = []
-    parts = [_arrays(Survey(), tables, images)]  # arrays of a part, not objects of a clip
+    parts = [_arrays((), tables, images)]  # arrays of a part take less memory than objects of a clip
     nameless = 0
     for survey in _surveys(layout, split, paths, run):
         faults += survey.faults
         nameless += survey.nameless
-        parts.append(_arrays(survey, tables, images))
-    for image in shelf:
+        parts.append(_arrays(survey.rows, tables, images))
+    for image in gallery:
         images.number(image)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     listing = Listing(
@@ -184,70 +175,71 @@ def list_training(
         frame_hashes=whole["frame_hashes"],
         hash_counts=whole["hash_counts"],
     )
-    _sort_clips(listing, _refuse_odd_lines(listing, whole["columns"]))
+    _refuse_odd_lines(listing, whole["columns"])
+    _sort_clips(listing, _refuse_duplicates(listing))
     sort_images(listing)
     return listing
 
 
-def _arrays(survey: Survey, tables: dict[str, Table], images: ImageNumbers) -> dict[str, NDArray]:
+def _arrays(rows: Sequence[SurveyedRow], tables: dict[str, TextNumbers], images: ImageNumbers) -> dict[str, NDArray]:
     arrays: dict[str, NDArray] = {
-        "clip_ids": np.array(survey.clip_ids, np.bytes_),
-        "lines": np.array(survey.lines, LINE),
-        "columns": np.array(survey.columns, np.int32),
-        "image": np.array([images.number(image) for image in survey.images], np.int32),
-        "frame_hashes": np.concatenate([*survey.frame_hashes, np.zeros(0, np.uint64)]),
-        "hash_counts": np.array([len(each) for each in survey.frame_hashes], np.int64),
+        "clip_ids": np.array([row.clip_id.encode() for row in rows], np.bytes_),
+        "lines": np.array([row.line for row in rows], LINE),
+        "columns": np.array([row.columns for row in rows], np.int32),
+        "image": np.array([images.number(row.image) for row in rows], np.int32),
+        "frame_hashes": np.concatenate([*(row.frame_hashes for row in rows), hash_names(())]),
+        "hash_counts": np.array([len(row.frame_hashes) for row in rows], np.int64),
     }
     for column, name in enumerate(TABLES):
-        arrays[name] = np.array([tables[name].number(texts[column]) for texts in survey.texts], np.int32)
+        arrays[name] = np.array([tables[name].number(row.texts[column]) for row in rows], np.int32)
     return arrays
 
 
-def _surveys(layout: TextLayout, split: str, paths: Sequence[Path], run: Run) -> Iterator[Survey]:
-    """The parts' surveys in order, line numbers counted from the beginning of each file."""
-    parts = [
-        Part(file, path, begin, begin + PART_BYTES)
-        for file, path in enumerate(paths)
-        for begin in range(0, path.stat().st_size, PART_BYTES)
+def _surveys(layout: TextLayout, split: str, paths: Sequence[Path], run: RunTasks) -> Iterator[Survey]:
+    """Yields the surveys of all parts of a list in order, with line numbers that count from the start of each file."""
+    tasks = [
+        (file, path, begin) for file, path in enumerate(paths) for begin in range(0, path.stat().st_size, PART_BYTES)
     ]
-    tasks = [(split, part) for part in parts]
-    surveys = run(survey_part, tasks, f"{split}: list", total=len(parts), unit="part")
+    surveys = run(survey_part, tasks, f"{split}: list", total=len(tasks), unit="part")
     before = 0
-    for part, survey in zip(parts, surveys, strict=True):
-        before = before if part.begin else 0
+    for (_, _, begin), survey in zip(tasks, surveys, strict=True):
+        before = before if begin else 0
         survey.faults = [dataclasses.replace(fault, line=fault.line + before) for fault in survey.faults]
-        survey.lines = [(file, number + before, offset, length) for file, number, offset, length in survey.lines]
+        for row in survey.rows:
+            file, number, offset, length = row.line
+            row.line = (file, number + before, offset, length)
         before += survey.num_lines
         yield survey
 
 
-def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Refuses rows with other columns than most of their file; which to keep: the first of each clip id."""
-    keep = np.ones(len(listing), bool)
+def _refuse_row(listing: Listing, row: int, reason: str, detail: str) -> None:
+    line, clip_id = listing.lines[row], listing.clip_ids[row].decode()
+    listing.faults.append(Fault(reason, listing.files[line["file"]], detail, int(line["number"]), f"clip {clip_id}"))
 
-    def refuse(row: int, reason: str, detail: str) -> None:
-        line, clip_id = listing.lines[row], listing.clip_ids[row].decode()
-        listing.faults.append(
-            Fault(reason, listing.files[line["file"]], detail, int(line["number"]), f"clip {clip_id}")
-        )
 
+def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> None:
+    """Makes rows with another number of columns than most rows of their file faults without an image."""
     for file in range(len(listing.files)):
-        of_file = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
-        usual = int(np.argmax(np.bincount(columns[of_file]))) if len(of_file) else 0
-        for row in of_file[columns[of_file] != usual]:
+        rows = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
+        usual = int(np.argmax(np.bincount(columns[rows]))) if len(rows) else 0
+        for row in rows[columns[rows] != usual]:
             detail = f"found {columns[row]} columns between tabs, needs {usual} as the file's other lines"
-            refuse(row, "wrong number of columns", f"{detail}; restore the line.")
+            _refuse_row(listing, row, "wrong number of columns", f"{detail}; restore the line.")
             listing.columns["image"][row] = NONE
-    order = np.argsort(listing.clip_ids, kind="stable")  # stable: the first of a clip id is the first in the files
-    first = -1
-    for place, same in enumerate(listing.clip_ids[order][1:] == listing.clip_ids[order][:-1]):
-        first = first if same and first >= 0 else place
+
+
+def _refuse_duplicates(listing: Listing) -> NDArray[np.bool_]:
+    """Returns which rows to keep: the first of each clip id. The others become faults."""
+    keep = np.ones(len(listing), bool)
+    order = np.argsort(listing.clip_ids, kind="stable")  # stable: of rows with one id the first in the files is first
+    first = -1  # index into order of the first of a group of equal ids; -1: no group
+    for index, same in enumerate(listing.clip_ids[order][1:] == listing.clip_ids[order][:-1]):
+        first = (first if first >= 0 else index) if same else -1
         if same:
             line = listing.lines[order[first]]
             detail = f"found the clip id of {listing.files[line['file']]} line {line['number']} again, needs each once"
-            refuse(order[place + 1], "duplicate clip id", f"{detail}; remove one of the lines.")
-            keep[order[place + 1]] = False
-        first = first if same else -1
+            _refuse_row(listing, order[index + 1], "duplicate clip id", f"{detail}; remove one of the lines.")
+            keep[order[index + 1]] = False
     return keep
 
 
@@ -263,28 +255,23 @@ def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
     listing.columns = {name: values[order] for name, values in listing.columns.items()}
 
 
-# --- test, and folders ------------------------------------------------------------------------------------------------
+# --- test, and own folders --------------------------------------------------------------------------------------------
 
 
-def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
-    """The listing of a split without a training list; a clip without a true image in its gallery keeps its place."""
+def list_clips(layout: Layout, split: str, tables: dict[str, TextNumbers]) -> Listing:
+    """Returns the listing of a split without a training list. A clip at fault gets an entry without an image."""
     clips, faults = layout.listed_clips(split)
-    shelves, gallery_faults = layout.galleries(split)
-    images: list[ShopImage] = []
-    galleries: dict[str, list[int]] = {}
-    numbers: dict[tuple[str, str], int] = {}
-    for livestream, shelf in shelves.items():
-        for image in shelf:
-            if numbers.setdefault((image.id, image.reference), len(images)) == len(images):
-                images.append(image)
-        galleries[livestream] = [numbers[image.id, image.reference] for image in shelf]
+    galleries, gallery_faults = layout.galleries(split)
+    numbers = ImageNumbers()
+    rows = {livestream: [numbers.number(image) for image in images] for livestream, images in galleries.items()}
+    images = numbers.list()
     listed = len(clips) + len(faults)
     faults += gallery_faults
     clips.sort(key=lambda clip: clip.clip_id.encode())
     true_rows: list[int] = []
     for clip in clips:
         try:
-            true_rows.append(first_true_image(clip, images, galleries))
+            true_rows.append(first_true_image(clip, images, rows))
         except BadInputError as err:
             faults.append(err.at(clip.file, 0, f"clip {clip.clip_id}"))
             true_rows.append(NONE)
@@ -300,12 +287,12 @@ def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
             "image": np.array(true_rows, np.int32),
         },
         images=images,
-        galleries={} if split == "train" else galleries,
-        truth=layout.truth() if split == "test" else {},
+        galleries={} if split == "train" else rows,
+        truth=layout.truth if split == "test" else {},
         faults=faults,
         listed=listed,
         lost_images=len(gallery_faults),
-        frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
+        frame_hashes=np.concatenate([*hashes, hash_names(())]),
         hash_counts=np.array([len(each) for each in hashes], np.int64),
     )
     sort_images(listing)
@@ -313,26 +300,22 @@ def list_clips(layout: Layout, split: str, tables: dict[str, Table]) -> Listing:
 
 
 def first_true_image(clip: ClipListing, images: Sequence[ShopImage], galleries: dict[str, list[int]]) -> int:
-    """Row of the first true image in the clip's gallery; BadInputError if it cannot be judged."""
+    """Returns the row in `images` of the first true image in a clip's gallery. galleries: rows by livestream.
+
+    Raises BadInputError if the clip has no frame, truth or gallery, its gallery no true image, or it has a fault.
+    """
     if clip.fault:
         raise clip.fault
     if not clip.frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the query.")
     if not clip.truth:
-        raise BadInputError(
-            "query without truth",
-            "found no true image in the truth file, needs at least one; add it, or remove the query.",
-        )
+        detail = "found no true image in the truth file, needs at least one; add it, or remove the query."
+        raise BadInputError("query without truth", detail)
     if not galleries.get(clip.livestream):
-        raise BadInputError(
-            "livestream without gallery",
-            f"found no shop image for livestream {clip.livestream}, needs a gallery; add it to the gallery file.",
-        )
+        detail = f"found no shop image for livestream {clip.livestream}, needs a gallery; add it to the gallery file."
+        raise BadInputError("livestream without gallery", detail)
     for row in galleries[clip.livestream]:
         if images[row].id in clip.truth:
             return row
-    raise BadInputError(
-        "true image not in its gallery",
-        f"found none of {', '.join(clip.truth)} in the gallery of livestream {clip.livestream}, needs one; "
-        "correct the truth or the gallery file.",
-    )
+    detail = f"found none of {', '.join(clip.truth)} in the gallery of livestream {clip.livestream}, needs one; "
+    raise BadInputError("true image not in its gallery", detail + "correct the truth or the gallery file.")

@@ -9,26 +9,17 @@ from typing import Any
 from data_pipeline.format.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
-
-
 COLUMNS = "columns"  # the folder
-
-
+SPLITS = ("train", "val", "test")
 EVALUATION_SPLITS = ("val", "test")
-
-
 CLIP_COLUMNS = (
     "image", "product", "livestream", "category", "scale", "duration", "number", "frames", "original_frames", "ordinal",
 )  # fmt: skip
-
-
 IMAGE_COLUMNS = ("product", "ordinal")
-
-
-TABLE_FILES = {  # column: what its numbers mean, a text a line
-    "product": "products",
+TABLE_FILES = {  # column: the file of its texts without .txt; a number in the column is a line of the file, from 0
     "livestream": "livestreams",
     "category": "categories",
+    "product": "products",
     "scale": "scales",
     "duration": "durations",
     "number": "numbers",
@@ -36,26 +27,31 @@ TABLE_FILES = {  # column: what its numbers mean, a text a line
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over what the data set holds: names, sizes and checksums of shards, indices and columns.
+    """Returns the SHA-256 (hex) of the data: names, sizes and checksums of shards, indices, columns and tables.
 
-    Source, options and converter version are not in it: the same data are the same data.
+    Source, options and converter version do not enter. Raises KeyError for a manifest without files or splits.
     """
     content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a manifest says, but for this hash."""
+    """Returns the SHA-256 (hex) of all entries of a manifest except this hash itself."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def shard_name(split: str, kind: str, number: int, count: int) -> str:
-    """kind: clips or images."""
+    """Returns the file name of shard `number`, from 0, of `count`. kind: "clips" or "images"."""
     return f"{split}-{kind}-{number:05d}-of-{count:05d}.tfrecord"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of the converted set in the folder `path`, after a check of its version and its hashes.
+
+    Raises FileNotFoundError if there is none, which means that the conversion is unfinished. Raises ValueError for a
+    manifest that is damaged, was edited, or has another schema version.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
         version = manifest["schema_version"]
@@ -78,6 +74,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise ValueError(
-            f"{path / MANIFEST}: found a hash that disagrees with what the file says; restore it, or convert again."
+            f"{path / MANIFEST}: found a hash that disagrees with the file's content; restore it, or convert again."
         )
     return manifest

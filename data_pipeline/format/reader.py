@@ -1,11 +1,7 @@
-"""A converted data set, opened for reading: splits with their records at random, columns, ids, galleries and truth.
+"""Reading a converted data set: records by row, columns, ids, galleries and truth.
 
-    dataset = open_dataset(path)
-    split = dataset.split("train")
-    split.clip(i).frames, split.image(split.columns["image"][i]).encoded
-
-Layout of the folder: SPLIT-clips-NNNNN-of-MMMMM.tfrecord and SPLIT-images-... with their .idx, columns/ (memory-mapped,
-one entry a row), manifest.json, written last. docs/data_formats.md has it in full.
+The folder has SPLIT-clips-NNNNN-of-MMMMM.tfrecord and SPLIT-images-... with their .idx, columns/ with an entry a row
+(memory-mapped), and manifest.json, which is written last. docs/data_formats.md describes all of them.
 """
 
 import collections
@@ -26,21 +22,35 @@ from data_pipeline.format.manifest import (
     COLUMNS,
     EVALUATION_SPLITS,
     IMAGE_COLUMNS,
+    TABLE_FILES,
     read_manifest,
     shard_name,
 )
 from data_pipeline.format.schema import ClipRecord, ImageRecord, decode_clip, decode_image
 from data_pipeline.format.tfrecord import file_crc, index_path, unframe_record
 
-MAX_OPEN_SHARDS = 256  # of thousands: a process may hold 1,024 files
+MAX_OPEN_SHARDS = 256  # of thousands: many systems let a process open 1,024 files
 
 
 def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Dataset":
-    """Opens a converted data set.
+    """Opens the converted data set in the folder `path` and returns it. Its files are opened when they are needed.
 
-    verify: check the manifest against its hash, every shard's size and every column's checksum (not the shards': each
-    record's is checked when it is read). FileNotFoundError: no conversion there, or an unfinished one. ValueError:
-    another schema version, or a shard or column that is missing, short or damaged.
+    The manifest is always checked against its own hashes. verify: also compare the size of every file and the checksums
+    of indices, columns and tables with the manifest. The checksums of a record are compared each time it is read.
+    Raises FileNotFoundError if the folder has no manifest: no conversion was finished there. Raises ValueError, which
+    names the file, for another schema version, a damaged manifest, and a file that is missing, short or damaged.
+
+    Example:
+        from data_pipeline import open_dataset
+
+        dataset = open_dataset("records")
+        train = dataset.split("train")
+        clip = train.clip(0)
+        image = train.image(clip.image_index)
+        print(f"clip {clip.id} shows product {clip.product}, {image.title!r}")
+        for frame in clip.frames:
+            print(f"frame {frame.id}, number {frame.position}: {len(frame.encoded)} bytes, boxes {frame.boxes}")
+        assert image.id in clip.image_ids
     """
     dataset = Dataset(Path(path))
     if verify:
@@ -49,58 +59,41 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
 
 
 class Dataset:
-    """A converted data set; open_dataset makes it."""
+    """A converted data set; `open_dataset` returns one.
+
+    path: its folder. splits: names of its splits, of train, val and test. content_hash: SHA-256 (hex) of its data.
+    manifest: the content of manifest.json. tables: by name (livestream, category, product, scale, duration, number) the
+    sorted texts that the columns of this name number; a category is "ID<tab>NAME".
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
         self.content_hash: str = self.manifest["content_hash"]
         self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
+        self.tables: Mapping[str, Sequence[str]] = {name: _table(path, name) for name in TABLE_FILES}
 
     def split(self, name: str) -> "Split":
+        """Returns the split of this name. Raises ValueError if the data set does not have it."""
         if name not in self.splits:
             raise ValueError(
-                f"{self.path}: found splits {', '.join(self.splits)}, needs {name}; convert it, or choose."
+                f"{self.path}: found splits {', '.join(self.splits)}, needs {name}; convert it, or choose another."
             )
         return Split(self.path, self.manifest, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.path,)
 
-    def _table(self, name: str) -> "Texts":
-        return Texts(self.path / COLUMNS / f"{name}.txt")
-
-    @cached_property
-    def products(self) -> Sequence[str]:
-        return self._table("products")
-
-    @cached_property
-    def livestreams(self) -> Sequence[str]:
-        return self._table("livestreams")
-
-    @cached_property
-    def categories(self) -> Sequence[str]:
-        """Names, by the category column."""
-        return [text.rpartition("\t")[2] for text in self._table("categories")]
-
-    @cached_property
-    def scales(self) -> Sequence[str]:
-        return self._table("scales")
-
-    @cached_property
-    def durations(self) -> Sequence[str]:
-        return self._table("durations")
-
-    @cached_property
-    def numbers(self) -> Sequence[str]:
-        return self._table("numbers")
-
     def verify(self) -> None:
+        """Raises ValueError for the first of `disagreements`."""
         for name, detail in self.disagreements():
             raise ValueError(f"{self.path / name}: {detail}")
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """File and what is wrong with it, of all that disagree with the manifest; of shards only their size is read."""
+        """Yields name and fault of every file that is missing or whose size or checksum the manifest does not have.
+
+        Shards are compared by size alone.
+        """
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
@@ -115,7 +108,7 @@ class Dataset:
 
 
 class Texts(Sequence[str]):
-    """Lines of a UTF-8 file, memory-mapped: 4 million clip ids are not 4 million objects."""
+    """The lines of a UTF-8 file as a sequence. The file is memory-mapped: 4 million ids are not 4 million objects."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,15 +132,21 @@ class Texts(Sequence[str]):
         begin = int(self._ends[row - 1]) + 1 if row else 0
         return bytes(self._bytes[begin : int(self._ends[row])]).decode()
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Texts, (self.path,)
 
 
+def _table(dataset: Path, name: str) -> Texts:
+    return Texts(dataset / COLUMNS / f"{TABLE_FILES[name]}.txt")
+
+
 class Split:
-    """One split: rows of clips, rows of shop images. Safe for threads, picklable (files are opened anew)."""
+    """One split of a data set: clips by row, 0 to num_clips - 1, and shop images by row, 0 to num_images - 1.
+
+    clip_ids, image_ids: sorted, by row; several images may have one id. num_truth: number of queries that Recall
+    divides by, those without a stored clip included. is_evaluation: whether its clips are queries with galleries (val,
+    test). Threads may share a split. It is picklable; its files are then opened again.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], name: str) -> None:
         self.path = path
@@ -156,8 +155,11 @@ class Split:
         self._counts = manifest["splits"][name]
         self.num_clips: int = self._counts["clips"]["records"]
         self.num_images: int = self._counts["images"]["records"]
-        self.num_truth: int = self._counts["truth"]  # queries that count, those without a record included
+        self.num_truth: int = self._counts["truth"]
         self.is_evaluation = name in EVALUATION_SPLITS
+        self.clip_ids: Sequence[str] = Texts(self._column_path("clips-id.txt"))
+        self.image_ids: Sequence[str] = Texts(self._column_path("images-id.txt"))
+        self._livestreams = _table(path, "livestream")
         self._clips = _Shards(path, name, "clips", self._counts["clips"])
         self._images = _Shards(path, name, "images", self._counts["images"])
 
@@ -165,62 +167,65 @@ class Split:
         return Split, (self.path, self.manifest, self.name)
 
     def clip(self, row: int) -> ClipRecord:
-        """The clip in a row, read from its shard. ValueError names shard and record, and what is wrong with it."""
+        """Returns the clip in a row, read from its shard.
+
+        Raises IndexError for a row outside the split, and ValueError, which names shard and record, for a record that
+        cannot be read, is damaged or belongs to another row.
+        """
         record: ClipRecord = self._clips.read(row, self.columns["ordinal"], decode_clip)
         return record
 
     def image(self, row: int) -> ImageRecord:
-        """The shop image in a row, read from its shard. ValueError names shard and record, and what is wrong."""
+        """Returns the shop image in a row, read from its shard. Raises as `clip` does."""
         record: ImageRecord = self._images.read(row, self.image_columns["ordinal"], decode_image)
         return record
 
     def where(self, kind: str, row: int) -> str:
-        """Shard and record of a row; kind: clip or image."""
+        """Returns "SHARD record NUMBER", the place of a row for an error message. kind: "clip" or "image".
+
+        Raises IndexError for a row outside the split.
+        """
         shards = self._clips if kind == "clip" else self._images
-        shard, place = shards.place(row)
-        return f"{shards.paths[shard]} record {place}"
+        shard, number = shards.place(row)
+        return f"{shards.paths[shard]} record {number}"
 
     def shard_rows(self, kind: str) -> list[tuple[int, int]]:
-        """First row and end of each shard."""
+        """Returns (first row, last row + 1) of each shard, in order. kind: "clip" or "image"."""
         ends = (self._clips if kind == "clip" else self._images).ends.tolist()
         return list(zip([0, *ends], ends, strict=False))
 
     @cached_property
-    def clip_ids(self) -> Sequence[str]:
-        return Texts(self._column_path("clips-id.txt"))
-
-    @cached_property
-    def image_ids(self) -> Sequence[str]:
-        return Texts(self._column_path("images-id.txt"))
-
-    @cached_property
     def columns(self) -> dict[str, NDArray[np.int32]]:
-        """int32 by clip row, memory-mapped: rows of this split's images, entries of the data set's tables, counts."""
+        """Columns of the clips by name, each int32 [num_clips], memory-mapped and read-only.
+
+        image: row of this split's images; product, livestream, category, scale, duration, number: index into
+        `Dataset.tables`; -1: none. frames: number of stored frames. original_frames: number of all frames. ordinal:
+        index among the clips that the source lists. Raises ValueError for a missing or damaged file.
+        """
         return {name: self._column(f"clips-{name}.npy", self.num_clips) for name in CLIP_COLUMNS}
 
     @cached_property
     def image_columns(self) -> dict[str, NDArray[np.int32]]:
-        """int32 by image row, memory-mapped."""
+        """Columns "product" and "ordinal" of the shop images, each int32 [num_images], as `columns` of the clips."""
         return {name: self._column(f"images-{name}.npy", self.num_images) for name in IMAGE_COLUMNS}
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Livestream id -> rows of images in the file's order, doubles kept. Validation of a download has one: ""."""
+        """Rows of images by gallery, in the order of the source's file, repetitions kept; {} for training.
+
+        A gallery is named by its livestream; the single one for validation on a download is named "".
+        """
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
 
     def gallery_name(self, row: int) -> str:
-        """Which of the galleries clip `row` is matched against."""
+        """Returns the name of the gallery in which clip `row` is ranked."""
         return "" if "" in self.galleries else self._livestreams[self.columns["livestream"][row]]
 
     def gallery_of(self, row: int) -> NDArray[np.int32]:
-        """Rows of the images that clip `row` is matched against."""
+        """Returns the rows of the images in clip `row`'s gallery. Raises KeyError if its livestream has none."""
         return self.galleries[self.gallery_name(row)]
-
-    @cached_property
-    def _livestreams(self) -> Texts:
-        return Texts(self.path / COLUMNS / "livestreams.txt")
 
     @cached_property
     def _truth(self) -> dict[str, list[str]]:
@@ -228,7 +233,10 @@ class Split:
         return truth
 
     def truth(self, row: int) -> tuple[str, ...]:
-        """Ids of the clip's true images (SPEC 10.2 matches ids, not rows)."""
+        """Returns the ids of the true images of clip `row`; () if it has none.
+
+        Recall compares ids, not rows: docs/official.md 10.2.
+        """
         if self.name == "test":
             return tuple(self._truth[self.clip_ids[row]])
         image = int(self.columns["image"][row])
@@ -236,7 +244,7 @@ class Split:
 
     @cached_property
     def truth_by_clip(self) -> dict[str, tuple[str, ...]]:
-        """Clip id -> ids of its true images, for every query that counts: also those that no clip was found for."""
+        """Ids of the true images by clip id, for every query that Recall divides by, stored or not."""
         if self.name == "test":
             return {clip: tuple(images) for clip, images in self._truth.items()}
         return {clip: self.truth(row) for row, clip in enumerate(self.clip_ids)}
@@ -256,7 +264,7 @@ class Split:
 
 
 class _Shards:
-    """The shards of one kind of one split, read at random."""
+    """The shards of one kind, clips or images, of one split."""
 
     def __init__(self, path: Path, split: str, kind: str, counts: Mapping[str, Any]) -> None:
         records = counts["shards"]
@@ -267,7 +275,7 @@ class _Shards:
         self._lock = threading.Lock()
 
     def place(self, row: int) -> tuple[int, int]:
-        """Number of the shard that holds a row, and which of its records that is."""
+        """Returns the number of the shard that contains a row, and the record's number in it. Raises IndexError."""
         total = int(self.ends[-1]) if len(self.ends) else 0
         if not 0 <= row < total:
             raise IndexError(f"found row {row}, needs 0 to {total - 1} of the split's {self.kind}.")
@@ -275,23 +283,25 @@ class _Shards:
         return shard, int(row - (self.ends[shard - 1] if shard else 0))
 
     def read(self, row: int, ordinals: NDArray[np.int32], decode: Any) -> Any:
-        shard, place = self.place(row)
+        """Returns decode(data) of the record in a row. ordinals: of all rows; the record must have its row's.
+
+        Raises IndexError for a row outside the split, and ValueError, which names shard and record, for a bad record.
+        """
+        shard, number = self.place(row)
         file, offsets = self._open(shard)
-        begin, end = int(offsets[place]), int(offsets[place + 1])
+        begin, end = int(offsets[number]), int(offsets[number + 1])
         try:
             record = decode(unframe_record(os.pread(file.fileno(), end - begin, begin)))
             if record.ordinal != ordinals[row]:
-                raise ValueError(
-                    f"found number {record.ordinal} of its kind, needs {ordinals[row]}: shards are mixed up"
-                )
+                raise ValueError(f"found ordinal {record.ordinal}, needs {ordinals[row]}: shards are mixed up")
         except (ValueError, OSError) as err:
             raise ValueError(
-                f"{self.paths[shard]} record {place}: {err}; restore the shard from a copy, or convert again."
+                f"{self.paths[shard]} record {number}: {err}; restore the shard from a copy, or convert again."
             ) from err
         return record
 
     def _open(self, shard: int) -> tuple[BinaryIO, NDArray[np.uint64]]:
-        """The shard's file and offsets. A file that falls out of the cache closes when its last reader lets go."""
+        """Returns a shard's file and offsets. A file that is dropped from the cache closes after its last read."""
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)

@@ -1,7 +1,7 @@
-"""The schema of a data set: clips, shop images, and the features of their records.
+"""The schema of a converted set: clips, shop images, and the features of their records.
 
-Layouts yield `Clip` and `ShopImage`, which say where each picture lies in the source. Records are read as `ClipRecord`
-and `ImageRecord`, which hold the pictures' encoded bytes, the same as in the source.
+A layout returns `Clip` and `ShopImage`, which name the place of each picture in the source. A reader returns
+`ClipRecord` and `ImageRecord`, which contain the pictures' encoded bytes, equal to those of the source.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShopImage:
-    """A shop image. By `reference` its layout finds the picture: a path, or the image id."""
+    """A shop image. Its layout finds the picture by `reference`: a path or the image id."""
 
     id: str
     reference: str
@@ -61,41 +61,54 @@ class ShopImage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ClipRecord:
-    """A clip read from its record.
+class Frame:
+    """A frame of a clip, read from the clip's record."""
 
-    `image_index` is a row of the split's images, `product_index` a row of the data set's products; -1: none.
+    encoded: bytes  # the picture file, as the source has it
+    id: str
+    position: int  # index among all frames of the clip, stored or not
+    boxes: list[Box] | None = None  # of the product; None: the source gives no boxes for this clip
+    seconds: float | None = None  # time since the clip began; None: not known. Schema version 1 stores no times.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """A clip read from its record. A text that the source does not give is "".
+
+    `image_index` is a row of the split's images, `product_index` a line of the data set's products; -1: none.
     """
 
     id: str
     ordinal: int  # index among the clips that the source lists for this split, sorted by id
     livestream: str
-    frames: list[bytes]
-    frame_names: list[str]
-    positions: list[int]
-    original_frames: int
-    boxes: list[list[Box]] | None
+    frames: list[Frame]  # those that are stored, in order
+    original_frames: int  # number of frames of the clip, stored or not
     image_index: int
-    image_ids: list[str]
+    image_ids: list[str]  # training: the image of its pair; test: its true images
     product_index: int
     product: str
     category: str
     category_name: str
-    title: str
+    title: str  # of its shop image
     speech: str
     scale: str
     duration: str
     number: str
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """The texts that a text encoder can read: "title", "speech" and "category_name"; "" where not given."""
+        return {"title": self.title, "speech": self.speech, "category_name": self.category_name}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """A shop image read from its record. `product_index` is a row of the data set's products; -1: none."""
+    """A shop image read from its record. `product_index` is a line of the data set's products; -1: none."""
 
     id: str
     ordinal: int  # index among the shop images that the source lists for this split, sorted by id
-    encoded: bytes
-    name: str  # the source's reference to it
+    encoded: bytes  # the picture file, as the source has it
+    name: str  # `ShopImage.reference`
     title: str
     product_index: int
     product: str
@@ -103,7 +116,7 @@ class ImageRecord:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-CLIP_TEXTS = {  # feature: the field of Clip and ClipRecord that holds the text
+CLIP_TEXTS = {  # feature: field of Clip and ClipRecord
     "clip/id": "id",
     "clip/livestream": "livestream",
     "clip/title": "title",
@@ -118,7 +131,7 @@ CLIP_TEXTS = {  # feature: the field of Clip and ClipRecord that holds the text
 
 
 def encode_clip(clip: Clip, frames: Sequence[bytes], *, ordinal: int, image_index: int, product_index: int) -> bytes:
-    """Returns the data of a clip's record. `frames`: its encoded pictures. `clip.boxes` must be in their pixels."""
+    """Returns the data of a clip's record. frames: the encoded pictures. `clip.boxes` must be in their pixels."""
     boxes = clip.boxes or ()
     features: Features = {
         "schema_version": [SCHEMA_VERSION],
@@ -138,31 +151,26 @@ def encode_clip(clip: Clip, frames: Sequence[bytes], *, ordinal: int, image_inde
 
 
 def decode_clip(data: bytes) -> ClipRecord:
-    """Returns the clip of a record's data. Raises ValueError that says what is wrong with the data."""
+    """Returns the clip of a record's data. Raises ValueError with the reason if the data are not a clip's record."""
     features = _decode_features(data)
-    frames = _values(features, "frames/encoded", bytes)
+    encoded = _values(features, "frames/encoded", bytes)
     counts = _values(features, "frames/box_counts", int)
     edges = _values(features, "frames/boxes", float)
     names = [name.decode() for name in _values(features, "frames/names", bytes)]
     positions = _values(features, "frames/positions", int)
-    if not len(frames) == len(names) == len(positions) or (counts and len(counts) != len(frames)):
+    if not len(encoded) == len(names) == len(positions) or (counts and len(counts) != len(encoded)):
         raise ValueError(
-            f"found {len(frames)} frames, {len(names)} names, {len(positions)} positions and {len(counts)} box counts, "
-            "needs the same number of each"
+            f"found {len(encoded)} frames, {len(names)} names, {len(positions)} positions and {len(counts)} box "
+            "counts, needs the same number of each"
         )
     if min(counts, default=0) < 0 or 4 * sum(counts) != len(edges):
         raise ValueError(f"found {len(edges)} box edges for box counts {counts}, needs four per box")
-    boxes = None
-    if counts:
-        box = iter([(a, b, c, d) for a, b, c, d in zip(*[iter(edges)] * 4, strict=True)])
-        boxes = [[next(box) for _ in range(count)] for count in counts]
+    box = iter([(a, b, c, d) for a, b, c, d in zip(*[iter(edges)] * 4, strict=True)])
+    boxes = [[next(box) for _ in range(count)] for count in counts] or len(encoded) * [None]
     return ClipRecord(
         ordinal=_only_value(features, "ordinal", int),
-        frames=frames,
-        frame_names=names,
-        positions=positions,
+        frames=[Frame(*frame) for frame in zip(encoded, names, positions, boxes, strict=True)],
         original_frames=_only_value(features, "clip/original_frames", int),
-        boxes=boxes,
         image_index=_only_value(features, "image/index", int),
         image_ids=[name.decode() for name in _values(features, "image/ids", bytes)],
         product_index=_only_value(features, "product/index", int),
@@ -171,7 +179,7 @@ def decode_clip(data: bytes) -> ClipRecord:
 
 
 def encode_image(image: ShopImage, encoded: bytes, *, ordinal: int, product_index: int) -> bytes:
-    """Returns the data of a shop image's record. `encoded`: its encoded picture."""
+    """Returns the data of a shop image's record. encoded: its picture file."""
     return encode_example(
         {
             "schema_version": [SCHEMA_VERSION],
@@ -187,7 +195,7 @@ def encode_image(image: ShopImage, encoded: bytes, *, ordinal: int, product_inde
 
 
 def decode_image(data: bytes) -> ImageRecord:
-    """Returns the shop image of a record's data. Raises ValueError that says what is wrong with the data."""
+    """Returns the shop image of a record's data. Raises ValueError with the reason if the data are not its record."""
     features = _decode_features(data)
     return ImageRecord(
         id=_only_value(features, "image/id", bytes).decode(),

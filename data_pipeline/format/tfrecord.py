@@ -1,7 +1,7 @@
-"""TFRecord shards with offsets and checksums: the framing, the atomic writer, one record at random.
+"""TFRecord shards: framing of records with checksums, atomic writing of files, and the index of a shard.
 
 A record is <length u64><masked CRC of the length u32><data><masked CRC of the data u32>, little-endian, CRC32C.
-Beside SHARD.tfrecord lies SHARD.tfrecord.idx: n + 1 u64, where each record begins and, last, the shard's size.
+SHARD.tfrecord.idx is the shard's index: n + 1 u64, the offset of each of its n records and, last, the shard's size.
 """
 
 import contextlib
@@ -9,12 +9,10 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
@@ -28,13 +26,16 @@ def masked_crc(data: bytes) -> int:
 
 
 def frame_record(data: bytes) -> bytes:
-    """The record's bytes in the shard."""
+    """Returns the bytes of a record in its shard: the data with length and checksums."""
     length = struct.pack("<Q", len(data))
     return b"".join((length, FOOTER.pack(masked_crc(length)), data, FOOTER.pack(masked_crc(data))))
 
 
 def unframe_record(framed: bytes) -> bytes:
-    """The data of a record's bytes in the shard; ValueError if either checksum or the length disagrees."""
+    """Returns the data of a record, given its bytes in the shard: the inverse of `frame_record`.
+
+    Raises ValueError if the length or a checksum disagrees.
+    """
     if len(framed) < OVERHEAD:
         raise ValueError(f"found {len(framed)} bytes, needs at least {OVERHEAD}")
     length, length_crc = HEADER.unpack_from(framed)
@@ -48,29 +49,8 @@ def unframe_record(framed: bytes) -> bytes:
     return data
 
 
-def scan(path: Path) -> NDArray[np.uint64]:
-    """The offsets of a shard (what its .idx holds), read from the shard itself with every checksum verified."""
-    offsets = [0]
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        while offsets[-1] < size:
-            header = file.read(HEADER.size)
-            length = HEADER.unpack(header)[0] if len(header) == HEADER.size else size
-            if length > size - offsets[-1] - OVERHEAD:
-                raise ValueError(
-                    f"{path} record {len(offsets) - 1}: found {size - offsets[-1]} bytes from byte {offsets[-1]}, "
-                    f"needs more; the shard is cut short or damaged: convert again."
-                )
-            try:
-                unframe_record(header + file.read(length + FOOTER.size))
-            except ValueError as err:
-                raise ValueError(f"{path} record {len(offsets) - 1}: {err}; convert again.") from err
-            offsets.append(offsets[-1] + length + OVERHEAD)
-    return np.array(offsets, "<u8")
-
-
 def file_crc(path: Path) -> int:
-    """CRC32C of a whole file."""
+    """Returns the CRC32C of a whole file."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(READ_BYTES):
@@ -78,15 +58,15 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-# --- writing: all or nothing ------------------------------------------------------------------------------------------
+# --- atomic writing ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when the block ends without an error, and then whole.
+    """Yields a file that gets the name `path` when the `with` block ends; after an error it is deleted instead.
 
-    Written under a temporary name in the same folder, as a rename is atomic within a file system only. The process id
-    is in that name: two writers of one file never share it.
+    It is written under a temporary name in the same folder, since a rename is atomic only within a file system. The
+    name contains the process id, so that two processes which write one file do not share it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -101,7 +81,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: Path) -> None:
-    """Brings the names in a folder to the disk: files that a manifest names must outlive a power cut as it does."""
+    """Flushes a folder's entries to the disk, so that files which a manifest names survive a power cut as it does."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -110,23 +90,18 @@ def sync_folder(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
+    """Writes a whole file atomically; an older one of that name is replaced."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 class ShardWriter:
-    """Writes one shard and its index, in a `with` block; `discard()` or an error leaves nothing behind."""
+    """Writes records to a shard's file. offsets: of each record, then the size; crc: the CRC32C of all bytes so far."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.offsets = [0]
         self.crc = 0
-        self._stack = contextlib.ExitStack()
-        self._kept = True
-
-    def __enter__(self) -> Self:
-        self._file = self._stack.enter_context(atomic_file(self.path))
-        return self
 
     def write(self, data: bytes) -> None:
         framed = frame_record(data)
@@ -134,23 +109,14 @@ class ShardWriter:
         self.crc = google_crc32c.extend(self.crc, framed)
         self.offsets.append(self.offsets[-1] + len(framed))
 
-    def discard(self) -> None:
-        self._kept = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None and not self._kept:
-            with contextlib.suppress(_DiscardedError):
-                self._stack.__exit__(_DiscardedError, _DiscardedError(), None)
-            return
-        self._stack.__exit__(kind, error, traceback)
-        if kind is None:
-            write_file(index_path(self.path), np.array(self.offsets, "<u8").tobytes())
-
-
-class _DiscardedError(Exception):
-    """Ends the temporary file of a shard that nobody wants."""
+@contextlib.contextmanager
+def new_shard(path: Path) -> Iterator[ShardWriter]:
+    """Yields a writer of the shard `path`. Its index is written when the `with` block ends; an error leaves neither."""
+    with atomic_file(path) as file:
+        writer = ShardWriter(file)
+        yield writer
+    write_file(index_path(path), np.array(writer.offsets, "<u8").tobytes())
 
 
 def index_path(shard: Path) -> Path:

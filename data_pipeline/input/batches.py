@@ -227,7 +227,7 @@ def train_batches(
     Example:
         from data_pipeline import FrameOptions, Plan, open_dataset, train_batches
 
-        split = open_dataset(path).split("train")
+        split = open_dataset("records").split("train")
         plan = Plan(split.num_clips, batch_size=2, seed=0)
         with train_batches(split, plan, range(2), FrameOptions()) as batches:
             batch = next(batches)
@@ -292,7 +292,7 @@ def clip_batches(
     Example:
         from data_pipeline import FrameOptions, clip_batches, open_dataset
 
-        split = open_dataset(path).split("train")
+        split = open_dataset("records").split("train")
         with clip_batches(split, range(split.num_clips), FrameOptions(), batch_size=4) as batches:
             shown = sum(int(batch["valid"].sum()) for batch in batches)
         assert shown == split.num_clips
@@ -330,7 +330,7 @@ def image_batches(
     Example:
         from data_pipeline import FrameOptions, image_batches, open_dataset
 
-        split = open_dataset(path).split("train")
+        split = open_dataset("records").split("train")
         with image_batches(split, range(split.num_images), FrameOptions(), batch_size=4) as batches:
             first = next(batches)
         assert first["image"].shape == (4, 224, 224, 3)

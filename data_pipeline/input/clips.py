@@ -123,7 +123,8 @@ class ClipLoader:
     def _read(self, kind: Kind, row: int) -> Sequence[bytes]:
         """Returns the encoded pictures of a record. Raises ValueError if it cannot be read or lacks frames."""
         try:
-            encoded = self.split.clip(row).frames if kind == "clip" else [self.split.image(row).encoded]
+            pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
+            encoded = [picture.encoded for picture in pictures]
         except ValueError as err:  # its message names shard and record, and ends with what to do
             raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {SKIPPING[kind]}.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:

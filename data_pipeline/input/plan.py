@@ -37,7 +37,7 @@ class Plan:
     Example:
         from data_pipeline import Plan, open_dataset
 
-        split = open_dataset(path).split("train")
+        split = open_dataset("records").split("train")
         plan = Plan(split.num_clips, batch_size=2, seed=0)
         clip_ids = [split.clip_ids[row] for row in plan.batch(0).tolist()]
         assert len(set(clip_ids)) == 2

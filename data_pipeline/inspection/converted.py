@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
-from data_pipeline.format.reader import Dataset, Split, Texts, open_dataset
+from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.inspection.fingerprints import (
@@ -34,7 +34,7 @@ class ConvertedContext:
 
     path: Path
     splits: Mapping[str, Split]
-    tables: Mapping[str, Texts]
+    tables: Mapping[str, Sequence[str]]
     known: KnownFingerprints
 
 
@@ -71,10 +71,9 @@ class InspectedSet:
         ]
         if any(f"{COLUMNS}/{file}.txt" in wrong for file in TABLE_FILES.values()):
             return  # without the tables the columns have no meaning
-        tables = {name: Texts(self.path / COLUMNS / f"{file}.txt") for name, file in TABLE_FILES.items()}
-        self.tables = {name: list(texts) for name, texts in tables.items()}
+        self.tables = {name: list(texts) for name, texts in dataset.tables.items()}
         self.splits = {name: dataset.split(name) for name in dataset.splits}
-        with Workers(self.workers, ConvertedContext(self.path, self.splits, tables, known)) as workers:
+        with Workers(self.workers, ConvertedContext(self.path, self.splits, dataset.tables, known)) as workers:
             damaged = self._check_shards(dataset, workers, set(wrong))
             for name, split in self.splits.items():
                 if any(file.startswith(f"{COLUMNS}/{name}-") for file in wrong):
@@ -122,7 +121,7 @@ class InspectedSet:
         return _where(self.splits[summary.split], "clip", clip), 0
 
     def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
-        return self.splits[summary.split].clip(clip).frames[frame]
+        return self.splits[summary.split].clip(clip).frames[frame].encoded
 
     def image(self, summary: SplitSummary, image: int) -> bytes:
         return self.splits[summary.split].image(image).encoded
@@ -196,7 +195,8 @@ def _inspect_record(
         detail = str(err).removeprefix(f"{split.path}/")
         return fingerprints, [Fault("damaged file", _shard(split, kind, row), detail)]
     errors = list(_disagreements(context, split, row, record))
-    pictures = record.frames if isinstance(record, ClipRecord) else [record.encoded]
+    frames = record.frames if isinstance(record, ClipRecord) else []
+    pictures = [frame.encoded for frame in frames] if isinstance(record, ClipRecord) else [record.encoded]
     for frame, (data, key) in enumerate(zip(pictures, keys, strict=False)):
         name = f"{where} frame {frame}" if kind == "clip" else where
         try:
@@ -206,8 +206,8 @@ def _inspect_record(
             continue
         fingerprints[frame] = inspected.fingerprint
         errors += inspected.problems
-        if isinstance(record, ClipRecord) and record.boxes:
-            errors += box_faults(record.boxes[frame], Picture(name, name), inspected.fingerprint, name)
+        if frames and (boxes := frames[frame].boxes):
+            errors += box_faults(boxes, Picture(name, name), inspected.fingerprint, name)
     return fingerprints, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
 
 

@@ -21,7 +21,7 @@ from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.format.tfrecord import HEADER, OVERHEAD, frame_record, unframe_record
 from data_pipeline.input.decode import UNREADABLE, convert_rgb, simplejpeg
-from data_pipeline.layouts.pictures import PictureFolder, decode_picture
+from data_pipeline.layouts.pictures import PictureReader, decode_picture
 
 FINGERPRINT = np.dtype(
     [
@@ -195,7 +195,7 @@ class KnownFingerprints:
         return self._rows[row] if row < len(self._rows) and int(self._rows["key"][row]) == key else None
 
 
-def inspect_file(folder: PictureFolder, picture: Picture, known: KnownFingerprints) -> InspectedPicture:
+def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprints) -> InspectedPicture:
     """Returns a picture of a source folder as `inspect_picture` does, or as an earlier run found it.
 
     Raises BadInputError if it cannot be read or a conversion would refuse it.

@@ -24,9 +24,9 @@ from data_pipeline.inspection.fingerprints import (
 )
 from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary, join_parts
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
-from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, Run
+from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
-from data_pipeline.layouts.pictures import SUFFIXES, PictureFolder
+from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.system.workers import Workers
 
 CLIPS_A_TASK = 64
@@ -42,7 +42,7 @@ class SourceContext:
     """What the workers share."""
 
     layout: Layout
-    folder: PictureFolder
+    folder: PictureReader
     known: KnownFingerprints
 
 
@@ -51,7 +51,7 @@ class InspectedSource:
 
     def __init__(self, layout: Layout, splits: Sequence[str], workers: int) -> None:
         self.layout, self.splits, self.workers = layout, splits, workers
-        self.folder = PictureFolder(layout.source)
+        self.folder = PictureReader(layout.source)
         self.summaries: list[SplitSummary] = []
         self.listings: list[Listing] = []
         self.tables: Mapping[str, Sequence[str]] = {}
@@ -61,7 +61,7 @@ class InspectedSource:
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def read_lists(self, run: Run, work: Path) -> None:
+    def read_lists(self, run: RunTasks, work: Path) -> None:
         """Reads the lists and finds the pictures. A split that cannot be read becomes a fault; the others go on.
 
         run: runs tasks, as Workers.run does. work: folder for the index of a download.
@@ -81,10 +81,10 @@ class InspectedSource:
         images = (image for listing in self.listings for image in listing.images)
         self.knows_products = any(image.product not in ("", image.id) for image in images)
 
-    def _list(self, splits: Sequence[str], run: Run) -> None:
+    def _list(self, splits: Sequence[str], run: RunTasks) -> None:
         self.listings, self.tables = list_splits(self.layout, splits, run)
 
-    def _locate(self, listings: Sequence[Listing], run: Run, work: Path) -> None:
+    def _locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> None:
         self.remarks = self.layout.locate(listings, run, work)
         self.listings = list(listings)
 
@@ -180,7 +180,7 @@ class InspectedSource:
         return picture
 
     def _image(self, summary: SplitSummary, image: int) -> Picture:
-        return self.layout.read_image(self._listing(summary).images[image], summary.split)
+        return self.layout.find_image(self._listing(summary).images[image], summary.split)
 
 
 def _empty_lists(listing: Listing) -> Iterator[Fault]:
@@ -279,7 +279,7 @@ def inspect_images(context: SourceContext, split: str, images: Sequence[ShopImag
     for image in images:
         found: Picture | BadInputError
         try:
-            found = context.layout.read_image(image, split)
+            found = context.layout.find_image(image, split)
         except BadInputError as err:
             found = err
         part.inspect(found, lambda err, image=image: err.at(err.file or image.reference, 0, f"image {image.id}"))

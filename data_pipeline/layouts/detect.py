@@ -1,19 +1,19 @@
-"""Which layout a source folder has, and which splits it has clips for."""
+"""Detection of a source's layout, and opening a source as a layout with the splits to read."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from data_pipeline.faults import WrongUseError
+from data_pipeline.format.manifest import SPLITS
 from data_pipeline.layouts.img2dataset import FOLDERS_ABOVE
 from data_pipeline.layouts.listing import Layout
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.layouts.lpr750k import Lpr750k
-from data_pipeline.layouts.own_folder import Folder
+from data_pipeline.layouts.own_folder import OwnFolder
 
-LAYOUTS: Mapping[str, type[Lpr750k | Lpr4m | Folder]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m, "folder": Folder}
-SPLITS = ("train", "val", "test")
-SAMPLED_FRAMES = 10  # all that SPEC 9.1 ever reads of a clip
+LAYOUTS: Mapping[str, type[Lpr750k | Lpr4m | OwnFolder]] = {"lpr750k": Lpr750k, "lpr4m": Lpr4m, "folder": OwnFolder}
+SAMPLED_FRAMES = 10  # the most frames of a clip that the official code samples: docs/official.md 9.1
 
 
 def open_source(
@@ -24,9 +24,12 @@ def open_source(
     train_annotation: str | None = None,
     stored_frames: int | None = None,
 ) -> tuple[Layout, tuple[str, ...]]:
-    """The layout of a source and the splits to read, all that it has unless some are wanted; WrongUseError.
+    """Returns a source folder as the layout `name`, and the splits to read in the order train, val, test.
 
-    stored_frames: how many evenly spaced frames of a clip are looked at; None: all.
+    wanted: splits to read; None: all that the source has, with a message on stderr about the others.
+    train_annotation, stored_frames: as in `TextLayout` and `Layout`.
+    Raises WrongUseError if the folder does not have the layout, a wanted split, or any split. Other faults of its lists
+    are in the layout's `faults`.
     """
     kind = LAYOUTS[name]
     if absent := [f"{folder}/" for folder in kind.FOLDERS if not (source / folder).is_dir()]:
@@ -35,11 +38,11 @@ def open_source(
             "correct the path."
         )
     layout: Layout = kind(source, train_annotation, stored_frames)
-    there = layout.splits()
-    splits = tuple(split for split in SPLITS if split in (wanted or there))
-    if missing := [split for split in splits if split not in there]:
+    available = layout.splits()
+    splits = tuple(split for split in SPLITS if split in (wanted or available))
+    if missing := [split for split in splits if split not in available]:
         raise WrongUseError(
-            f"{source}: found nothing for {', '.join(missing)} (only for {', '.join(there) or 'no split'}), "
+            f"{source}: found nothing for {', '.join(missing)} (only for {', '.join(available) or 'no split'}), "
             f"needs it in {layout.FOLDERS[0]}/; leave the split out with --splits."
         )
     if not splits and not layout.faults:
@@ -48,15 +51,15 @@ def open_source(
             "correct the path or --layout."
         )
     if left_out := [split for split in SPLITS if split not in splits and not wanted and not layout.faults]:
-        print(f"{source}: nothing for {', '.join(left_out)}; reading {', '.join(splits)}.", file=sys.stderr)
+        print(f"{source}: found nothing for {', '.join(left_out)}; reading {', '.join(splits)}.", file=sys.stderr)
     return layout, splits
 
 
 def layout_of(source: Path) -> str | None:
-    """The name of the layout that a folder looks like; None: like none."""
+    """Returns the name of the layout that a folder has, by the names of its subfolders; None if it has none of them."""
     if (source / "clips").is_dir() and (source / "shop").is_dir():
         return "folder"
     if not (source / "annotations").is_dir():
         return None
-    outputs = [above + kind for above in FOLDERS_ABOVE for kind in ("training_frame", "test_frame")]
-    return "lpr4m" if any((source / output).is_dir() for output in outputs) else "lpr750k"
+    downloads = [above + folder for above in FOLDERS_ABOVE for folder in ("training_frame", "test_frame")]
+    return "lpr4m" if any((source / download).is_dir() for download in downloads) else "lpr750k"

@@ -1,8 +1,8 @@
-"""img2dataset's output: which numbered picture is which frame, and which downloads failed (SPEC 8.7).
+"""Downloads by img2dataset: which numbered picture is which frame, and which downloads failed (docs/official.md 8.7).
 
-A picture is called by shard and key; its name stands only in the url of the sidecar KEY.json or of the shard's table
-SHARD.parquet. LPR4M has 473 million of them, so an index holds those alone that somebody asks for (40 million sampled
-frames), 42 bytes each, by a hash of the name, in a file that the workers map.
+A picture's file is named by shard and key. The picture's own name is only in the URL in the sidecar KEY.json or in the
+shard's table SHARD.parquet. LPR4M has 473 million pictures, so an index has only those that are looked up (40 million
+sampled frames), 42 bytes each, by a hash of the name, in a file that the workers map.
 """
 
 import hashlib
@@ -23,22 +23,22 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Picture
-from data_pipeline.layouts.listing import Layout, Run
+from data_pipeline.layouts.listing import Layout, RunTasks
 from data_pipeline.layouts.pictures import SUFFIXES
 
-FOLDERS_ABOVE = ("", "files/", "webdataset/")  # where an output of img2dataset is looked for, in this order
+FOLDERS_ABOVE = ("", "files/", "webdataset/")  # of a download in the source folder, tried in this order
 ABSENT, STORED, FAILED = range(3)
 PLACE = np.dtype(
     [
         ("key", "<u8"),
-        ("offset", "<u8"),  # in the tar
-        ("size", "<u4"),
-        ("shard", "<u4"),  # place in Download.shards
+        ("offset", "<u8"),  # bytes, in the tar; 0: a file of its own
+        ("size", "<u4"),  # bytes; 0: a file of its own
+        ("shard", "<u4"),  # index into Download.shards
         ("width", "<u4"),  # of the original, before the download shrank it
         ("height", "<u4"),
         ("digits", "u1"),  # of the key, as written
-        ("suffix", "u1"),  # place in SUFFIXES
-        ("state", "u1"),
+        ("suffix", "u1"),  # index into SUFFIX_LIST
+        ("state", "u1"),  # ABSENT, STORED or FAILED
     ]
 )
 SUFFIX_LIST = tuple(SUFFIXES)
@@ -52,15 +52,15 @@ TABLE_COLUMNS = ["url", "key", "status", "original_width", "original_height"]
 
 @dataclass(frozen=True)
 class Download:
-    """One output folder of img2dataset, written as `files` or as `webdataset`."""
+    """One output folder of img2dataset, such as training_frame."""
 
     source: Path
-    folder: str  # relative to the source
-    tars: bool
-    shards: tuple[str, ...]
+    folder: str  # relative to the source folder
+    tars: bool  # its format: `webdataset`, a tar a shard, or `files`, a folder a shard
+    shards: tuple[str, ...]  # their numbers as written, sorted
 
     def picture(self, name: str, place: np.void) -> Picture:
-        """The picture of a stored download."""
+        """Returns the picture called `name` of a stored download. place: its PLACE."""
         shard = self.shards[place["shard"]]
         member = f"{int(place['key']):0{int(place['digits'])}d}{SUFFIX_LIST[place['suffix']]}"
         original = (int(place["width"]), int(place["height"]))
@@ -72,7 +72,10 @@ class Download:
 
 
 def find_download(source: Path, kind: str) -> Download:
-    """The output folder `kind` (training_frame, ...), in the source or in its files/ or webdataset/."""
+    """Returns the download `kind` (training_frame, ...), a folder in the source or in its files/ or webdataset/.
+
+    Raises WrongUseError if there is none with numbered shards.
+    """
     for above in FOLDERS_ABOVE:
         folder = Path(above) / kind
         if not (source / folder).is_dir():
@@ -84,12 +87,12 @@ def find_download(source: Path, kind: str) -> Download:
             return Download(source, folder.as_posix(), bool(tars), shards)
     raise WrongUseError(
         f"{source}: found no folder {kind}, files/{kind} or webdataset/{kind} with img2dataset's numbered shards, "
-        f"needs one; call the output folder so, or leave the split out with --splits."
+        f"needs one; rename the output folder, or leave the split out with --splits."
     )
 
 
 def name_of(text: str) -> str:
-    """A frame or image id from an id, a path or a url."""
+    """Returns the frame or image id in an id, a path or a URL: the last part without a picture's suffix."""
     if "://" in text:
         text = urllib.parse.unquote(text.partition("?")[0].partition("#")[0])
     stem, suffix = os.path.splitext(os.path.basename(text))
@@ -97,7 +100,10 @@ def name_of(text: str) -> str:
 
 
 def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
-    """64 bits of each name. Among LPR4M's 473 million names one is taken for another of 40 million with chance 1e-3."""
+    """Returns 64 bits of each name, uint64 [len(names)].
+
+    The probability that any of LPR4M's 473 million names is confused with one of the 40 million looked up is 1e-3.
+    """
     digests = b"".join(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in names)
     return np.frombuffer(digests, "<u8")
 
@@ -107,18 +113,18 @@ def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
 
 @dataclass
 class ShardScan:
-    """What a shard knows of the wanted names."""
+    """The wanted names that one shard lists."""
 
-    hashes: NDArray[np.uint64]  # of the names found
+    hashes: NDArray[np.uint64]  # of these names
     places: NDArray[np.void]  # PLACE of each
-    listed: int = 0
-    failed: int = 0
-    has_table: bool = True
-    fault: Fault | None = None
+    listed: int = 0  # number of downloads in the shard, wanted or not
+    failed: int = 0  # number of them that failed
+    has_table: bool = True  # and pyarrow is installed
+    fault: Fault | None = None  # the shard cannot be read
 
 
 def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Path) -> ShardScan:
-    """Finds the wanted names (sorted hashes in a file) in one shard (in a worker)."""
+    """Returns the wanted names in shard `number`. hashes_file: their sorted hashes. Runs in a worker."""
     wanted = np.load(hashes_file, mmap_mode="r")
     scan = ShardScan(np.zeros(0, np.uint64), np.zeros(0, PLACE))
     rows: list[tuple] = []
@@ -146,10 +152,17 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
 
 
 def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, int]]]:
-    """By key: pictures (suffix, offset, size) and sidecars (offset, size); 0, 0 for files of their own."""
+    """Returns a shard's pictures (suffix, offset, size) and sidecars (offset, size), both by key, numbers as in PLACE.
+
+    Raises BadInputError for a tar that cannot be read.
+    """
     pictures: dict[str, tuple[int, int, int]] = {}
     sidecars: dict[str, tuple[int, int]] = {}
-    for name, offset, size in _tar_members(download, number) if download.tars else _files(download, number):
+    if download.tars:
+        members = _tar_members(download, number)
+    else:
+        members = ((name, 0, 0) for name in os.listdir(download.source / download.folder / download.shards[number]))
+    for name, offset, size in members:
         key, suffix = os.path.splitext(name)
         if not re.fullmatch(r"\d{1,18}", key):
             continue
@@ -160,11 +173,6 @@ def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int,
     return pictures, sidecars
 
 
-def _files(download: Download, number: int) -> Iterator[tuple[str, int, int]]:
-    for name in os.listdir(download.source / download.folder / download.shards[number]):
-        yield name, 0, 0
-
-
 def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, int]]:
     path = download.source / download.folder / f"{download.shards[number]}.tar"
     try:
@@ -173,13 +181,15 @@ def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, in
                 if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
                     yield member.name, member.offset_data, member.size
     except (tarfile.TarError, EOFError, ValueError) as err:
-        raise BadInputError(
-            "unreadable archive", f"cannot be read as a tar ({err}); download the shard again."
-        ) from err
+        detail = f"cannot be read as a tar ({err}); download the shard again."
+        raise BadInputError("unreadable archive", detail) from err
 
 
 def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, tuple[int, int]]] | None:
-    """(name, key, stored, original size) of every download, failed ones too; None: no table, or nothing to read it."""
+    """Returns (name, key, stored, original size) of every download in a shard, failed ones included.
+
+    Returns None if the shard has no table or pyarrow is not installed. Raises BadInputError if it cannot be read.
+    """
     path = download.source / download.folder / f"{download.shards[number]}.parquet"
     if not path.exists():
         return None
@@ -190,20 +200,19 @@ def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, t
     try:
         if path.stat().st_size > MAX_TABLE_BYTES or parquet.read_metadata(path).num_rows > MAX_TABLE_ROWS:
             raise ValueError(f"found over {MAX_TABLE_BYTES:,} bytes or {MAX_TABLE_ROWS:,} rows, needs fewer")
-        texts = ["url", "key", "status"]  # read as dictionaries: one text in a million rows is one text in memory
+        texts = ["url", "key", "status"]  # read as dictionaries: a text of a million rows is in memory once
         table = parquet.read_table(path, columns=TABLE_COLUMNS, read_dictionary=texts)
         _refuse_long_texts(table.select(texts))
         columns = table.to_pydict()
         rows = zip(*(columns[name] for name in TABLE_COLUMNS), strict=True)
         return [_entry(*row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
-        raise BadInputError(
-            "unreadable table", f"{path.name} cannot be read ({err}); download the shard again."
-        ) from err
+        detail = f"{path.name} cannot be read ({err}); download the shard again."
+        raise BadInputError("unreadable table", detail) from err
 
 
 def _refuse_long_texts(table: Any) -> None:
-    """A few kilobytes of a table can be gigabytes of texts."""
+    """Raises ValueError for a text over MAX_URL_BYTES: a table of a few kilobytes can contain gigabytes of texts."""
     compute = importlib.import_module("pyarrow.compute")
     for chunk in (chunk for column in table.columns for chunk in column.chunks):
         longest = compute.max(compute.binary_length(getattr(chunk, "dictionary", chunk))).as_py() or 0
@@ -212,7 +221,10 @@ def _refuse_long_texts(table: Any) -> None:
 
 
 def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> tuple[str, str, bool, tuple[int, int]]:
-    """(name, key, stored, original size) of one download; an exception that its reader names if it is none."""
+    """Returns (name, key, stored, original size) of one download.
+
+    Raises ValueError, TypeError or OverflowError for values that no download has.
+    """
     size = int(width or 0), int(height or 0)
     if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
@@ -222,12 +234,15 @@ def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> tuple[st
 def _read_sidecars(
     download: Download, number: int, sidecars: dict[str, tuple[int, int]]
 ) -> Iterator[tuple[str, str, bool, tuple[int, int]]]:
-    """The same from the sidecars, which only stored pictures have."""
+    """Yields (name, key, stored, original size) of each download in a shard that has a sidecar; failed ones have none.
+
+    Raises WrongUseError if there are no sidecars but a table, and BadInputError if a sidecar cannot be read.
+    """
     folder, shard = download.source / download.folder, download.shards[number]
     if not sidecars and (folder / f"{shard}.parquet").exists():
         raise WrongUseError(
-            f"{folder / shard}.parquet: found no sidecars (.json) beside the pictures, so that only this table can "
-            "name them, and no pyarrow to read it; pip install 'rice_jax[parquet]'."
+            f"{folder / shard}.parquet: found no sidecars (.json) beside the pictures, needs pyarrow to read their "
+            "names from this table; pip install 'rice_jax[parquet]'."
         )
     for key, (offset, size) in sidecars.items():
         path = folder / (f"{shard}.tar" if download.tars else f"{shard}/{key}.json")
@@ -237,13 +252,15 @@ def _read_sidecars(
                 entry = json.loads(file.read(min(size or MAX_SIDECAR_BYTES, MAX_SIDECAR_BYTES)))
             yield _entry(entry["url"], key, entry["status"], entry["original_width"], entry["original_height"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
-            raise BadInputError(
-                "unreadable sidecar", f"{key}.json cannot be read ({err!r:.100}); download the shard again."
-            ) from err
+            detail = f"{key}.json cannot be read ({err!r:.100}); download the shard again."
+            raise BadInputError("unreadable sidecar", detail) from err
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Every name that a download knows of, shard by shard."""
+    """Yields the name of every download, shard by shard.
+
+    Raises BadInputError for a shard that cannot be read, and WrongUseError as `_read_sidecars` does.
+    """
     for number in range(len(download.shards)):
         table = _read_table(download, number)
         for name, *_ in table if table is not None else _read_sidecars(download, number, _members(download, number)[1]):
@@ -251,20 +268,20 @@ def list_names(download: Download) -> Iterator[str]:
 
 
 def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault]:
-    """Sidecars that say otherwise than the shard's table, which is the one that is believed (in a worker)."""
+    """Returns a fault for each sidecar that disagrees with the shard's table, which counts. Runs in a worker."""
     faults: list[Fault] = []
     shard = f"{download.folder}/{download.shards[number]}"
     try:
         _, sidecars = _members(download, number)
         table = _read_table(download, number)
-        told = {key: (name, stored) for name, key, stored, _ in table or ()}
+        listed = {key: (name, stored) for name, key, stored, _ in table or ()}
         for name, key, stored, _ in _read_sidecars(download, number, sidecars) if table and sidecars else ():
-            if told.get(key) != (name, stored):
+            if listed.get(key) != (name, stored):
                 detail = f"found {name} ({'stored' if stored else 'failed'}) of key {key} in its sidecar and "
-                detail += f"{told.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
+                detail += f"{listed.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
                 faults.append(Fault("table and sidecar differ", f"{shard}/{key}.json", detail))
     except BadInputError as err:
-        faults.append(err.at(shard))  # once more what the reader of the lists may have said
+        faults.append(err.at(shard))  # perhaps a repetition of `scan_shard`'s fault
     return faults
 
 
@@ -272,13 +289,17 @@ def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault
 
 
 class Index:
-    """Where the wanted names of one download are. Picklable; hashes and places are mapped from files."""
+    """An index of the wanted names of one download. Picklable, since hashes and places are mapped from files.
+
+    folder: for these files; old ones are overwritten. complete: every shard's table was read, so that a name which is
+    not listed was never downloaded. listed, failed: numbers of all downloads. faults: of shards.
+    """
 
     def __init__(self, download: Download, folder: Path) -> None:
         self.download = download
         name = download.folder.replace("/", "-")
         self.hashes_file, self.places_file = folder / f"{name}.hashes.npy", folder / f"{name}.places.npy"
-        self.complete = True  # every shard's table was read: what is not listed was never asked for
+        self.complete = True
         self.listed = 0
         self.failed = 0
         self.faults: list[Fault] = []
@@ -295,8 +316,8 @@ class Index:
     def places(self) -> NDArray[np.void]:
         return np.load(self.places_file, mmap_mode="r")
 
-    def add(self, hashes: NDArray[np.uint64], run: Run) -> None:
-        """Looks for names in every shard. Names that the index has already are not looked for again."""
+    def add(self, hashes: NDArray[np.uint64], run: RunTasks) -> None:
+        """Looks up names by their hashes in every shard, except for those that the index already has."""
         wanted = np.setdiff1d(hashes, self.hashes)
         if not len(wanted):
             return
@@ -308,7 +329,7 @@ class Index:
         tasks = ((self.download, number, wanted_file) for number in shards)
         for scan in run(scan_shard, tasks, f"{self.download.folder}: shards", total=len(shards), unit="shard"):
             at = np.searchsorted(wanted, scan.hashes)
-            better = places["state"][at] != STORED  # a name that was asked for twice: any success will do
+            better = places["state"][at] != STORED  # of a name that was downloaded twice, a success counts
             places[at[better]] = scan.places[better]
             self.listed, self.failed = self.listed + scan.listed, self.failed + scan.failed
             self.complete &= scan.has_table
@@ -321,15 +342,11 @@ class Index:
     def _save(self, hashes: NDArray[np.uint64], places: NDArray[np.void]) -> None:
         for name, values, path in (("hashes", hashes, self.hashes_file), ("places", places, self.places_file)):
             self.__dict__.pop(name, None)
-            path.unlink(missing_ok=True)  # a new file: the old one may still be mapped
+            path.unlink(missing_ok=True)  # and not overwritten, since the old file may still be mapped
             np.save(path, values)
 
-    def stored(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which names are there as pictures."""
-        return self.find(hashes)["state"] == STORED
-
     def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.void]:
-        """PLACE of each name; names that nobody added are ABSENT."""
+        """Returns the PLACE of each name, by its hash. The state of names that are not in the index is ABSENT."""
         if not len(self.hashes):
             return np.zeros(len(hashes), PLACE)
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)

@@ -1,32 +1,34 @@
-"""What a source lists, one row a clip: read once, before any picture is opened.
+"""Layouts of a source, and the clips and shop images that they list before any picture is opened.
 
-LPR4M has 4 million clips with 473 million frame names in 50 GB of text. So the workers read the text in parts, and what
-stays of a clip are its id (71 bytes), where its line stands (18), seven int32 columns (28) and, where pictures must be
-looked up, ten hashes (80); no frame. The workers that write the shards read the lines again by their offsets. Shop
-images (332 thousand) and test clips (20 thousand) are kept as objects.
+LPR4M has 4 million clips with 473 million frame names in 50 GB of text. So the workers read the text in parts, and the
+memory keeps of each clip its id (71 bytes), the place of its line (18), seven int32 columns (28) and, where pictures
+must be looked up, ten hashes (80), but no frame. The workers that write the shards read the lines again by their
+offsets. Shop images (332 thousand) and test clips (20 thousand) are kept as objects.
 """
 
-import collections
+import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.format.schema import Box, Clip, Picture, ShopImage
+from data_pipeline.format.manifest import TABLE_FILES
+from data_pipeline.format.schema import Box, Picture, ShopImage
+from data_pipeline.input.sampling import sample_frames
 
-LINE = np.dtype([("file", "<u2"), ("number", "<i4"), ("offset", "<i8"), ("length", "<i4")])
-TABLES = ("livestream", "category", "product", "scale", "duration", "number")
+LINE = np.dtype([("file", "<u2"), ("number", "<i4"), ("offset", "<i8"), ("length", "<i4")])  # RowLocation as numbers
+TABLES = tuple(TABLE_FILES)
 NONE = -1
-Run = Callable[..., Iterator]  # Workers.run: results in the order of the tasks
+RunTasks = Callable[..., Iterator]  # Workers.run
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a training list."""
+class TrainingRow:
+    """One line of a training or validation list, parsed."""
 
     clip_id: str
     livestream: str
@@ -42,103 +44,130 @@ class Row:
     scale: str
     duration: str
     number: str
-    columns: int
+    columns: int  # how many the line has
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowLocation:
-    """Where a training row stands: enough to read it again, so that nobody needs to keep its frames."""
+    """The place of a training row, from which a worker can read it again."""
 
     file: str  # relative to the source folder
-    number: int  # from 1
-    offset: int
-    length: int
+    number: int  # of the line, from 1
+    offset: int  # bytes
+    length: int  # bytes, without the line end
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClipListing:
-    """A clip that no training list has a line of, as its layout lists it: those of test, and all of a folder's."""
+    """A clip that is no line of a training list: a test clip, or any clip of an own folder."""
 
     clip_id: str
     livestream: str
-    frames: tuple[str, ...]
-    truth: tuple[str, ...]
-    file: str  # where it is listed
+    frames: tuple[str, ...]  # paths or frame ids
+    truth: tuple[str, ...]  # ids of its true images
+    file: str  # that lists it, relative to the source folder
     boxes: tuple[tuple[Box, ...], ...] | None = None
+    title: str = ""
     speech: str = ""
-    fault: BadInputError | None = None  # it keeps its place, without a record
+    fault: BadInputError | None = None  # the clip has an ordinal, but gets no record
+
+
+ListedClip = TrainingRow | ClipListing
+ClipSource = RowLocation | ClipListing  # from which a clip can be read again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundFrame:
-    """A frame of a clip, looked for."""
+    """A listed frame and its picture."""
 
     position: int  # in the clip's list
-    picture: Picture | BadInputError | None  # None: a download that is known to have failed
+    picture: Picture | BadInputError | None  # None: its download failed
 
 
-class Layout(Protocol):
-    """One layout on disk. Picklable and small: each worker has its own."""
+class Layout(abc.ABC):
+    """A layout of a source on disk. Picklable and small, as each worker gets a copy.
 
-    FOLDERS: ClassVar[tuple[str, ...]]  # that a source must have; the first is where its splits are told
-    source: Path
-    stored_frames: int | None  # of a clip, evenly spaced; None: all
-    copies: list[str]  # paths of pictures that are listed and the same as one of their name that is read in their place
-    faults: list[Fault]  # of lists and names as a whole: nobody could say which clips they cost
+    source: the folder. stored_frames: how many evenly spaced frames of a clip are stored at most; None: all.
+    faults: of lists and names as a whole, which cannot be assigned to clips, so that no conversion may skip them.
+    copies: paths of listed pictures that are not stored, since another picture of that name has the same bytes.
+    """
 
+    FOLDERS: ClassVar[tuple[str, ...]]  # that a source must have; the first contains the lists or clips
+
+    def __init__(self, source: Path, stored_frames: int | None) -> None:
+        self.source = source
+        self.stored_frames = stored_frames
+        self.faults: list[Fault] = []
+        self.copies: list[str] = []
+
+    def stored_positions(self, count: int) -> list[int]:
+        """Returns the positions of the frames to store of a clip of `count`: sampled (docs/official.md 9.1), or all."""
+        if self.stored_frames is None or not count:
+            return list(range(count))
+        positions: list[int] = sample_frames(count, self.stored_frames).tolist()
+        return positions
+
+    @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Those of train, val, test that the source has clips for."""
+        """Returns the splits that the source has clips for, in the order train, val, test."""
 
+    @abc.abstractmethod
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
-        """Size and CRC32C, by name, of all that says what the splits are: a conversion of other ones is another."""
+        """Returns [size, CRC32C] of each list or table that the splits are read from, by its name.
 
-    def frames_to_locate(self, listed: Row | ClipListing) -> Sequence[str]:
-        """The frames whose place must be looked up for all clips at once; none where a path says it."""
+        A conversion whose checksums differ is another conversion.
+        """
 
+    @abc.abstractmethod
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
-        """The clips of a split without a training list, and what is wrong with those that have no place among them."""
+        """Returns the clips of a split without a training list, and faults of clips whose entry cannot be read."""
 
+    @abc.abstractmethod
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Livestream -> its shop images in the order of the file; asked for the same splits."""
+        """Returns the shop images by livestream, in the order of the source, and faults of those that are left out."""
 
+    @property
+    @abc.abstractmethod
     def truth(self) -> dict[str, tuple[str, ...]]:
-        """Clip id -> true image ids, also of clips that are no query."""
+        """The ids of the true images by test clip id. Clips that the source does not list are included."""
 
-    def locate(self, listings: Sequence["Listing"], run: Run, work: Path) -> list[str]:
-        """Finds the pictures that paths do not say, before the first is opened; lines for the report."""
+    def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
+        """Returns names of a clip's frames that `locate` must look up; none if paths say where pictures are."""
+        return ()
 
-    def read_clip(self, source: RowLocation | ClipListing, split: str) -> Clip:
-        """A listed clip with its pictures to be stored; BadInputError."""
+    def locate(self, listings: Sequence["Listing"], run: RunTasks, work: Path) -> list[str]:
+        """Looks up the pictures of all listings, before the first is read. Returns remarks for the report.
 
-    def find_frames(self, source: RowLocation | ClipListing, split: str) -> tuple[Row | ClipListing, list[FoundFrame]]:
-        """A listed clip, and all of its stored frames that `read_clip` would look for; BadInputError: none can be."""
+        work: a folder for its files. Faults are added to the listings.
+        """
+        return []
 
-    def read_image(self, image: ShopImage, split: str) -> Picture:
-        """Where a shop image's picture is; BadInputError."""
+    @abc.abstractmethod
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
+        """Returns a clip as it is listed, and its frames to store with their pictures, sorted by position.
+
+        These are the frames at `stored_positions`. If a download misses one of them, they are sampled again from the
+        frames that it has. All frames that it misses are then returned too, with None if their download failed, else
+        with the error. Raises BadInputError for a line that cannot be parsed.
+        """
+
+    @abc.abstractmethod
+    def find_image(self, image: ShopImage, split: str) -> Picture:
+        """Returns the location of a shop image's picture. Raises BadInputError if it has none."""
 
 
-@runtime_checkable
-class TextLayout(Layout, Protocol):
-    """A layout whose training and validation clips are lines of text files."""
-
-    def training_lists(self, split: str) -> list[Path]:
-        """The files of the training or validation list."""
-
-    def shop_image(self, row: Row, split: str) -> ShopImage:
-        """The shop image of a training row."""
-
-
-class Table:
-    """Texts numbered in the order in which they come; `sort()` renumbers them once all are known."""
+class TextNumbers:
+    """Numbers texts in the order in which they come, from 0. `sort` renumbers them at the end."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
     def number(self, text: str) -> int:
+        """Returns the number of a text, a new one if it is new; NONE for ""."""
         return self.numbers.setdefault(text, len(self.numbers)) if text else NONE
 
     def sort(self) -> tuple[list[str], NDArray[np.int32]]:
-        """(texts sorted, new number by old number; the last entry maps NONE to itself)."""
+        """Returns the texts sorted, and an array of the new number by old number. Its last entry maps NONE to NONE."""
         texts = sorted(self.numbers)
         renumber = np.full(len(texts) + 1, NONE, np.int32)
         for new, text in enumerate(texts):
@@ -148,28 +177,29 @@ class Table:
 
 @dataclasses.dataclass
 class Listing:
-    """The clips and shop images that the source lists for one split, each sorted by id."""
+    """The clips and shop images that the source lists for one split, sorted by id. An ordinal is an index into them."""
 
     split: str
     clip_ids: NDArray[np.bytes_]
-    columns: dict[str, NDArray[np.int32]]  # TABLES and "image" (a row of images; NONE: at fault), one entry a clip
+    columns: dict[str, NDArray[np.int32]]  # TABLES and "image" (index into images; NONE: at fault), an entry a clip
     images: list[ShopImage]
-    galleries: dict[str, list[int]]  # livestream -> rows of images, in the order of the file
+    galleries: dict[str, list[int]]  # livestream: indices into images, in the order of the source
     faults: list[Fault]
-    listed: int  # clips that the source names, faulty ones included
-    frame_hashes: NDArray[np.uint64]  # of the frames to locate, one clip after the other
-    hash_counts: NDArray[np.int64]
-    lost_images: int = 0  # rows of the gallery file that are at fault
-    lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # of a list: one a clip
-    files: list[str] = dataclasses.field(default_factory=list)  # what LINE's `file` counts, relative to the source
-    clips: list[ClipListing] = dataclasses.field(default_factory=list)  # where there are no lines: one a clip
-    truth: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # test: all of the truth file
+    listed: int  # number of clips that the source names, those at fault included
+    frame_hashes: NDArray[np.uint64]  # of the frames to locate, clip after clip
+    hash_counts: NDArray[np.int64]  # number of frames to locate, an entry a clip
+    lost_images: int = 0  # number of gallery entries at fault
+    lines: NDArray[np.void] = dataclasses.field(default_factory=lambda: np.zeros(0, LINE))  # LINE a clip, or empty
+    files: list[str] = dataclasses.field(default_factory=list)  # by LINE's `file`, relative to the source folder
+    clips: list[ClipListing] = dataclasses.field(default_factory=list)  # an entry a clip if `lines` is empty
+    truth: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # test: `Layout.truth`
     image_products: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # one an image
 
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def source(self, ordinal: int) -> RowLocation | ClipListing:
+    def source(self, ordinal: int) -> ClipSource:
+        """Returns where clip `ordinal` is listed, for `Layout.find_frames`."""
         if self.clips:
             return self.clips[ordinal]
         file, number, offset, length = self.lines[ordinal].item()
@@ -177,18 +207,14 @@ class Listing:
 
 
 def sort_images(listing: Listing) -> None:
-    """Images by id (then reference), and every number of an image with them."""
+    """Sorts a listing's images by id, then reference, and adapts all indices into them."""
     order = sorted(range(len(listing.images)), key=lambda row: (listing.images[row].id, listing.images[row].reference))
-    place = np.full(len(order) + 1, NONE, np.int32)
-    place[order] = np.arange(len(order))
+    renumber = np.full(len(order) + 1, NONE, np.int32)
+    renumber[order] = np.arange(len(order))
     listing.images = [listing.images[row] for row in order]
-    listing.columns["image"] = place[listing.columns["image"]]
-    # Validation's gallery has no file that orders it: its order is that of the images, sorted.
+    listing.columns["image"] = renumber[listing.columns["image"]]
+    # No file orders the gallery "" of validation, so it gets the order of the sorted images.
     listing.galleries = {
-        name: sorted(place[rows].tolist()) if name == "" else place[rows].tolist()
+        name: sorted(renumber[rows].tolist()) if name == "" else renumber[rows].tolist()
         for name, rows in listing.galleries.items()
     }
-
-
-def reasons(faults: Iterable[Fault]) -> dict[str, int]:
-    return dict(sorted(collections.Counter(fault.reason for fault in faults).items()))

@@ -1,4 +1,4 @@
-"""Pictures of a source folder: finding them without leaving the folder, and reading them with every byte checked."""
+"""Pictures of a source folder: finding and reading files that lie inside the folder, and decoding them with limits."""
 
 import functools
 import io
@@ -13,8 +13,7 @@ from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import FORMATS, MAX_PIXELS, UNREADABLE
 
-# In the order in which the official loader tries them (SPEC 8.9), with what their bytes must be.
-SUFFIXES = {
+SUFFIXES = {  # in the order in which the official loader tries them (docs/official.md 8.9): format of the bytes
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
     ".png": "PNG",
@@ -25,20 +24,21 @@ SUFFIXES = {
     ".tiff": "TIFF",
     ".webp": "WEBP",
 }
-MAX_BYTES = 1 << 26  # 64 MiB: no frame or shop image is larger
+MAX_BYTES = 1 << 26  # 64 MiB, more than any frame or shop image has
 
 
-class PictureFolder:
-    """The pictures below a source folder; small and picklable."""
+class PictureReader:
+    """Finds and reads the pictures of a source folder, and refuses paths and links that lead out of it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._real_root = os.path.realpath(root)
 
     def find(self, path: str, *, missing: str) -> Picture:
-        """The picture that `path` (relative to the folder) means: the first suffix that exists (SPEC 8.9).
+        """Returns the picture that `path`, relative to the source folder, refers to.
 
-        BadInputError: the path leaves the folder, or there is no such file (`missing` says what that is).
+        Its suffix is replaced by the first of SUFFIXES for which a file exists, else it is kept: docs/official.md 8.9.
+        Raises BadInputError if the path leads out of the folder, or, with the reason `missing`, if no file exists.
         """
         self._refuse_leaving(path)
         stem, given = os.path.splitext(path)
@@ -46,48 +46,37 @@ class PictureFolder:
             candidate = os.path.join(self.root, stem + suffix)
             if os.path.isfile(candidate):
                 return Picture(os.path.basename(stem), stem + suffix)
-        raise BadInputError(
-            missing,
-            f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
-            "or leave the clip out with --on-error=skip.",
-            path,
-        )
+        detail = f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
+        raise BadInputError(missing, f"{detail}or leave the clip out with --on-error=skip.", path)
 
     def read(self, picture: Picture) -> bytes:
-        """The picture's bytes, as they are; BadInputError if they cannot be read."""
+        """Returns the bytes of a picture. Raises BadInputError if they cannot be read, are too many or too few."""
         self._refuse_leaving(picture.path)
         path = os.path.join(self.root, picture.path)
         self._refuse_link_out(path, picture.path)
         try:
-            with open(path, "rb", opener=_open_at_once) as file:
+            with open(path, "rb", opener=_open_without_waiting) as file:
                 stat = os.fstat(file.fileno())
                 size = stat.st_size if picture.size is None else picture.size
                 if not S_ISREG(stat.st_mode):
-                    raise BadInputError("unreadable picture", "is no regular file; restore the file.", picture.path)
+                    raise BadInputError("unreadable picture", "found no regular file; restore the file.", picture.path)
                 if size > MAX_BYTES:
-                    raise BadInputError(
-                        "oversized picture",
-                        f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file.",
-                        picture.path,
-                    )
+                    detail = f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file."
+                    raise BadInputError("oversized picture", detail, picture.path)
                 file.seek(picture.offset)
                 data = file.read(size)
         except OSError as err:
-            raise BadInputError(
-                "unreadable picture", f"cannot be read ({err.strerror}); restore the file or its rights.", picture.path
-            ) from err
+            detail = f"cannot be read ({err.strerror}); restore the file or its rights."
+            raise BadInputError("unreadable picture", detail, picture.path) from err
         if len(data) != size:
-            raise BadInputError(
-                "truncated picture", f"found {len(data)} bytes, needs {size}; download the archive again.", picture.path
-            )
+            detail = f"found {len(data)} bytes, needs {size}; download the archive again."
+            raise BadInputError("truncated picture", detail, picture.path)
         return data
 
     def _refuse_leaving(self, path: str) -> None:
         if os.path.isabs(path) or "\0" in path or ".." in path.replace("\\", "/").split("/"):
-            raise BadInputError(
-                "path leaves the source",
-                f"found the path {path!r:.200}, needs one below the source folder; correct the list.",
-            )
+            detail = f"found the path {path!r:.200}, needs one below the source folder; correct the list."
+            raise BadInputError("path leaves the source", detail)
 
     def _refuse_link_out(self, found: str, path: str) -> None:
         folder, name = os.path.split(found)
@@ -95,36 +84,32 @@ class PictureFolder:
         if os.path.islink(found):
             real = os.path.realpath(found)
         if not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            raise BadInputError(
-                "path leaves the source",
-                f"found a link to {real}, needs a file below the source folder; "
-                "copy or mount it there, or give a --source that holds both.",
-                path,
-            )
+            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or give a "
+            raise BadInputError("path leaves the source", f"{detail}--source that holds both.", path)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """A pipe that is called as a picture would otherwise wait for a writer for ever."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a named pipe would otherwise wait for a writer for ever.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-@functools.lru_cache(maxsize=4096)  # a clip's frames share a folder, and resolving costs a system call a level
+@functools.lru_cache(maxsize=4096)  # a clip's frames share a folder, and resolving one takes a system call per level
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
 def check_picture(data: bytes, path: str) -> tuple[int, int]:
-    """Width and height of a picture that decodes as a whole and is what the suffix of `path` says.
+    """Returns width and height of a picture after decoding all of it. Every stored picture is checked here once.
 
-    Everything that is stored passes here once, so that training may trust it. BadInputError says what is wrong.
+    Raises BadInputError if it cannot be decoded, is too large, or has another format than the suffix of `path`.
     """
     return decode_picture(data, path).size
 
 
 def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image:
-    """The first picture of a file, decoded as a whole; BadInputError as `check_picture` says.
+    """Returns the first picture of a file, decoded. Raises BadInputError as `check_picture` does.
 
-    named: the path has a suffix to hold the bytes against.
+    named: compare the format with the suffix of `path`, which is otherwise only for messages.
     """
     if not data:
         raise BadInputError("empty picture", "found 0 bytes, needs a picture; restore the file.", path)
@@ -132,31 +117,25 @@ def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image
     expected = SUFFIXES.get(suffix.lower())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bombs, for which our own limit is lower, and of odd metadata
+            warnings.simplefilter("ignore")  # Pillow's about large pictures, which MAX_PIXELS limits, and metadata
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            found = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a second one behind it
+            found = "JPEG" if picture.format == "MPO" else picture.format  # MPO: a JPEG followed by others
             if named and found != expected:
-                raise BadInputError(
-                    "wrong suffix",
-                    f"found {found} data in a file called {suffix or 'nothing'}, "
-                    f"needs {expected or 'a suffix of a picture'}; rename or replace the file.",
-                    path,
-                )
+                detail = f"found {found} data in a file called {suffix or 'nothing'}, "
+                detail += f"needs {expected or 'a suffix of a picture'}; rename or replace the file."
+                raise BadInputError("wrong suffix", detail, path)
             picture.load()
             return picture
     except (Image.DecompressionBombError, MemoryError) as err:
-        raise BadInputError(
-            "oversized picture", f"declares more than {MAX_PIXELS:,} pixels; replace the file.", path
-        ) from err
+        detail = f"found over {MAX_PIXELS:,} pixels in its header, needs fewer; replace the file."
+        raise BadInputError("oversized picture", detail, path) from err
     except Image.UnidentifiedImageError as err:
-        raise BadInputError(
-            "not a picture", f"found bytes {data[:8]!r}, needs {expected or 'a picture'}; replace the file.", path
-        ) from err
+        detail = f"found bytes {data[:8]!r}, needs {expected or 'a picture'}; replace the file."
+        raise BadInputError("not a picture", detail, path) from err
     except BadInputError:
         raise
     except UNREADABLE as err:
-        raise BadInputError(
-            "truncated picture", f"cannot be decoded ({err}), needs a whole picture; restore the file.", path
-        ) from err
+        detail = f"cannot be decoded ({err}), needs a whole picture; restore the file."
+        raise BadInputError("truncated picture", detail, path) from err

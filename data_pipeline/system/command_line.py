@@ -1,4 +1,4 @@
-"""What this package's commands share: help, --workers, and the exit status of what can go wrong."""
+"""Parts that this package's commands share: help, --workers, and errors as messages with an exit status."""
 
 import argparse
 import concurrent.futures.process
@@ -14,9 +14,10 @@ from data_pipeline.system.processes import cores
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
+def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """Returns a parser for the command `prog` with `doc` as its help. Options cannot be abbreviated."""
     return argparse.ArgumentParser(
-        f"python -m {module}",
+        prog,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -24,17 +25,20 @@ def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, default=cores(), metavar="N", help=f"processes ({cores()})")
+    """Adds --workers N, by default one per core."""
+    parser.add_argument("--workers", type=parse_count, default=cores(), metavar="N", help=f"processes ({cores()})")
 
 
-def positive(text: str) -> int:
-    count = number(int, text, "a whole number")
+def parse_count(text: str) -> int:
+    """Returns the whole number in `text`. Raises ArgumentTypeError if it is none or less than 1."""
+    count = parse_number(int, text, "a whole number")
     if count < 1:
         raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
     return count
 
 
-def number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
+def parse_number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
+    """Returns kind(text). Raises ArgumentTypeError that says what is `needed` where kind raises ValueError."""
     try:
         return kind(text)
     except ValueError:
@@ -42,9 +46,10 @@ def number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
 
 
 def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:
-    """Runs the job: 0 done, 1 failed (or it returns False), 2 wrong use; one message on stderr says what.
+    """Runs the job of a command and returns its exit status: 0 done, 1 failed or `job` returned False, 2 wrong use.
 
-    kept: what the same command finds done already.
+    WrongUseError, FailedError, BadInputError, OSError, Ctrl-C and the death of a worker become one message on stderr.
+    Other exceptions pass. kept: a clause for the message that says which work the next run finds done.
     """
     again = f"run the same command again: {kept}."
     try:
@@ -55,15 +60,15 @@ def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:
     except (FailedError, BadInputError) as err:
         print(err, file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on: {kept}.", file=sys.stderr)
+        print(f"interrupted; to continue, {again}", file=sys.stderr)
     except concurrent.futures.process.BrokenProcessPool:
         print(
-            "A worker process died (killed, or out of memory); where memory was short take fewer --workers, and "
-            f"{again}", file=sys.stderr,
-        )  # fmt: skip
+            f"A worker process was killed, perhaps for lack of memory; use fewer --workers if so, and {again}",
+            file=sys.stderr,
+        )
     except OSError as err:
         if err.errno in NO_SPACE:
             print(f"{output}: no space left on the device ({err}); free some and {again}", file=sys.stderr)
         else:
-            print(f"{err}; mend it and {again}", file=sys.stderr)
+            print(f"{err}; correct the cause and {again}", file=sys.stderr)
     return 1

@@ -1,6 +1,6 @@
-"""An output folder: one writer at a time, one job from the first file to the last, whatever it held before refused.
+"""Output folders: locked against a second writer, bound to one job, refused if they contain anything else.
 
-Or one that appears whole, when its job is done.
+`new_folder` makes one that appears under its name only when it is complete.
 """
 
 import json
@@ -15,13 +15,16 @@ from typing import Any
 from data_pipeline.faults import WrongUseError
 from data_pipeline.format.tfrecord import write_file
 
-WORK = ".work"
+WORK = ".work"  # folder in an output folder for notes of unfinished work
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Keeps a second writer out of the folder; the system lets go when this process ends, however it ends."""
-    import fcntl  # here, not above: Windows has none, and new_folder does without
+    """Locks a folder against other processes of this machine for the `with` block. WrongUseError: it is locked.
+
+    The system unlocks it when this process ends, even by SIGKILL.
+    """
+    import fcntl  # here, since Windows has none and `new_folder` does not need it
 
     folder = os.open(output, os.O_RDONLY)
     try:
@@ -29,7 +32,7 @@ def locked(output: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise WrongUseError(
-                f"{output}: found another run at work in it, needs it alone; wait for it, or take another --output."
+                f"{output}: found another run that writes to it, needs no other; wait for it, or use another --output."
             ) from err
         yield
     finally:
@@ -37,58 +40,59 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change: tuple[str, ...] = ()) -> bool:
-    """Marks the folder as this job's; whether the job is done already. WrongUseError if it holds anything else.
+    """Marks the folder as this job's. Returns True if the job is done, False if work remains.
 
-    identity: what makes the job this one. finished: the file that it writes last, a JSON object with the identity.
-    may_change: of the identity, between the runs of a job that is not done.
+    identity: the options and inputs that define the job, as JSON. finished: the file that the job writes last, a JSON
+    object with the identity. may_change: keys of the identity that may differ from an earlier run's while the job is
+    unfinished. Temporary files that a killed writer left are deleted.
+    Raises WrongUseError if the folder has another job's identity, or none and any other file.
     """
     mark = output / WORK / "identity.json"
     if finished.exists():
         try:
             found = json.loads(finished.read_bytes())["identity"]
         except (ValueError, KeyError, TypeError) as err:
-            raise WrongUseError(f"{finished}: found no identity in it; take another --output.") from err
+            raise WrongUseError(f"{finished}: found no identity, needs one; use another --output.") from err
         _refuse_difference(output, found, identity)
-        shutil.rmtree(output / WORK, ignore_errors=True)  # of a run that ended just behind `finished`
+        shutil.rmtree(output / WORK, ignore_errors=True)  # left if an earlier run was killed after `finished`
         return True
     if mark.exists():
         same = dict.fromkeys(may_change)
         _refuse_difference(output, json.loads(mark.read_bytes()) | same, identity | same)
-    elif strangers := sorted(path.name for path in output.iterdir() if path.name != WORK):
+    elif others := sorted(path.name for path in output.iterdir() if path.name != WORK):
         raise WrongUseError(
-            f"{output}: found {', '.join(strangers[:3])}, needs an empty folder or unfinished work of the same "
-            "command; take another --output."
+            f"{output}: found {', '.join(others[:3])}, needs an empty folder or unfinished work of the same command; "
+            "use another --output."
         )
     mark.parent.mkdir(exist_ok=True)
-    for left_over in (*output.glob(".*.tmp"), *mark.parent.glob(".*.tmp")):
-        left_over.unlink(missing_ok=True)  # of a writer that was killed
+    for temporary in (*output.glob(".*.tmp"), *mark.parent.glob(".*.tmp")):
+        temporary.unlink(missing_ok=True)
     write_file(mark, json.dumps(identity).encode())
     return False
 
 
-def _refuse_difference(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+def _refuse_difference(output: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:
+    names = [name for name in sorted({*found, *needed}) if found.get(name) != needed.get(name)]
     if names:
         first = names[0]
         raise WrongUseError(
             f"{output}: found other work, which differs in {', '.join(names)} "
-            f"({first} {json.dumps(found.get(first))[:200]}, needs {json.dumps(wanted.get(first))[:200]}); "
-            "take another --output, or delete it."
+            f"({first} {json.dumps(found.get(first))[:200]}, needs {json.dumps(needed.get(first))[:200]}); "
+            "use another --output, or delete it."
         )
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it when the block ends well, and goes when it does not.
+    """Yields an empty temporary folder. It is renamed to `output` when the `with` block ends, deleted after an error.
 
-    Raises:
-      ValueError: something is there already.
+    Raises ValueError if `output` is a file or a folder that is not empty.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output}: holds something already; give a folder that is empty or not there yet.")
+        raise ValueError(f"{output}: found content there, needs an empty or new folder; choose another.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as around:
-        folder = Path(around) / output.name  # a folder of its own: the one around it is closed to others
+        folder = Path(around) / output.name  # a folder inside, since other users may not read the one around it
         folder.mkdir()
         yield folder
         folder.rename(output)

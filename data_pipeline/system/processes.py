@@ -1,29 +1,29 @@
-"""What worker processes of any kind need: how many there may be, and an end when their parent ends."""
+"""Worker processes: how many may run, and how they end with their parent."""
 
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
-    """From now on this process, started by multiprocessing, ends with its parent, however that ends.
+    """Starts a thread that ends this process when its parent ends. This process was started by multiprocessing.
 
-    kill -9 of a parent closes nothing: its workers would wait for tasks, and hold shared memory, for ever.
+    After kill -9 of the parent its workers would otherwise wait for tasks, and keep shared memory, for ever.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        # The sentinel tells at once, but only when nobody else holds its other end, as whom the parent has forked does.
-        while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], LOOK_SECONDS):
+        # The sentinel fires at once, unless another child that the parent forked still has it open; hence getppid().
+        while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], POLL_SECONDS):
             pass
         os._exit(1)
 

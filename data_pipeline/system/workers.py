@@ -1,4 +1,4 @@
-"""Worker processes for the converter: results in the order of the tasks, a progress bar, no orphans."""
+"""Worker processes for the converter and the doctor: results in the order of the tasks, with a progress bar."""
 
 import collections
 import concurrent.futures
@@ -13,15 +13,16 @@ import tqdm
 
 from data_pipeline.system.processes import end_with_parent
 
-AHEAD = 4  # tasks in flight a worker: enough to keep it busy, few enough that their entries fit in memory
+AHEAD = 4  # tasks submitted per worker: enough to keep it busy, few enough that their entries fit in memory
 
-_context: Any = None  # in a worker: what all of its tasks share
+_context: Any = None  # in a worker process: the context of all its tasks
 
 
 class Workers:
-    """`count` processes that share `context` (a layout), started when there are two tasks for them.
+    """A pool of `count` processes, used in a `with` block. Each gets a copy of `context`, such as a layout.
 
-    With a count of one the work is done here, which is what a debugger wants.
+    The processes start with the first `run` of two tasks or more. With a count of 1 the tasks run in this process,
+    where a debugger can follow them.
     """
 
     def __init__(self, count: int, context: Any) -> None:
@@ -48,13 +49,13 @@ class Workers:
         unit: str = "part",
         weigh: Callable[[tuple], int] = lambda task: 1,
     ) -> Iterator[Any]:
-        """function(context, *task) of every task, in order.
+        """Yields function(context, *task) of every task, in the order of the tasks, and prints a progress bar.
 
-        total: units of the progress bar; weigh: how many of them a task is.
+        total: units of the whole bar. weigh: the units of one task. An error of a task is raised in its turn.
         """
-        quiet = 0.5 if sys.stdout.isatty() else 10.0  # a log file is no place for two lines a second
+        interval = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file keeps every line
         with tqdm.tqdm(
-            total=total, desc=label, unit=f" {unit}", file=sys.stdout, mininterval=quiet, disable=not total
+            total=total, desc=label, unit=f" {unit}", file=sys.stdout, mininterval=interval, disable=not total
         ) as bar:
             for task, result in self._results(function, tasks):
                 bar.update(weigh(task))

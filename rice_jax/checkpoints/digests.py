@@ -1,9 +1,9 @@
-"""Digests of arrays: 64 bits a leaf, the same on every mesh and for every dtype, in one pass over the memory.
+"""Digests of arrays: 64 bits a leaf, the same on every mesh, computed on the devices in one pass over the memory.
 
-Each word of 32 bits goes into two sums modulo 2^32. In both it is mapped one to one and then weighted by an odd number,
-so that a change of one word, hence any one flipped bit, changes both. The first is linear, with a weight for each
-place. In any such sum two flipped sign bits cancel, whatever the odd weights; so the second mixes its words before they
-are added, and of further changes about one in 2^32 leaves it, and one in 2^64 both, as they were.
+A digest is two sums of an array's 32-bit words, modulo 2^32. Both map each word one to one and multiply it by an odd
+weight that depends on its position, so a change of one word, hence any one flipped bit, changes both sums. The first
+sum is linear, and in any linear sum two flipped sign bits cancel. Therefore the second mixes the bits of each word
+before it adds them: of all other changes about one in 2^32 leaves it unchanged, and one in 2^64 both.
 """
 
 import functools
@@ -15,18 +15,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from rice_jax.parallel.mesh import path_name
+
 GOLDEN, MIX = np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B)  # odd, hence one to one modulo 2^32
 
 
 def digest(leaf: Array) -> UInt32[Array, "2"]:
-    """Of one array of any dtype and rank."""
+    """Returns both sums of one array of any dtype and rank; for jit."""
     words = _words(leaf)
-    row = _place(words.shape[:-1])
+    row = _ordinals(words.shape[:-1])
     column = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
     mixed = words ^ (column * GOLDEN)
     mixed = (mixed ^ (mixed >> 15)) * MIX
     mixed = mixed ^ (mixed >> 13)
-    # One reduction for both: apart they are two passes, and on a CPU 25 times slower.
+    # One reduction for both sums: two would be two passes, and on a CPU 25 times slower.
     zero = jnp.zeros((), jnp.uint32)
     linear, mixed = jax.lax.reduce(
         (words * (2 * column + 1), mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (words.ndim - 1,)
@@ -36,7 +38,7 @@ def digest(leaf: Array) -> UInt32[Array, "2"]:
 
 
 def _words(leaf: Array) -> UInt32[Array, "*rows columns"]:
-    """The bits of an array as words: those of 8 or 16 bits one each, those of 64 bits two."""
+    """Returns the bits as words: one for each element of 8, 16 or 32 bits, two for each of 64 bits."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
@@ -45,37 +47,36 @@ def _words(leaf: Array) -> UInt32[Array, "*rows columns"]:
     return words if words.ndim else words[None]
 
 
-def _place(shape: tuple[int, ...]) -> UInt32[Array, "*rows"]:
-    """Each element's number, in C order, modulo 2^32; without a reshape, which would gather a sharded array."""
-    place, stride = jnp.zeros(shape, jnp.uint32), 1
+def _ordinals(shape: tuple[int, ...]) -> UInt32[Array, "*rows"]:
+    """Returns each element's ordinal in C order, modulo 2^32. A reshaped range would gather a sharded array."""
+    ordinals, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        ordinals += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    return place
+    return ordinals
 
 
 def digests(tree: Any) -> UInt32[Array, "leaves 2"]:
-    """Of every leaf in the order of jax.tree.leaves, whole on every process; returns before the device has made it."""
+    """Returns the digest of each leaf in the order of jax.tree.leaves, replicated. It does not wait for the devices."""
     leaves = jax.tree.leaves(tree)
     mesh = next((x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None)
-    return _program(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaves)
+    return _compiled(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaves)
 
 
 @functools.cache
-def _program(whole: NamedSharding | None) -> Any:
-    return jax.jit(lambda leaves: jnp.stack([digest(leaf) for leaf in leaves]), out_shardings=whole)
+def _compiled(replicated: NamedSharding | None) -> Any:
+    return jax.jit(lambda leaves: jnp.stack([digest(leaf) for leaf in leaves]), out_shardings=replicated)
 
 
 def shapes_and_dtypes(tree: Any) -> dict[str, str]:
-    """{path: '(32, 16) float32'}; Orbax' metadata spells containers otherwise than the state, names are what agrees."""
+    """Returns {path: "(32, 16) float32"} of the leaves, in the order of jax.tree.leaves.
+
+    Orbax' metadata have other containers than the state, but the names in the paths are the same.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
-    return {_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
 
 
 def as_text(words: np.ndarray) -> list[str]:
-    """[leaves, 2] as 16 hex digits a leaf."""
+    """Returns digests, uint32 [leaves, 2], as strings of 16 hex digits."""
     return [f"{first:08x}{second:08x}" for first, second in words.tolist()]

@@ -1,17 +1,18 @@
-"""A run's folder: its config and its checkpoints."""
+"""The config in a run's folder."""
 
 from pathlib import Path
 
+from data_pipeline.format.tfrecord import write_file
+
 
 def write_config(workdir: Path, text: str) -> None:
-    """The config beside the checkpoints: what a run is, from its first minute."""
+    """Writes config.json, which describes the run before its first checkpoint exists. Makes the folder."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.rename(workdir / "config.json")
+    write_file(workdir / "config.json", text.encode())
 
 
 def read_config(workdir: Path) -> str | None:
+    """Returns the text of config.json; None if there is no such file."""
     path = workdir / "config.json"
     return path.read_text() if path.exists() else None
 

@@ -1,4 +1,4 @@
-"""The equations of the losses: arrays in, numbers out."""
+"""The equations of the losses, arrays in and numbers out. Letters of shapes: models/rice.py."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ from rice_jax.models.arrays import cosines
 def icl_logits(
     anchors: Float[Array, "B E"], partners: Float[Array, "G E"], scale: Float[Array, ""]
 ) -> Float[Array, "B G"]:
-    """scale^2 cos (SPEC 3.1): the scale stands on both sides, plain, neither a logarithm nor squared."""
+    """Returns scale^2 cos for unit vectors: the scale is a plain factor of both sides (docs/official.md 3.1)."""
     return jnp.square(scale) * cosines(anchors, partners)
 
 
 class GlobalBatch(NamedTuple):
-    """What a device's rows are compared with: the embeddings of the global batch, and its products."""
+    """The rows of all devices, gathered on each: what a device compares its own rows with."""
 
-    images: Float[Array, "G E"]
+    images: Float[Array, "G E"]  # unit vectors
     clips: Float[Array, "G E"]
     product: Int[Array, " G"]
 
@@ -28,80 +28,85 @@ class GlobalBatch(NamedTuple):
 def icl_loss(
     clips: Float[Array, "B E"],
     images: Float[Array, "B E"],
-    everyone: GlobalBatch,
-    own: Int[Array, " B"],
+    gathered: GlobalBatch,
+    global_rows: Int[Array, " B"],
     scale: Float[Array, ""],
     *,
     same_product_is: str = "negative",
     chunk: int = 0,
 ) -> Float[Array, ""]:
-    """Instance-level contrastive loss of unit embeddings (SPEC 3): mean of both directions and of this device's rows.
+    """Returns the instance-level contrastive loss (docs/official.md 3): mean over both directions and the B rows.
 
     Args:
-      own: position of each row in the global batch; its partner there is the positive.
-      scale: of icl_logits.
-      same_product_is: what other pairs of the row's product are: "negative" as in the official code, "masked" (left
-        out), or "positive" (the mean of -log p over all of them, SupCon's outer form).
-      chunk: rows whose logits exist at once, the others' being made again in the backward pass; 0: all.
+      clips, images: unit vectors of this device's rows.
+      global_rows: position of each of these rows in the global batch; the row's partner there is its positive.
+      scale: as in icl_logits.
+      same_product_is: how to count other rows with the same product: "negative" as the official code does, "masked"
+        (neither positive nor negative), or "positive" (the mean of -log p over all positives, SupCon's outer form).
+      chunk: rows of logits in memory at once, see in_chunks; 0: all.
     """
 
     def cross_entropy(anchors: Array, partners: Array) -> Array:
-        def rows(part: tuple[Array, Array]) -> Array:
-            anchors, own = part
-            positive, left_out = positives_and_ignored(own, everyone.product, same_product_is)
-            log_p = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, icl_logits(anchors, partners, scale)), axis=-1)
+        def of_rows(rows: tuple[Array, Array]) -> Array:
+            anchors, global_rows = rows
+            positive, ignored = positives_and_ignored(global_rows, gathered.product, same_product_is)
+            log_p = jax.nn.log_softmax(jnp.where(ignored, -jnp.inf, icl_logits(anchors, partners, scale)), axis=-1)
             return -jnp.sum(jnp.where(positive, log_p, 0), axis=-1) / jnp.sum(positive, axis=-1)
 
-        return jnp.mean(in_chunks(rows, (anchors, own), chunk))
+        return jnp.mean(in_chunks(of_rows, (anchors, global_rows), chunk))
 
-    return (cross_entropy(clips, everyone.images) + cross_entropy(images, everyone.clips)) / 2
+    return (cross_entropy(clips, gathered.images) + cross_entropy(images, gathered.clips)) / 2
 
 
 def sigmoid_icl_loss(
     clips: Float[Array, "B E"],
-    everyone: GlobalBatch,
-    own: Int[Array, " B"],
+    gathered: GlobalBatch,
+    global_rows: Int[Array, " B"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     *,
     same_product_is: str = "negative",
     chunk: int = 0,
 ) -> Float[Array, ""]:
-    """ICL as SigLIP has it: each pair of the global batch is right or wrong by itself, -log sigmoid(+-(s^2 cos + b)).
+    """Returns ICL in SigLIP's form (Zhai et al. 2023, algorithm 1): each pair is classified by itself.
 
-    The sum over a clip's pairs, the mean over this device's clips (Zhai et al. 2023, algorithm 1). Every pair is met
-    once, where its clip lives, hence one direction. Other arguments as in icl_loss.
+    A pair costs -log sigmoid(l) if positive, else -log sigmoid(-l), with l = scale^2 cos + bias. The loss is the sum
+    over the pairs of a clip, then the mean over the B clips. There is one direction, because each pair of the global
+    batch occurs once, on the device of its clip. Other arguments are those of icl_loss.
     """
 
-    def rows(part: tuple[Array, Array]) -> Array:
-        clips, own = part
-        positive, left_out = positives_and_ignored(own, everyone.product, same_product_is)
-        logits = icl_logits(clips, everyone.images, scale) + bias
-        return -jnp.sum(jnp.where(left_out, 0, jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))), axis=-1)
+    def of_rows(rows: tuple[Array, Array]) -> Array:
+        clips, global_rows = rows
+        positive, ignored = positives_and_ignored(global_rows, gathered.product, same_product_is)
+        logits = icl_logits(clips, gathered.images, scale) + bias
+        return -jnp.sum(jnp.where(ignored, 0, jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))), axis=-1)
 
-    return jnp.mean(in_chunks(rows, (clips, own), chunk))
+    return jnp.mean(in_chunks(of_rows, (clips, global_rows), chunk))
 
 
 def positives_and_ignored(
-    own: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
+    global_rows: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
 ) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
-    """Which partners are a row's positives, and which are neither positive nor negative."""
-    itself = own[:, None] == jnp.arange(product.shape[0])[None]
-    also = (product[own][:, None] == product[None]) & ~itself
-    nobody = jnp.zeros_like(itself)
+    """Returns two masks: the positives of each row, and the partners that are neither positive nor negative.
+
+    `product` is that of all rows of the global batch; the other arguments are those of icl_loss.
+    """
+    partner = global_rows[:, None] == jnp.arange(product.shape[0])[None]
+    same_product = (product[global_rows][:, None] == product[None]) & ~partner
+    none = jnp.zeros_like(partner)
     return {
-        "negative": (itself, nobody),
-        "masked": (itself, also),
-        "positive": (itself | also, nobody),
+        "negative": (partner, none),
+        "masked": (partner, same_product),
+        "positive": (partner | same_product, none),
     }[same_product_is]
 
 
 def pmd_loss(
     positive: Float[Array, " B"], negatives: Float[Array, "B k"], found: Bool[Array, "B k"]
 ) -> Float[Array, ""]:
-    """Pairwise matching loss: mean over rows of -log softmax of the positive among its candidates (SPEC 5.7).
+    """Returns the matching loss: mean over rows of -log softmax of the positive logit (docs/official.md 5.7).
 
-    A hard partner that was not found takes no part; with none the row's loss is 0.
+    Negatives where `found` is false do not count; a row without any negative has loss 0.
     """
     logits = jnp.concatenate([positive[:, None], jnp.where(found, negatives, -jnp.inf)], axis=1)
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
@@ -110,7 +115,7 @@ def pmd_loss(
 def reconstruct(
     coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
 ) -> Float[Array, "*B R D"]:
-    """Image tokens as sums of clip tokens, which carry no gradient; padding is a source of zeros (SPEC 6.5)."""
+    """Returns coefficients @ clip_tokens, with zeros for padding and no gradient to tokens (docs/official.md 6.5)."""
     sources = jnp.where(key_mask[..., None], jax.lax.stop_gradient(clip_tokens), 0)
     return coefficients @ sources.astype(coefficients.dtype)
 
@@ -121,10 +126,10 @@ def pfr_loss(
     clip_tokens: Float[Array, "*B S D"],
     key_mask: Bool[Array, "*B S"],
 ) -> Float[Array, ""]:
-    """Patch feature reconstruction: mean squared error of the rebuilt image tokens (SPEC 6.6).
+    """Returns the patch reconstruction loss: the mean squared error of the last R image tokens (docs/official.md 6.6).
 
-    Tokens carry no gradient: the loss teaches where to look, not what to see. R rows are those of the last R tokens:
-    all T, or the patches (SPEC 11, row 29).
+    Only the coefficients get a gradient; the tokens get none. R is T, or T - 1 to leave out the class token
+    (docs/official.md 11, row 29).
     """
     target = jax.lax.stop_gradient(image_tokens)[..., -coefficients.shape[-2] :, :]
     found = reconstruct(coefficients, clip_tokens, key_mask)
@@ -132,11 +137,10 @@ def pfr_loss(
 
 
 def in_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
-    """f over chunks of the leading axis, each recomputed in the backward pass; 0: all at once, nothing recomputed.
+    """Returns f(rows), computed for at most `chunk` rows at a time and again in the backward pass, to save memory.
 
-    As few chunks as `chunk` rows at most allow, all of one size: copies of the last row fill up the last chunk, and
-    what f makes of them is dropped.
-
+    f maps arrays with n rows to arrays with n rows, each row by itself; chunk 0 is a plain call. Chunks are as few as
+    possible and equal in size: copies of the last row fill the last one, and f's results for them are dropped.
     With pictures as rows and the encoder as f this is GradCache, without a second pass written by hand.
     """
     n = jax.tree.leaves(rows)[0].shape[0]

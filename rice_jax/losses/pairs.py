@@ -1,10 +1,11 @@
-"""Hard pairs: who is compared with whom, and the decoding of a pair on the device where its clip lives.
+"""Hard pairs: mining them, and decoding each pair on the device that holds its clip.
 
-Everything here runs inside shard_map over the whole batch. A matching logit needs of the image only its class token
-after the decoder's self layer, [D], and of the clip its keys and values, [S, 2D]. So the class tokens of all G images
-travel, the keys and values never do: the same loss as gathering every clip's tokens, for a five-hundredth of the bytes.
+Everything here runs inside shard_map over the whole batch. A matching logit depends on the image's class token after
+the decoder's self layer, [D], and on the clip's keys and values, [S, 2D]. So the class tokens of all G images are
+gathered on every device and the keys and values stay where they are: the same loss as gathering every clip's tokens,
+for a five-hundredth of the bytes.
 
-Letters: B rows of this device, G of the global batch, K-1 = 3 hard partners a row, r image slots of a unit.
+Letters of shapes are those of models/rice.py; besides, U is pair blocks and r image tokens in a block.
 """
 
 from collections.abc import Callable
@@ -17,16 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from rice_jax.models.arrays import cosines
 from rice_jax.parallel.mesh import first_row, gather_rows, scatter_sum_rows, varying
 
-NUM_HARD = 3  # hard partners of an anchor (SPEC 4.3)
+NUM_HARD = 3  # hard partners of a row (docs/official.md 4.3)
 
 
 def mine_hard(
     anchors: Float[Array, "B E"], partners: Float[Array, "G E"], excluded: Bool[Array, "B G"]
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
-    """The most similar partners that are not excluded, hardest first (SPEC 4.1-4.3); no gradient.
+    """Finds the k = min(NUM_HARD, G) most similar partners of each anchor, without gradient (docs/official.md 4.1-4.3).
 
-    Returns their positions in the global batch, and whether there was one (a small set may have fewer than three
-    products that are not the anchor's own).
+    Returns their positions in the global batch, the most similar first; and whether each was found. It is false, and
+    the position means nothing, where an anchor has fewer than k partners that are not excluded.
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
@@ -34,7 +35,7 @@ def mine_hard(
 
 
 def pair_keys(key: Array, image: Int[Array, "*n"], clip: Int[Array, "*n"]) -> Array:
-    """One random key a pair, from global positions: the same on any mesh, whoever decodes the pair."""
+    """Returns a random key for each pair, [*n], from positions in the global batch: the same on every mesh."""
     fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)
     for _ in range(image.ndim):
         fold = jax.vmap(fold)
@@ -42,153 +43,145 @@ def pair_keys(key: Array, image: Int[Array, "*n"], clip: Int[Array, "*n"]) -> Ar
 
 
 def attention_dropout(weights: Float[Array, "n H r S"], keys: Array, rate: float) -> Float[Array, "n H r S"]:
-    """Dropout on attention weights, one key a pair [n, r] (SPEC 5.4)."""
+    """Applies dropout to attention weights with one key for each pair, [n, r] (docs/official.md 5.4)."""
     shape = (weights.shape[1], weights.shape[3])
     keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, shape)))(keys)  # [n, r, H, S]
     return jnp.where(keep.swapaxes(1, 2), weights / (1 - rate), 0)
 
 
 class PairBlocks(NamedTuple):
-    """Pairs grouped by clip into units of r slots, so that a clip's keys and values are read once a unit."""
+    """Pairs grouped by clip into blocks of r pairs, so that a clip's keys and values are read once a block."""
 
-    pair: Int[Array, "U r"]  # which of the global 3G pairs; 3G marks an empty slot
+    pair: Int[Array, "U r"]  # number of the pair among all pairs of the global batch; their count marks an empty place
     clip: Int[Array, " U"]  # row of this device
-    used: Int[Array, ""]  # units in use; the rest are empty
+    used: Int[Array, ""]  # number of blocks that contain a pair; they come first
 
 
-def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, slots: int, multiple: int) -> PairBlocks:
-    """Groups the pairs whose clip is one of this device's `rows`; a clip position of `rows` marks a foreign pair.
+def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, block_size: int, multiple: int) -> PairBlocks:
+    """Groups pairs into blocks of `block_size` by the row of their clip; the row `rows` marks another device's pair.
 
-    However many pairs want one clip, they fit: U is the most units that any assignment can need, a multiple of
-    `multiple`. With clips (2, 0, foreign, 0, 0), rows 3 and slots 2: pairs (1, 3), (4, -), (0, -) for clips 0, 0, 2.
+    U always suffices, even if all pairs have one clip, and is a multiple of `multiple`. With clips (2, 0, 3, 0, 0),
+    3 rows and block_size 2 the blocks are the pairs (1, 3), (4, -), (0, -) of the clips 0, 0, 2.
     """
     pairs = clip_of_pair.shape[0]
-    most = -(-(rows + pairs // slots) // multiple) * multiple
-    order = jnp.argsort(clip_of_pair)  # stable; foreign pairs come last
+    most = -(-(rows + pairs // block_size) // multiple) * multiple
+    order = jnp.argsort(clip_of_pair)  # stable; pairs of other devices come last
     clip = clip_of_pair[order]
-    rank = jnp.arange(pairs) - jnp.searchsorted(clip, clip)  # place among the pairs of the same clip
-    unit = jnp.where(clip < rows, jnp.cumsum(rank % slots == 0) - 1, most)
+    rank = jnp.arange(pairs) - jnp.searchsorted(clip, clip)  # among the pairs of the same clip
+    block = jnp.where(clip < rows, jnp.cumsum(rank % block_size == 0) - 1, most)
     return PairBlocks(
-        pair=jnp.full((most, slots), pairs).at[unit, rank % slots].set(order, mode="drop"),
-        clip=jnp.zeros(most, jnp.int32).at[unit].set(clip, mode="drop"),
-        used=jnp.max(unit, where=clip < rows, initial=-1) + 1,
+        pair=jnp.full((most, block_size), pairs).at[block, rank % block_size].set(order, mode="drop"),
+        clip=jnp.zeros(most, jnp.int32).at[block].set(clip, mode="drop"),
+        used=jnp.max(block, where=clip < rows, initial=-1) + 1,
     )
 
 
-# decode(params, class_tokens [c, r, D], keys_values [c, S, 2D], context, image [c, r], clip [c]) -> logits [c, r]
+class DecoderInputs(NamedTuple):
+    """All that the decoding of pairs reads on one device."""
+
+    params: Any  # of the decoder, without the self layer
+    class_tokens: Float[Array, "G D"]  # of all images, after the self layer
+    keys_values: Float[Array, "B S 2*D"]  # of this device's clips
+    constants: Any  # arrays that have no gradient
+
+
+# decode(params, class_tokens [c, r, D], keys_values [c, S, 2D], constants, image [c, r], clip [c]) -> logits [c, r]
 Decode = Callable[[Any, Array, Array, Any, Array, Array], Array]
 
 
 def decode_blocks(
     decode: Decode,
-    params: Any,
-    class_tokens: Float[Array, "G D"],
-    keys_values: Float[Array, "B S 2*D"],
-    context: Any,
+    inputs: DecoderInputs,
     image: Int[Array, "U r"],
     clip: Int[Array, " U"],
     *,
     count: Int[Array, ""],
     chunk: int,
 ) -> Float[Array, "U r"]:
-    """Logits of the first `count` units, `chunk` at a time; 0 beyond.
+    """Returns the logits of the first `count` blocks, computed `chunk` blocks at a time; the others' mean nothing.
 
-    The loop runs as often as this device has work, which no fixed capacity allows: with an untrained encoder one clip
-    is among the hardest of nearly every image. No collective stands in it, so devices need not agree. A loop of
-    unknown length has no automatic gradient; ours is the same loop, recomputing each chunk.
+    `image` contains positions in the global batch, `clip` rows of this device. The loop runs as often as this device
+    has work, because no fixed capacity would do: with an untrained encoder one clip is among the hardest of nearly
+    every image. It contains no collective, so devices may differ. JAX has no gradient for a loop of unknown length, so
+    it is written here: the same loop, which computes each chunk again.
     """
 
     def cut(at: Array, *arrays: Array) -> list[Array]:
         return [jax.lax.dynamic_slice_in_dim(a, at * chunk, chunk) for a in arrays]
 
-    def zeros_like(tree: Any) -> Any:  # float32: thousands of small contributions are added up
+    def zeros_like(tree: Any) -> Any:  # float32, because thousands of small contributions are added up
         return jax.tree.map(lambda a: varying(jnp.zeros(a.shape, jnp.float32)), tree)
 
     @jax.custom_vjp
-    def run(
-        params: Any, class_tokens: Array, keys_values: Array, context: Any, image: Array, clip: Array, n: Array
-    ) -> Array:
+    def run(inputs: DecoderInputs, image: Array, clip: Array, n: Array) -> Array:
         def body(at: Array, logits: Array) -> Array:
             i, j = cut(at, image, clip)
-            out = decode(params, class_tokens[i], keys_values[j], context, i, j)
+            tokens, keys_values = inputs.class_tokens[i], inputs.keys_values[j]
+            out = decode(inputs.params, tokens, keys_values, inputs.constants, i, j)
             return jax.lax.dynamic_update_slice_in_dim(logits, out, at * chunk, 0)
 
         return jax.lax.fori_loop(0, n, body, varying(jnp.zeros(image.shape, jnp.float32)))
 
     def backward(saved: tuple[Any, ...], d_logits: Array) -> tuple[Any, ...]:
-        params, class_tokens, keys_values, context, image, clip, n = saved
+        inputs, image, clip, n = saved
+        *differentiated, constants = inputs
+        params, class_tokens, keys_values = differentiated
 
-        def body(at: Array, total: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+        def body(at: Array, total: list[Any]) -> list[Any]:
             i, j, d_out = cut(at, image, clip, d_logits)
-            pull = jax.vjp(lambda p, x, y: decode(p, x, y, context, i, j), params, class_tokens[i], keys_values[j])[1]
+            pull = jax.vjp(lambda p, x, y: decode(p, x, y, constants, i, j), params, class_tokens[i], keys_values[j])[1]
             d_params, d_tokens, d_keys_values = pull(d_out)
-            return (
+            return [
                 jax.tree.map(jnp.add, total[0], d_params),
                 total[1].at[i].add(d_tokens.astype(jnp.float32)),
                 total[2].at[j].add(d_keys_values.astype(jnp.float32)),
-            )
+            ]
 
-        inputs = (params, class_tokens, keys_values)
-        total = jax.lax.fori_loop(0, n, body, zeros_like(inputs))
-        return (*jax.tree.map(lambda t, a: t.astype(a.dtype), total, inputs), None, None, None, None)
+        total = jax.lax.fori_loop(0, n, body, zeros_like(differentiated))
+        cotangents = jax.tree.map(lambda t, a: t.astype(a.dtype), total, differentiated)
+        return DecoderInputs(*cotangents, constants=None), None, None, None
 
-    run.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
-    return run(params, class_tokens, keys_values, context, image, clip, -(-count // chunk))
+    run.defvjp(lambda *arguments: (run(*arguments), arguments), backward)
+    return run(inputs, image, clip, -(-count // chunk))
 
 
 def image_to_clip_logits(
     decode: Decode,
-    params: Any,
-    class_tokens: Float[Array, "G D"],
-    keys_values: Float[Array, "B S 2*D"],
-    context: Any,
+    inputs: DecoderInputs,
     hard_clips: Int[Array, "B k"],
     found: Bool[Array, "B k"],
     *,
-    slots: int,
+    block_size: int,
     chunk: int,
 ) -> tuple[Float[Array, "B k"], Int[Array, ""]]:
-    """Logits of every image against its hard clips, each decoded where the clip lives (SPEC 4.3-4.5).
+    """Decodes every image with its hard clips, each pair on the device of its clip (docs/official.md 4.3-4.5).
 
-    Also the units that this device decoded. Where `found` is false the logit is 0: mask it.
+    Returns the logits of this device's images, 0 where `found` is false; and the number of blocks of `block_size` pairs
+    that this device decoded, `chunk` blocks at a time.
     """
     rows, k = hard_clips.shape
-    total = class_tokens.shape[0]
-    wanted = gather_rows(jnp.where(found, hard_clips, total)).reshape(-1)  # [kG]; clip G belongs to nobody
+    total = inputs.class_tokens.shape[0]
+    wanted = gather_rows(jnp.where(found, hard_clips, total)).reshape(-1)  # [G k]; position G belongs to no device
     first = first_row(rows)
-    mine = (wanted >= first) & (wanted < first + rows)
-    units = group_pairs_by_clip(jnp.where(mine, wanted - first, rows), rows=rows, slots=slots, multiple=chunk)
-    image = jnp.minimum(units.pair, k * total - 1) // k
-    logits = decode_blocks(
-        decode, params, class_tokens, keys_values, context, image, units.clip, count=units.used, chunk=chunk
-    )
-    of_pair = varying(jnp.zeros(k * total, jnp.float32)).at[units.pair].set(logits, mode="drop")
-    return scatter_sum_rows(of_pair).reshape(rows, k), units.used
+    is_here = (wanted >= first) & (wanted < first + rows)
+    clip_of_pair = jnp.where(is_here, wanted - first, rows)
+    blocks = group_pairs_by_clip(clip_of_pair, rows=rows, block_size=block_size, multiple=chunk)
+    image = jnp.minimum(blocks.pair, k * total - 1) // k
+    logits = decode_blocks(decode, inputs, image, blocks.clip, count=blocks.used, chunk=chunk)
+    of_pair = varying(jnp.zeros(k * total, jnp.float32)).at[blocks.pair].set(logits, mode="drop")
+    return scatter_sum_rows(of_pair).reshape(rows, k), blocks.used
 
 
 def clip_to_image_logits(
-    decode: Decode,
-    params: Any,
-    class_tokens: Float[Array, "G D"],
-    keys_values: Float[Array, "B S 2*D"],
-    context: Any,
-    hard_images: Int[Array, "B k"],
-    *,
-    chunk: int,
+    decode: Decode, inputs: DecoderInputs, hard_images: Int[Array, "B k"], *, chunk: int
 ) -> Float[Array, "B k"]:
-    """Logits of every clip against its hard images; the anchors are the clips at home, so the load is always even."""
+    """Decodes every clip of this device with its hard images, at most `chunk` clips at a time.
+
+    Returns the logits; where mining found no partner they mean nothing. No device waits for another's logits.
+    """
     rows = hard_images.shape[0]
-    chunk = -(-rows // -(-rows // chunk))  # as few chunks as it allows, all of one size
-    spare = -rows % chunk  # copies of the last clip fill up the last chunk; their logits are dropped
-    logits = decode_blocks(
-        decode,
-        params,
-        class_tokens,
-        keys_values,
-        context,
-        jnp.pad(hard_images, ((0, spare), (0, 0)), mode="edge"),
-        varying(jnp.minimum(jnp.arange(rows + spare), rows - 1)),
-        count=varying(jnp.int32(rows)),
-        chunk=chunk,
-    )
-    return logits[:rows]
+    chunk = -(-rows // -(-rows // chunk))  # as few chunks as possible, equal in size
+    spare = -rows % chunk  # copies of the last clip fill the last chunk; their logits are dropped
+    image = jnp.pad(hard_images, ((0, spare), (0, 0)), mode="edge")
+    clip = varying(jnp.minimum(jnp.arange(rows + spare), rows - 1))
+    return decode_blocks(decode, inputs, image, clip, count=varying(jnp.int32(rows)), chunk=chunk)[:rows]

@@ -1,18 +1,25 @@
-"""RICE as a whole: the shared encoder, the decoder and the reconstruction head, built from a config."""
+"""RICE as a whole: the shared encoder, the matching decoder and the reconstruction head, built from a config.
 
-from typing import Any
+Letters of array shapes, here and in rice_jax/losses (docs/official.md 1):
+    B, G, n   rows of a device and of the global batch, a row being a (clip, shop image) pair; n of anything
+    N, px, g  frame slots of a clip; side of a picture in pixels and in patches
+    P, T, S   patches of a picture = g g; tokens of a picture = P + 1, class token first; keys of a clip = N T
+    D, E, H   width, width of the embeddings, heads of the decoder
+    k, r, R   hard partners of a row; image tokens that query one clip; image tokens that are rebuilt
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
+from rice_jax.config import Config
 from rice_jax.models.arrays import clip_embedding, normalise, unit
 from rice_jax.models.decoder import MatchingDecoder, PatchReconstruction
 from rice_jax.models.vit import VisionTransformer
 
 
 class Rice(nn.Module):
-    """Encoder, matching decoder and patch reconstruction; a model for ICL alone has neither of the last two."""
+    """Encoder, matching decoder and patch reconstruction; ICL alone needs neither of the last two."""
 
     encoder: VisionTransformer
     decoder: MatchingDecoder | None
@@ -21,31 +28,25 @@ class Rice(nn.Module):
     bias_init: float | None = None  # of ICL's sigmoid form; the softmax has no bias
 
     def setup(self) -> None:
-        # Used plain and on both sides, so logits are scale^2 cos; CLIP's logit_scale is a logarithm (SPEC 3.1).
+        # A plain factor of both embeddings, so logits are scale^2 cos; CLIP's is a logarithm (docs/official.md 3.1).
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.scale_init), ())
         if self.bias_init is not None:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
-
-    def encode(self, pictures: Float[Array, "n px px 3"]) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
-        return self.encoder(pictures)
 
     def __call__(
         self,
         frames: UInt8[Array, "n N px px 3"],
         mask: Int[Array, "n N"],
         image: UInt8[Array, "n px px 3"],
-        *,
-        train: bool = False,
-        debug: bool = False,
     ) -> dict[str, Array]:
-        """Embeddings, matching logits and reconstruction coefficients of n (clip, image) pairs, all tokens, no dropout.
+        """Returns all outputs for n (clip, image) pairs, without dropout, by name.
 
-        `train` and `debug` are what Scenic's trainers pass; nothing here depends on them.
+        image_embedding and clip_embedding [n, E] are unit vectors and logit_scale is a scalar. A decoder adds
+        match_logit [n], a reconstruction head coefficients [n, R, S].
         """
-        del train, debug
         n, slots = mask.shape
-        image_tokens, image_pooled = self.encode(normalise(image))
-        frame_tokens, frame_pooled = self.encode(normalise(frames, mask).reshape(n * slots, *frames.shape[2:]))
+        image_tokens, image_pooled = self.encoder(normalise(image))
+        frame_tokens, frame_pooled = self.encoder(normalise(frames, mask).reshape(n * slots, *frames.shape[2:]))
         out = {
             "image_embedding": unit(image_pooled),
             "clip_embedding": clip_embedding(frame_pooled.reshape(n, slots, -1), mask),
@@ -61,8 +62,8 @@ class Rice(nn.Module):
         return out
 
 
-def build_model(config: Any) -> Rice:
-    """The model of a config's `model` and `loss` sections (configs/default.py says what each field means)."""
+def build_model(config: Config) -> Rice:
+    """Returns the model that a config's `model`, `loss` and data.image_size describe, without parameters."""
     c, dtype = config.model, jnp.dtype(config.model.dtype)
     encoder = VisionTransformer(
         image_size=config.data.image_size,

@@ -1,4 +1,4 @@
-"""A stem of small convolutions in place of CLIP's patch embedding, for small sets and random weights."""
+"""A stem of 3x3 convolutions that can replace CLIP's patch embedding, for small data sets and random weights."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rice_jax.models.arrays import repeat_to
+from rice_jax.models.arrays import expand_to
 
 HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3)
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution of standardised kernels (mean 0, norm sqrt 2), with a gain and a bias a channel.
+    """A 3x3 convolution with standardised kernels (mean 0, norm sqrt 2), then a gain and a bias for each channel.
 
-    Kernels are normed rather than what they give. So nothing depends on the batch, and a picture keeps what a norm over
-    its pixels takes away: its contrast, and how its channels differ. A shade that all of them share is lost.
+    Weight standardisation replaces activation normalisation: no batch statistics, and per-image contrast and channel
+    differences survive. A constant that all input channels share is removed.
     """
 
     channels: int
@@ -30,12 +30,15 @@ class Convolution(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         kernel = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
         norm = jnp.sqrt(jnp.square(kernel).sum(axis=(0, 1, 2), keepdims=True) / 2 + 1e-8)
-        y = convolve(x, (kernel / norm * repeat_to(kernel, scale)).astype(self.dtype), self.stride)
-        return y + repeat_to(y, bias)
+        y = convolve(x, (kernel / norm * scale).astype(self.dtype), self.stride)
+        return y + expand_to(bias, y)
 
 
 def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride: int) -> Float[Array, "n h2 w2 d"]:
-    """One pixel of zeros around x. With a stride as one matmul: XLA's gradient of it is twice as fast so on a CPU."""
+    """Convolves x, padded with one pixel of zeros; h2 = ceil(h / stride), w2 = ceil(w / stride).
+
+    With a stride above 1 it is one matmul over the nine shifted views: XLA's gradient of that is twice as fast on CPUs.
+    """
     if stride == 1:
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
@@ -46,10 +49,10 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions and ReLU in place of one large patch: learns far faster from few pictures.
+    """3x3 convolutions and ReLU instead of one large patch, which learns far faster from few pictures.
 
-    A convolution of stride 2 for each halving, each followed by its number of residual blocks: two convolutions of
-    stride 1, what they add scaled by a learnt number a channel, small at first. Then a linear map to the width.
+    Stage i is a convolution of stride 2 to channels[i], then blocks[i] residual blocks: each adds two convolutions of
+    stride 1, times a learnt number for each channel, 0.3 at first. A linear map to `width` ends the stem.
     """
 
     channels: tuple[int, ...]
@@ -67,5 +70,6 @@ class ConvStem(nn.Module):
             for block in range(blocks):
                 name = f"{i}_{block}"
                 y = convolution(f"conv_{name}_b", 1)(nn.relu(convolution(f"conv_{name}_a", 1)(x)))
-                x = x + y * repeat_to(y, self.param(f"block_{name}_scale", nn.initializers.constant(0.3), (channels,)))
+                scale = self.param(f"block_{name}_scale", nn.initializers.constant(0.3), (channels,))
+                x = x + y * expand_to(scale, y)
         return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_width")(x)

@@ -1,8 +1,7 @@
-"""The network of RICE, read bottom-up: Block, VisionTransformer, MatchingDecoder, PatchReconstruction, Rice.
+"""CLIP's vision transformer, which encodes shop images and frames: read bottom-up, from LayerNorm to VisionTransformer.
 
-Letters of the shapes are SPEC 1's: n pictures or pairs, N frame slots, T tokens a picture (class token first),
-D width, E embedding width, H decoder heads, S = N*T decoder keys, r image rows that query one clip.
-Names of the parts are CLIP's. Parameters are plain dicts; the blocks of the encoder are stacked on a leading axis.
+Parts have CLIP's names. The parameters of the encoder's blocks are stacked on a leading axis. Letters of shapes are
+those of rice.py; in this file t is any number of tokens.
 """
 
 import functools
@@ -14,16 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rice_jax.models.arrays import repeat_to
+from rice_jax.models.arrays import expand_to
 from rice_jax.models.stem import ConvStem
 
+# Which results of a block are kept for the backward pass; the others are computed again. "none" keeps all.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps matmuls, recomputes the rest
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -31,9 +29,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class LayerNorm(nn.Module):
-    """Statistics in float32 with biased variance, output in x's dtype (SPEC 2.3).
+    """Layer norm of the last axis: biased variance, statistics in float32, output in x's dtype (docs/official.md 2.3).
 
-    Two passes, unlike flax's default: E[x^2] - E[x]^2 loses what an epsilon of 1e-12 is there for.
+    flax's nn.LayerNorm, also with use_fast_variance=False, multiplies in another order: once scale is not 1, results
+    and gradients differ in the last bit, so the same run would give other figures than the releases before.
     """
 
     eps: float = 1e-5
@@ -43,15 +42,15 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
+        y = y - y.mean(axis=-1, keepdims=True)  # not E[x^2] - E[x]^2, in which an epsilon of 1e-12 is lost
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * repeat_to(y, scale) + repeat_to(y, bias)).astype(x.dtype)
+        return (y * expand_to(scale, y) + expand_to(bias, y)).astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention in parts, so that keys and values are projected once and used by many queries.
+    """Multi-head attention, callable in parts: the decoder projects a clip's keys and values once for many queries.
 
-    in_proj's columns are q, k, v; heads are contiguous blocks of channels (SPEC 2.3). Softmax in float32.
+    The columns of in_proj are q, k, v; a head is a contiguous block of channels (docs/official.md 2.3).
     """
 
     width: int
@@ -65,22 +64,22 @@ class Attention(nn.Module):
         self.out_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
 
     def project(self, x: Float[Array, "*n D"], start: int, stop: int) -> Float[Array, "*n c"]:
-        """Parts start..stop of (q, k, v), side by side."""
+        """Returns numbers start to stop - 1 of (q, k, v), concatenated on the last axis: c = (stop - start) D."""
         columns = slice(start * self.width, stop * self.width)
         out = x @ self.in_proj_kernel[:, columns].astype(self.dtype)
-        return out + repeat_to(out, self.in_proj_bias[columns])
+        return out + expand_to(self.in_proj_bias[columns], out)
 
     def split_heads(self, x: Float[Array, "n t D"]) -> Float[Array, "n t heads d"]:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
 
     def scores(self, q_btd: Float[Array, "n t D"], k_bsd: Float[Array, "n S D"]) -> Float[Array, "n heads t S"]:
-        """q k^T / sqrt(head width), float32."""
+        """Returns q k^T / sqrt(head width) in float32, before any mask and softmax."""
         q_bthd, k_bshd = self.split_heads(q_btd), self.split_heads(k_bsd)
         scale = (self.width // self.heads) ** -0.5
         return jnp.einsum("bthd,bshd->bhts", q_bthd * scale, k_bshd, preferred_element_type=jnp.float32)
 
     def mix(self, weights: Float[Array, "n heads t S"], v_bsd: Float[Array, "n S D"]) -> Float[Array, "n t D"]:
-        """Weighted values of all heads, through out_proj."""
+        """Returns the weighted sums of the values, heads concatenated, after out_proj."""
         x_bthd = jnp.einsum("bhts,bshd->bthd", weights.astype(self.dtype), self.split_heads(v_bsd))
         return self.out_proj(x_bthd.reshape(*x_bthd.shape[:2], self.width))
 
@@ -90,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """c_proj(activation(c_fc(x))), hidden width as given (CLIP: four times the width)."""
+    """c_proj(activation(c_fc(x))) with a hidden layer of width `hidden`; CLIP's is four times the width."""
 
     hidden: int
     activation: str
@@ -107,9 +106,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (SPEC 2.3; 5.3 with eps 1e-12 and other heads).
+    """Pre-norm transformer block, of the encoder (docs/official.md 2.3) and the decoder (docs/official.md 5.3).
 
-    `ln_1`, `attn`, `ln_2`, `mlp` are attributes, so that the decoder's cross layer can call them one by one.
+    The decoder's cross layer calls the parts ln_1, attn, ln_2 and mlp one by one.
     """
 
     width: int
@@ -130,9 +129,9 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """CLIP's `conv1`: a convolution whose stride is its size, hence one matmul over patches (SPEC 2.2).
+    """CLIP's `conv1`, a convolution with stride equal to its size, as one matmul over patches (docs/official.md 2.2).
 
-    Pixels at the right and the bottom that fill no patch are left out, as a convolution does.
+    As in a convolution, pixels at the right and at the bottom that fill no patch are ignored.
     """
 
     patch_size: int
@@ -149,7 +148,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT, shared by shop images and frames (SPEC 2.2-2.4)."""
+    """CLIP's ViT, one set of weights for shop images and frames (docs/official.md 2.2-2.4)."""
 
     image_size: int
     patch_size: int
@@ -161,18 +160,19 @@ class VisionTransformer(nn.Module):
     activation: str = "quick_gelu"
     eps: float = 1e-5
     remat: str = "none"
-    stem_channels: tuple[int, ...] = ()  # empty: CLIP's patch embedding
+    stem_channels: tuple[int, ...] = ()  # of ConvStem; empty: PatchEmbedding
     stem_blocks: tuple[int, ...] = ()
-    pool: str = "class_token"  # or "mean" of all tokens: what the embedding is made of
+    pool: str = "class_token"  # the embedding comes from the class token, or from the "mean" of all tokens
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
         self, pictures: Float[Array, "n px px 3"], kept: Int[Array, "n k"] | None = None
     ) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
-        """Normalised pictures to tokens (before ln_post, class token first) and pooled vectors (float32, not unit).
+        """Encodes normalised pictures: all patches, or those that `kept` numbers (T is then 1 + k).
 
-        `kept`: the patches of each picture that are encoded, T = 1 + k; all of them unless given.
+        Returns the tokens of the last block, before ln_post and in `dtype`; and the pooled vectors, after ln_post and
+        proj, in float32 and not normalised.
         """
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
@@ -183,7 +183,7 @@ class VisionTransformer(nn.Module):
             x = PatchEmbedding(self.patch_size, width, self.dtype, name="conv1")(x)
         x = x.reshape(n, -1, width)
         position = self.param("positional_embedding", small, (x.shape[1] + 1, width)).astype(self.dtype)
-        x = x + repeat_to(x, position[1:])
+        x = x + position[1:]
         if kept is not None:
             x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         class_token = self.param("class_embedding", small, (width,)).astype(self.dtype)
@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
         return (self.image_size // self.patch_size) ** 2
 
     def resblocks(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
-        """All blocks as one scan: compiled once, parameters stacked on a leading axis."""
+        """Applies all blocks in one scan, which compiles a block once and stacks the parameters on a leading axis."""
 
         def layer(block: Block, x: Array, _: None) -> tuple[Array, None]:
             return block(x), None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.format.tfrecord import write_file
-from rice_jax import config as config_module
+from rice_jax.config import parse_arguments
 from rice_jax.errors import fail, run, warn
 from rice_jax.losses import global_batch
 from rice_jax.preflight import topologies
@@ -61,14 +61,12 @@ def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_b
     raise SystemExit(0 if report.fits else 1)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:..., or cpu:8")
     parser.add_argument("--search", action="store_true", help="find the largest batch_size that fits")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the report as JSON")
-    arguments = config_module.parse(parser, argv)
+    arguments = parse_arguments(parser, argv)
     try:
         arguments.topology = topologies.parse(arguments.topology)
     except ValueError as error:
@@ -76,9 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def command(argv: list[str] | None = None) -> None:
-    """Runs the command with the given words, or with those of the command line."""
-    run(main, parse(argv))
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> None:
+    """Runs the command with the words `argv`, or with those of the command line."""
+    run(main, parse(argv, prog))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rice_jax.config import Config, flat, set_field
+from rice_jax.config import Config, flatten, set_field
 from rice_jax.preflight.report import Report, as_flags, one_line
 
 Assess = Callable[[Config], Report]
@@ -17,7 +17,7 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
     Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
     which alone changes the loss.
     """
-    f = flat(config)
+    f = flatten(config)
     changes: dict[str, Any] = {}
     for name, size in CHUNKS.items():
         if not 0 < f[name] <= size and (name != "loss.icl_chunk" or config.batch_size >= 2**16):

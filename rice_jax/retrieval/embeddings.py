@@ -1,4 +1,4 @@
-"""Embeddings of a whole split, kept on disk so that an interrupted evaluation goes on."""
+"""Embeddings of the clips and shop images of a split, in blocks on disk so that an evaluation can be resumed."""
 
 import functools
 import io
@@ -20,15 +20,12 @@ from rice_jax.retrieval.model import Model, frame_options
 
 
 class EmbeddingStore:
-    """Embeddings of rows in blocks on disk, so that an interrupted evaluation goes on where it stopped.
-
-    Of several processes the first writes, and says which blocks are there; all read.
-    """
+    """Blocks of embeddings in a folder. Process 0 writes them and decides which ones exist; all processes read."""
 
     BLOCK = 4096  # rows
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder` must be named after all that decides the embeddings; None keeps nothing."""
+        """`folder` must be named after all that decides the embeddings; None: nothing is written or read."""
         self._folder = folder
         if folder is not None and hosts.is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +33,11 @@ class EmbeddingStore:
     def blocks(
         self, kinds: Mapping[str, int], rows: np.ndarray, encode: Callable[[np.ndarray], Sequence[np.ndarray]]
     ) -> tuple[np.ndarray, ...]:
-        """encode(rows), an array [n, width] for each of `kinds` (name: width); blocks that are all there are read."""
+        """Returns encode(rows), one array [n, width] for each kind. Complete blocks are read, others are computed.
+
+        Args:
+          kinds: width by name, in the order of the arrays that `encode` returns.
+        """
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
             paths = [self._folder / f"{kind}-{start:09d}.npy" for kind in kinds] if self._folder is not None else []
@@ -61,11 +62,12 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 
 class EvaluationPass:
-    """Every picture of a split through the model once, with one progress bar."""
+    """Runs a function over clips and shop images of a split in batches, with one progress bar."""
 
-    def __init__(self, m: Model, split: Split, *, total: int, show_progress: bool) -> None:
-        self._m, self._split = m, split
-        self._options = frame_options(m.config.data, train=False)
+    def __init__(self, model: Model, split: Split, *, total: int, show_progress: bool) -> None:
+        """total: the number of clips and shop images that the bar counts."""
+        self._model, self._split = model, split
+        self._options = frame_options(model.config.data, train=False)
         self._bar = tqdm(total=total, unit=" encoded", disable=not (show_progress and hosts.is_first()))
 
     def __enter__(self) -> "EvaluationPass":
@@ -74,49 +76,48 @@ class EvaluationPass:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
-    def clips(self, rows: np.ndarray, call: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """call(rows of the batch with -1 where it is filled up, frames, mask) for all of `rows`."""
-        make = functools.partial(clip_batches, seed=self._m.config.seed)
-        return self._over(make, ("frames", "mask"), rows, call)
+    def clips(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
+        """Returns the results of `encode` for the clips at `rows`, in that order.
 
-    def images(self, rows: np.ndarray, call: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """call(rows of the batch, images) for all of `rows`."""
-        return self._over(image_batches, ("image",), rows, call)
+        `encode` takes a batch's rows, -1 where it is filled up, and its frames and mask on the devices.
+        """
+        make = functools.partial(clip_batches, seed=self._model.config.seed)
+        return self._in_batches(make, ("frames", "mask"), rows, encode)
 
-    def _over(
-        self,
-        make: Callable[..., Any],
-        names: tuple[str, ...],
-        rows: np.ndarray,
-        call: Callable[..., list[Array]],
+    def images(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
+        """Returns the same for shop images; `encode` takes a batch's rows and its images."""
+        return self._in_batches(image_batches, ("image",), rows, encode)
+
+    def _in_batches(
+        self, make: Callable[..., Any], names: tuple[str, ...], rows: np.ndarray, encode: Callable[..., list[Array]]
     ) -> tuple[np.ndarray, ...]:
-        m = self._m
-        own = process_rows(m.batch_size, m.mesh)  # of each batch, what this process reads and decodes
-        padded = np.concatenate([rows, np.full(-len(rows) % m.batch_size, -1)]).reshape(-1, m.batch_size)
-        data = m.config.data
+        size, mesh, data = self._model.batch_size, self._model.mesh, self._model.config.data
+        positions = process_rows(size, mesh)  # of each batch, the ones that this process reads and decodes
+        padded = np.concatenate([rows, np.full(-len(rows) % size, -1)]).reshape(-1, size)
+        own_rows, workers = padded[:, positions].reshape(-1), {"threads": data.threads, "workers": data.workers}
         out = []
-        with make(
-            self._split, padded[:, own].reshape(-1), self._options, len(own), threads=data.threads, workers=data.workers
-        ) as batches:
+        with make(self._split, own_rows, self._options, len(positions), **workers) as batches:
             for batch_rows, batch in zip(padded, batches, strict=True):
-                results = call(batch_rows, *to_global([batch[name] for name in names], m.mesh))
+                results = encode(batch_rows, *to_global([batch[name] for name in names], mesh))
                 out.append([np.asarray(result) for result in results])
                 self._bar.update(int(np.count_nonzero(batch_rows >= 0)))
         return tuple(np.concatenate(parts)[: len(rows)] for parts in zip(*out, strict=True))
 
 
 def embed(
-    m: Model, split: Split, clip_rows: np.ndarray, image_rows: np.ndarray, *, store: EmbeddingStore, show_progress: bool
+    model: Model,
+    split: Split,
+    clip_rows: np.ndarray,
+    image_rows: np.ndarray,
+    *,
+    store: EmbeddingStore,
+    show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of clips and of shop images of a split, each once, in the order of the rows: [Q,E], [I,E]."""
-    width = m.config.model.embedding
-    with EvaluationPass(m, split, total=len(clip_rows) + len(image_rows), show_progress=show_progress) as over:
-        (clips,) = store.blocks(
-            {"clips": width}, clip_rows, lambda rows: over.clips(rows, lambda _, *x: m.run(inference.encode_clips, *x))
-        )
-        (images,) = store.blocks(
-            {"images": width},
-            image_rows,
-            lambda rows: over.images(rows, lambda _, *x: m.run(inference.encode_images, *x)),
-        )
+    """Returns the embeddings of clips [Q, E] and of shop images [I, E], in the order of the split's rows given."""
+    width, total = model.config.model.embedding, len(clip_rows) + len(image_rows)
+    with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
+        clips_of = lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x))
+        images_of = lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images, *x))
+        (clips,) = store.blocks({"clips": width}, clip_rows, clips_of)
+        (images,) = store.blocks({"images": width}, image_rows, images_of)
     return clips, images

@@ -1,4 +1,4 @@
-"""From a model and a converted split to Recall@k: encode every picture once, rank each clip in its own gallery."""
+"""Recall@k of a model on a converted split: encodes each picture once and ranks each clip in its own gallery."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +14,21 @@ from rice_jax.retrieval.ranking import NEVER, Ranking, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
 
 KS = (1, 3, 5, 10)
-
-
-SCORES = ("embedding", "matching", "raw-matching")  # what evaluate may rank by; the last two beside the first
+SCORES = ("embedding", "matching", "raw-matching")  # evaluate ranks by the first, and by the others beside it
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One evaluation: figures, and per query what stands behind them."""
+    """One evaluation: its figures, and the rankings that they are computed from."""
 
     figures: dict[str, int | float]
-    clip_rows: np.ndarray  # of the split, one a query
+    clip_rows: np.ndarray  # row of the split for each query
     ranking: Ranking  # by the embedding; its top_images are rows of the split
-    others: dict[str, Ranking]  # by "matching" and by the "sum" of both, where they were asked for
+    others: dict[str, Ranking]  # by "matching" and by the "sum" of both; empty for score "embedding"
 
 
 def evaluate_split(
-    m: Model,
+    model: Model,
     split: Split,
     *,
     subset: Sequence[str] | None = None,
@@ -38,43 +36,36 @@ def evaluate_split(
     store: EmbeddingStore | None = None,
     show_progress: bool = False,
 ) -> Result:
-    """Recall@k of a split by the official definition (SPEC 10), over all of its truth list or the clip ids in `subset`.
+    """Returns Recall@k of a split by the official definition (docs/official.md 10).
 
-    Figures: recall@k and strict_recall@k (ties and NaN count against the model), chance_recall@k in percent, queries
-    (the denominator: entries of the truth list, whether there are frames for them or not) and mean_gallery_size.
+    Figures: recall@k, strict_recall@k (ties and NaN count against the model) and chance_recall@k in percent; queries,
+    the entries of the truth list, with or without frames; and mean_gallery_size.
 
     Args:
-      score: "embedding": the cosine of two embeddings. "matching": beside it the cosine of the matching decoder, every
-        clip against its whole gallery, and the sum of both cosines; figures matching_recall@k, sum_recall@k, strict
-        ones of both, and the 95 % interval of each recall@1 as NAME_low and NAME_high. "raw-matching": the same with
-        h . w for the decoder's cosine, and the sum is the embedding's cosine and that.
+      subset: evaluate only these clip ids of the truth list; all of them unless given.
+      score: "embedding" ranks by the cosine of two embeddings. "matching" ranks also by the matching decoder's cosine,
+        and by the sum of both cosines. Its further figures are matching_recall@k, sum_recall@k, strict ones of both,
+        and the 95 % interval of each recall@1 as NAME_low and NAME_high. "raw-matching" is the same with h . w in
+        place of the decoder's cosine, in the sum too.
+      store: where embeddings are kept; they are not unless given.
 
     Raises:
-      ValueError: the split has no truth, `subset` holds an id that the truth list does not, or matching without a
-        decoder.
+      ValueError: an unknown score, a split without galleries, an id in `subset` that the truth list lacks, or matching
+        by a model that was not trained to match.
     """
     if score not in SCORES:
         raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
-    if not split.galleries:
-        raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
-    truth = split.truth_by_clip
-    if subset is not None:
-        unknown = [clip for clip in subset if clip not in truth]
-        if unknown:
-            raise ValueError(
-                f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}."
-            )
-        truth = {clip: truth[clip] for clip in dict.fromkeys(subset)}
+    truth = _truth(split, subset)
     clip_rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
     names = [split.gallery_name(row) for row in clip_rows.tolist()]
-    shown = sorted(set(names))
-    image_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in shown)]))
-    place = np.full(split.num_images, -1)
-    place[image_rows] = np.arange(len(image_rows))
-    index = {name: i for i, name in enumerate(shown)}
-    galleries = [place[split.galleries[name]] for name in shown]
-    gallery_of = np.array([index[name] for name in names], np.int64)
-    where: dict[str, Any] = {
+    used = sorted(set(names))
+    image_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in used)]))
+    position = np.full(split.num_images, -1)
+    position[image_rows] = np.arange(len(image_rows))
+    galleries = [position[split.galleries[name]] for name in used]
+    number = {name: gallery for gallery, name in enumerate(used)}
+    gallery_of = np.array([number[name] for name in names], np.int64)
+    task: dict[str, Any] = {
         "galleries": galleries,
         "gallery_of": gallery_of,
         "image_ids": [split.image_ids[row] for row in image_rows.tolist()],
@@ -82,37 +73,42 @@ def evaluate_split(
         "top_k": max(KS),
     }
 
-    how: dict[str, Any] = {"store": store or EmbeddingStore(None), "show_progress": show_progress}
+    options: dict[str, Any] = {"store": store or EmbeddingStore(None), "show_progress": show_progress}
     others = {}
     if score == "embedding":
-        clips, images = embed(m, split, clip_rows, image_rows, **how)
+        clips, images = embed(model, split, clip_rows, image_rows, **options)
     else:
-        how |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
-        clips, images, matches = score_galleries(m, split, clip_rows, image_rows, **how)
-        cosines = gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
-        others = {name: rank_matrix(x, **where) for name, x in (("matching", matches), ("sum", matches + cosines))}
-    ranking = rank_queries(clips, images, **where)
+        options |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
+        clips, images, matches = score_galleries(model, split, clip_rows, image_rows, **options)
+        cosines = _gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
+        others = {"matching": rank_matrix(matches, **task), "sum": rank_matrix(matches + cosines, **task)}
+    ranking = rank_queries(clips, images, **task)
+    figures = _figures(ranking, others, len(truth))
 
-    def of_split(ranking: Ranking) -> Ranking:
-        top = np.where(ranking.top_images >= 0, image_rows[ranking.top_images], -1).astype(np.int32)
-        return dataclasses.replace(ranking, top_images=top)
+    def with_rows(ranking: Ranking) -> Ranking:
+        rows = np.where(ranking.top_images >= 0, image_rows[ranking.top_images], -1).astype(np.int32)
+        return dataclasses.replace(ranking, top_images=rows)
 
-    count = len(truth)
-    figures: dict[str, int | float] = {"queries": count} | recalls(ranking, "", count)
-    chance = chance_recall(ranking.true_entries, ranking.gallery_size, KS, denominator=count)
-    figures |= {f"chance_recall@{k}": value for k, value in chance.items()}
-    figures["mean_gallery_size"] = mean_gallery_size(ranking.gallery_size)
-    for name, other in others.items():
-        figures |= recalls(other, f"{name}_", count)
-    for name in [f"{prefix}recall@1" for prefix in ("", "matching_", "sum_") if others]:
-        figures[f"{name}_low"], figures[f"{name}_high"] = wilson_interval(figures[name], count)
-    return Result(figures, clip_rows, of_split(ranking), {name: of_split(other) for name, other in others.items()})
+    return Result(figures, clip_rows, with_rows(ranking), {name: with_rows(other) for name, other in others.items()})
 
 
-def gallery_cosines(
+def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
+    """Returns the true image ids by clip id, of the clips in `subset` if it is given."""
+    if not split.galleries:
+        raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
+    truth = split.truth_by_clip
+    if subset is None:
+        return dict(truth)
+    unknown = [clip for clip in subset if clip not in truth]
+    if unknown:
+        raise ValueError(f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}.")
+    return {clip: truth[clip] for clip in subset}
+
+
+def _gallery_cosines(
     clips: np.ndarray, images: np.ndarray, galleries: Sequence[np.ndarray], gallery_of: np.ndarray, *, width: int
 ) -> np.ndarray:
-    """Each clip's cosines with its gallery's entries: float32 [Q, width], -inf beyond its end."""
+    """Returns each clip's cosines with its gallery: float32 [Q, width], -inf beyond the gallery's end."""
     out = np.full((len(clips), width), -np.inf, np.float32)
     for gallery, rows in enumerate(galleries):
         queries = np.flatnonzero(gallery_of == gallery)
@@ -120,19 +116,30 @@ def gallery_cosines(
     return out
 
 
-def recalls(ranking: Ranking, prefix: str, count: int) -> dict[str, float]:
-    """recall@k and strict_recall@k, their names behind `prefix`."""
+def _figures(ranking: Ranking, others: Mapping[str, Ranking], queries: int) -> dict[str, int | float]:
+    figures: dict[str, int | float] = {"queries": queries} | _recalls(ranking, "", queries)
+    chance = chance_recall(ranking.true_entries, ranking.gallery_size, KS, denominator=queries)
+    figures |= {f"chance_recall@{k}": value for k, value in chance.items()}
+    figures["mean_gallery_size"] = mean_gallery_size(ranking.gallery_size)
+    for name, other in others.items():
+        figures |= _recalls(other, f"{name}_", queries)
+    for name in [f"{prefix}recall@1" for prefix in ("", "matching_", "sum_") if others]:
+        figures[f"{name}_low"], figures[f"{name}_high"] = wilson_interval(figures[name], queries)
+    return figures
+
+
+def _recalls(ranking: Ranking, prefix: str, queries: int) -> dict[str, float]:
     return {
         f"{prefix}{name}@{k}": value
         for name, rank in (("recall", ranking.rank), ("strict_recall", ranking.strict_rank))
-        for k, value in recall_at(rank, KS, denominator=count).items()
+        for k, value in recall_at(rank, KS, denominator=queries).items()
     }
 
 
 def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
-    """A line a query: its clip, its rank (null: no true image in the gallery) and the shop images ranked first.
+    """Yields a dict for each query: "clip", its "rank", and "top", pairs (shop image id, score), the best first.
 
-    Where there are others: their ranks and images too, as NAME_rank and NAME_top.
+    A rank is None without a true image in the gallery. For the other rankings there are NAME_rank and NAME_top.
     """
     for i, row in enumerate(result.clip_rows.tolist()):
         line: dict[str, Any] = {"clip": split.clip_ids[row]}
@@ -148,14 +155,15 @@ def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def one_line(figures: Mapping[str, int | float]) -> str:
+    """Returns recall@k, chance and the number of queries as one line of text."""
     recall = "  ".join(f"R@{k} {figures[f'recall@{k}']:.2f}" for k in KS)
     return f"{recall}  (chance {figures['chance_recall@1']:.2f}, {figures['queries']:.0f} queries)"
 
 
 def table(figures: Mapping[str, int | float]) -> str:
-    """The figures as evaluate prints them: percent, two decimals, as the official script.
+    """Returns the figures as a table of text, in percent with two decimals as the official script prints them.
 
-    Ties against the model get a row for the embedding always, for the others where they change a figure.
+    The row of strict recall is always there for the embedding, and for other scores if a figure differs from recall.
     """
     prefixes = {"": "recall"}
     if "matching_recall@1" in figures:

@@ -1,4 +1,4 @@
-"""Galleries on the devices, scored by the matching decoder for a batch of clips."""
+"""Scores of clips with their galleries by the matching decoder, one batch of clips at a time."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,11 +10,14 @@ from jaxtyping import Array
 from rice_jax.parallel.mesh import P, process_rows, to_global
 from rice_jax.retrieval import inference
 
-AT_ONCE = 32  # shop images that a clip meets at once in matching: more takes memory, fewer makes narrow products
+AT_ONCE = 32  # shop images scored at once for each clip: more take more memory, fewer make narrow matrix products
 
 
 class GalleryScorer:
-    """Class tokens of shop images on the devices, each once, and the galleries to be matched as rows of them."""
+    """Scores batches of clips; it keeps the class token of each shop image on the devices, once for all galleries.
+
+    width: the number of scores a clip, the size of the largest gallery rounded up to a multiple of AT_ONCE.
+    """
 
     def __init__(
         self,
@@ -25,21 +28,25 @@ class GalleryScorer:
         *,
         raw: bool,
     ) -> None:
+        """`run` and `raw` are as in Model; class_tokens float32 [I, D]; each gallery is its rows of `class_tokens`."""
         self._run, self._mesh, self._raw = run, mesh, raw
-        self._sizes = np.array([*map(len, galleries), 0])  # the last is that of no clip, which fills a batch up
+        self._sizes = np.array([*map(len, galleries), 0])  # the last one, -1, is for rows that fill up a batch
         self.width = max(1, -(-int(self._sizes.max()) // AT_ONCE)) * AT_ONCE
         self._rows = np.full((len(self._sizes), self.width), len(class_tokens), np.int32)
         for row, gallery in zip(self._rows, galleries, strict=False):
             row[: len(gallery)] = gallery
-        nobody = np.zeros((1, class_tokens.shape[1]), np.float32)
+        padding = np.zeros((1, class_tokens.shape[1]), np.float32)
         self._class_tokens = jax.make_array_from_process_local_data(
-            NamedSharding(mesh, P()), np.concatenate([class_tokens, nobody])
+            NamedSharding(mesh, P()), np.concatenate([class_tokens, padding])
         )
 
     def score(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
-        """Embeddings [n, E] of a global batch of clips and their scores [n, width]; gallery -1: none, all -inf."""
-        own = process_rows(len(gallery_of), self._mesh)
-        shelf = to_global(self._rows[gallery_of[own]], self._mesh)
-        count = np.int32(-(-int(self._sizes[gallery_of].max()) // AT_ONCE))
-        clips = (frames, mask, shelf, self._class_tokens, count)
-        return self._run(inference.match_clips, *clips, more=(self._raw, AT_ONCE))
+        """Returns embeddings [n, E] and scores [n, width] of a global batch of clips, -inf beyond a gallery's end.
+
+        gallery_of: int [n], each clip's gallery; -1 for none.
+        """
+        positions = process_rows(len(gallery_of), self._mesh)
+        gallery = to_global(self._rows[gallery_of[positions]], self._mesh)
+        steps = np.int32(-(-int(self._sizes[gallery_of].max()) // AT_ONCE))
+        arrays = (frames, mask, gallery, self._class_tokens, steps)
+        return self._run(inference.encode_and_score_clips, *arrays, options=(self._raw, AT_ONCE))

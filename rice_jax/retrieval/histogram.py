@@ -1,6 +1,6 @@
-"""A yardstick without learning: rank shop images by how much of the clip's colour histogram they share.
+"""A baseline without learning: ranks shop images by the intersection of their colour histogram with the clip's.
 
-8 x 8 x 8 bins of RGB at 64 x 64 pixels; a clip's histogram is the mean over its frames, the score their intersection.
+A histogram has 8 x 8 x 8 bins of RGB, at 64 x 64 pixels; a clip's histogram is the mean of those of its frames.
 """
 
 from collections.abc import Iterable
@@ -19,26 +19,29 @@ Histogram = NDArray[np.float64]
 
 
 def histogram(pixels: Pixels) -> Histogram:
-    """Share of the pixels in each bin, [BINS ** 3], of a picture [height, width, 3]."""
+    """Returns the share of pixels in each bin, float64 [BINS ** 3], of a picture [height, width, 3]."""
     red, green, blue = np.moveaxis(pixels.astype(np.int64) * BINS // 256, -1, 0)
     counts = np.bincount(((red * BINS + green) * BINS + blue).reshape(-1), minlength=BINS**3)
     return counts / counts.sum()
 
 
 def mean_histogram(pictures: Iterable[bytes]) -> Histogram:
+    """Returns the mean histogram of encoded pictures."""
     return np.mean([histogram(resize(decode(picture), OPTIONS)) for picture in pictures], axis=0)
 
 
 def histogram_recall(split: Split, *, frames: int = 10, at: int = 1) -> float:
-    """Recall@`at` of the baseline in percent, by the official rules: true ids, ties by file order (SPEC 10.1, 10.2).
+    """Returns Recall@`at` of the baseline in percent, by the official rules (docs/official.md 10.1, 10.2).
 
-    frames: how many of a clip are looked at. A query without a stored clip counts as missed.
+    Equal scores rank in file order, and a query without a stored clip counts as missed.
+
+    frames: the number of frames that are read of each clip, at most.
     """
     images = np.array([mean_histogram([split.image(row).encoded]) for row in range(split.num_images)])
     hits = 0
     for row in range(split.num_clips):
-        stored = split.clip(row).frames
-        query = mean_histogram(stored[place] for place in sample_frames(len(stored), frames))
+        stored = [frame.encoded for frame in split.clip(row).frames]
+        query = mean_histogram(stored[position] for position in sample_frames(len(stored), frames))
         gallery = split.gallery_of(row)
         shared = np.minimum(images[gallery], query).sum(axis=1)
         best = gallery[np.argsort(-shared, kind="stable")[:at]]

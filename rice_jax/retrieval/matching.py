@@ -1,4 +1,4 @@
-"""Scores of every clip against its whole gallery by the matching decoder."""
+"""Scores of all clips of a split with their galleries by the matching decoder."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from rice_jax.retrieval.model import Model, check_decoder
 
 
 def score_galleries(
-    m: Model,
+    model: Model,
     split: Split,
     clip_rows: np.ndarray,
     image_rows: np.ndarray,
@@ -23,26 +23,30 @@ def score_galleries(
     store: EmbeddingStore,
     show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings as `embed` gives them, and each clip's matching scores [Q,L] in its gallery, -inf beyond its end.
+    """Returns clip embeddings [Q, E], image embeddings [I, E], and each clip's scores with its gallery, [Q, L].
+
+    Scores beyond a gallery's end are -inf; L is at least the size of the largest gallery.
 
     Args:
-      galleries: places in `image_rows`; gallery_of [Q]: whose a clip is.
-      raw: h . w in place of its cosine.
+      clip_rows, image_rows: rows of the split, int [Q] and [I].
+      galleries: for each gallery, positions in `image_rows`.
+      gallery_of: int [Q], each clip's gallery.
+      raw: as in Model.match.
+
+    Raises:
+      ValueError: the model has no decoder that was trained to match.
     """
-    check_decoder(m)
-    width = m.config.model.embedding
-    place = np.full(split.num_clips + 1, -1)  # the last one is row -1's
-    place[clip_rows] = gallery_of
-    with EvaluationPass(m, split, total=len(clip_rows) + len(image_rows), show_progress=show_progress) as over:
-        images, class_tokens = store.blocks(
-            {"images": width, "class-tokens": m.config.model.width},
-            image_rows,
-            lambda rows: over.images(rows, lambda _, *x: m.run(inference.image_queries, *x)),
-        )
-        shelves = GalleryScorer(m.run, m.mesh, class_tokens, galleries, raw=raw)
-        clips, scores = store.blocks(
-            {"clips": width, "raw-matches" if raw else "matches": shelves.width},
-            clip_rows,
-            lambda rows: over.clips(rows, lambda batch, *x: shelves.score(place[batch], *x)),
-        )
+    check_decoder(model)
+    width = model.config.model.embedding
+    gallery_of_row = np.full(split.num_clips + 1, -1)  # the last one is for row -1, which fills up batches
+    gallery_of_row[clip_rows] = gallery_of
+    total = len(clip_rows) + len(image_rows)
+    with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
+        images_of = lambda rows: encode.images(rows, lambda _, *x: model.run(inference.encode_images_to_match, *x))
+        kinds = {"images": width, "class-tokens": model.config.model.width}
+        images, class_tokens = store.blocks(kinds, image_rows, images_of)
+        scorer = GalleryScorer(model.run, model.mesh, class_tokens, galleries, raw=raw)
+        clips_of = lambda rows: encode.clips(rows, lambda batch, *x: scorer.score(gallery_of_row[batch], *x))
+        kinds = {"clips": width, "raw-matches" if raw else "matches": scorer.width}
+        clips, scores = store.blocks(kinds, clip_rows, clips_of)
     return clips, images, scores

@@ -1,4 +1,4 @@
-"""From a model and a converted split to ranks: encode every picture once, rank each clip in its own gallery."""
+"""Trained models in Python: `load` opens a run, and `Model` turns pictures into embeddings and matching scores."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import EVALUATED, from_json, override
+from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import P, make_mesh, on_host, path_name, process_rows, to_global
@@ -25,15 +25,18 @@ from rice_jax.retrieval.galleries import GalleryScorer
 from rice_jax.training.step import abstract_state
 
 
-def frame_options(data: Any, *, train: bool) -> FrameOptions:
-    """The config's `data` section as the pipeline takes it; evaluation has its own number of frame slots."""
+def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
+    """Returns a config's `data` section as options of the input pipeline; evaluation has its own number of slots."""
     names = {field.name for field in dataclasses.fields(FrameOptions)}
     options = {name: value for name, value in data.items() if name in names}
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
 
 
-def _prepared(picture: str | Path | bytes, place: int, options: FrameOptions) -> UInt8[np.ndarray, "px px 3"]:
-    data, name = (picture, f"picture {place}") if isinstance(picture, bytes) else (Path(picture).read_bytes(), picture)
+def _prepare_one(picture: str | Path | bytes, ordinal: int, options: FrameOptions) -> UInt8[np.ndarray, "px px 3"]:
+    if isinstance(picture, bytes):
+        data, name = picture, f"picture {ordinal}"
+    else:
+        data, name = Path(picture).read_bytes(), str(picture)
     try:
         return centre_crop(load_picture(data, options, train=False), options)
     except ValueError as error:
@@ -42,27 +45,35 @@ def _prepared(picture: str | Path | bytes, place: int, options: FrameOptions) ->
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _on_mesh(
-    function: Callable[..., Any], mesh: Mesh, net: Rice, static: tuple[Any, ...], params: Any, *arrays: Array
+    function: Callable[..., Any], mesh: Mesh, net: Rice, options: tuple[Any, ...], params: Any, *arrays: Array
 ) -> list[Array]:
-    """What function(net, *static, params, *arrays) gives, on every device; parameters are gathered once, before it."""
-    whole = NamedSharding(mesh, P())
-    results = function(net, *static, jax.lax.with_sharding_constraint(params, whole), *arrays)
-    return jax.tree.leaves(jax.lax.with_sharding_constraint(results, whole))
+    """Returns function(net, *options, params, *arrays) on every device. Parameters are gathered once, before it."""
+    replicated = NamedSharding(mesh, P())
+    results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
+    return jax.tree.leaves(jax.lax.with_sharding_constraint(results, replicated))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model that turns NumPy pictures into unit vectors; the cosine of two says how well they match.
+    """A trained model. It turns NumPy pictures into unit vectors whose cosine is high if they show the same product.
 
     Attributes:
       config: the run's config.
       net: the Flax modules.
       params: their parameters, on the devices of `mesh`.
-      batch_size: clips encoded at once, over all devices; any number may be passed, the rest of a batch is padded.
-      step: updates that the parameters have seen.
+      batch_size: the number of clips or shop images encoded at once, over all devices. Methods take any number of
+        them, and fill up the last batch.
+      step: the number of updates after which the parameters were saved.
+
+    Example:
+      model = rice_jax.load("runs/smoke")
+      images = model.prepare(["shop/cola.jpg", "shop/tea.jpg"])          # uint8 [2, px, px, 3]
+      frames = model.prepare(["clip/0.jpg", "clip/1.jpg"])[None]         # one clip of two frames
+      cosine = model.encode_clips(frames) @ model.encode_images(images).T  # float32 [1, 2]
+      score = model.match(frames, None, images)                          # by the matching decoder: float32 [1, 2]
     """
 
-    config: Any
+    config: Config
     net: Rice
     params: Any
     mesh: Mesh
@@ -70,39 +81,45 @@ class Model:
     step: int = 0
 
     def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
-        """Pictures as evaluation sees them: decoded, resized, the middle of px x px, px = config.data.image_size.
+        """Returns pictures as evaluation sees them: decoded, resized and cropped to px = config.data.image_size.
 
         Args:
-          pictures: JPEG, PNG or WebP, each a path or the file's bytes.
+          pictures: JPEG, PNG or WebP files, each as a path or as its bytes.
 
         Raises:
-          OSError, ValueError: no file, or no picture; names it by path or place.
+          OSError: a file cannot be read.
+          ValueError: a file is no picture; the message has its path, or its ordinal if it was given as bytes.
+          TypeError: `pictures` is a single path or bytes.
         """
         if isinstance(pictures, str | Path | bytes):
             raise TypeError("prepare takes several pictures; give [picture].")
         options = frame_options(self.config.data, train=False)
-        prepared = [_prepared(picture, place, options) for place, picture in enumerate(pictures)]
+        prepared = [_prepare_one(picture, ordinal, options) for ordinal, picture in enumerate(pictures)]
         return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
 
     def encode_clips(
         self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"] | None = None
     ) -> Float[np.ndarray, "n E"]:
-        """Embeddings of clips: float32, unit length.
+        """Returns the embeddings of clips: float32, unit length.
 
         Args:
-          frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (another N compiles anew).
+          frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (each N is compiled once).
           mask: 1 for a frame, 0 for an empty slot, at least one frame a clip; None: every slot has a frame.
 
         Raises:
-          ValueError: another picture size, or a clip without a frame.
+          ValueError: frames of another shape or dtype, or a mask that is not as above.
         """
         frames, mask = self._check_clips(frames, mask)
-        return self._batched(functools.partial(self.run, inference.encode_clips), frames, mask)[0]
+        return self._in_batches(functools.partial(self.run, inference.encode_clips), frames, mask)[0]
 
     def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
-        """Embeddings of shop images: float32, unit length. Pictures as in encode_clips."""
+        """Returns the embeddings of shop images: float32, unit length.
+
+        Raises:
+          ValueError: `images` have another shape or dtype than pictures in encode_clips.
+        """
         images = self._check(images, axes=4)
-        return self._batched(functools.partial(self.run, inference.encode_images), images)[0]
+        return self._in_batches(functools.partial(self.run, inference.encode_images), images)[0]
 
     def match(
         self,
@@ -112,38 +129,40 @@ class Model:
         *,
         raw: bool = False,
     ) -> Float[np.ndarray, "n m"]:
-        """How well each clip shows each shop image, by the matching decoder (SPEC 10.4): float32, -1 to 1.
+        """Returns the matching decoder's score of each clip with each shop image (docs/official.md 10.4).
 
-        Every picture is encoded once a call; after that a pair is cheap, a warehouse of pairs is not.
+        Each picture is encoded once a call, but the decoder runs for each of the n * m pairs.
 
         Args:
-          frames, mask: clips as in encode_clips.
-          images: pictures as in encode_images.
-          raw: h . w in place of its cosine, of any size.
+          frames, mask, images: as in encode_clips and encode_images.
+          raw: return h . w, of any size, instead of its cosine, from -1 to 1. Both are float32.
 
         Raises:
-          ValueError: as in encode_clips, or a model without a decoder.
+          ValueError: as in encode_clips and encode_images, or the model was not trained to match.
         """
         check_decoder(self)
         frames, mask = self._check_clips(frames, mask)
         images = self._check(images, axes=4)
-        class_tokens = self._batched(functools.partial(self.run, inference.image_queries), images)[1]
-        shelves = GalleryScorer(self.run, self.mesh, class_tokens, [np.arange(len(images))], raw=raw)
-        everyone = np.zeros(self.batch_size, np.int64)
-        return self._batched(functools.partial(shelves.score, everyone), frames, mask)[1][:, : len(images)]
+        class_tokens = self._in_batches(functools.partial(self.run, inference.encode_images_to_match), images)[1]
+        scorer = GalleryScorer(self.run, self.mesh, class_tokens, [np.arange(len(images))], raw=raw)
+        gallery_of = np.zeros(self.batch_size, np.int64)
+        return self._in_batches(functools.partial(scorer.score, gallery_of), frames, mask)[1][:, : len(images)]
 
-    def run(self, function: Callable[..., Any], *arrays: Any, more: tuple[Any, ...] = ()) -> list[Array]:
-        """Applies a function of rice_jax.retrieval.inference, compiled, to arrays on devices; `more`: its options."""
-        return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *more), self.params, *arrays)
+    def run(self, function: Callable[..., Any], *arrays: Any, options: tuple[Any, ...] = ()) -> list[Array]:
+        """Returns the arrays function(net, eval_flip, *options, params, *arrays), compiled and replicated.
+
+        `function` is one of rice_jax.retrieval.inference, and `arrays` are on the devices.
+        """
+        return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *options), self.params, *arrays)
 
     @property
     def can_match(self) -> bool:
-        """Whether PMD trained its decoder: PFR alone leaves the matching head as it was born."""
+        """Whether the decoder was trained by PMD. With PFR alone its matching head keeps its initial values."""
         return self.net.decoder is not None and bool(self.config.loss.pmd)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the parameters: equal models have equal ones, whatever folder they come from."""
+        """A digest of the parameters, 16 hex digits: equal parameters have equal ones, whatever folder they are in."""
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
@@ -167,24 +186,29 @@ class Model:
             )
         return frames, mask.astype(np.int32)
 
-    def _batched(self, call: Callable[..., list[Array]], *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        """call(*rows on the devices) for all rows, batch_size at a time; of no rows the results' shapes alone."""
-        own = process_rows(self.batch_size, self.mesh)
+    def _in_batches(self, encode: Callable[..., list[Array]], *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns the results of `encode` for all rows, in batches; for zero rows, empty arrays of the right shape.
+
+        `encode` takes a global batch of each array on the devices.
+        """
+        positions = process_rows(self.batch_size, self.mesh)
         out = []
         for start in range(0, max(1, len(arrays[0])), self.batch_size):
-            part = [a[start : start + self.batch_size] for a in arrays]
-            missing = self.batch_size - len(part[0])
-            fill = [a[:1] if len(a) else np.ones((1, *a.shape[1:]), a.dtype) for a in part]
-            padded = [np.concatenate([a, np.repeat(f, missing, axis=0)]) for a, f in zip(part, fill, strict=True)]
-            results = call(*to_global([a[own] for a in padded], self.mesh))
-            out.append([np.asarray(result)[: len(part[0])] for result in results])
+            batch = [array[start : start + self.batch_size] for array in arrays]
+            count, padded = len(batch[0]), []
+            for array in batch:
+                filling = array[:1] if count else np.ones((1, *array.shape[1:]), array.dtype)
+                padded.append(np.concatenate([array, np.repeat(filling, self.batch_size - count, axis=0)]))
+            results = encode(*to_global([array[positions] for array in padded], self.mesh))
+            out.append([np.asarray(result)[:count] for result in results])
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
 
 
-def check_decoder(m: Model) -> None:
-    """ValueError for a model that never learned to match: only an encoder, or a decoder without its matching head."""
-    if not m.can_match:
-        found = "no decoder (loss.pmd and loss.pfr are 0" if m.net.decoder is None else "not learned it (loss.pmd is 0"
+def check_decoder(model: Model) -> None:
+    """Raises ValueError if the model has no decoder, or one that was not trained to match."""
+    if not model.can_match:
+        has_decoder = model.net.decoder is not None
+        found = "not learned it (loss.pmd is 0" if has_decoder else "no decoder (loss.pmd and loss.pfr are 0"
         raise ValueError(
             f"matching: this model has {found} in its config); train one with a PMD loss, or rank by --score embedding."
         )
@@ -193,17 +217,21 @@ def check_decoder(m: Model) -> None:
 def load(
     run: str | Path, *, step: int | None = None, mesh: Mesh | None = None, overrides: Mapping[str, str] | None = None
 ) -> Model:
-    """The model of a training run: `model = rice_jax.load("runs/grocery")`.
+    """Returns the model of a training run. With several processes all of them must call it.
 
     Args:
-      run: the training's workdir.
-      step: a checkpoint's number of updates; the newest that is whole unless given.
-      mesh: where the parameters go; all devices unless given.
-      overrides: fields of the config that do not touch the weights, such as {"eval_flip": "true"}.
+      run: the run's workdir.
+      step: a checkpoint's number of updates; the newest undamaged one unless given.
+      mesh: the devices for the parameters; all devices unless given.
+      overrides: values, as text, of config fields that do not concern the weights, such as {"eval_flip": "true"}.
 
     Raises:
-      FileNotFoundError: no run, no checkpoint, or none of that step.
-      ValueError: a damaged checkpoint or config, or an override of a field that the model was trained with.
+      FileNotFoundError: the folder has no run, no checkpoint, or none of that step.
+      ValueError: the checkpoint or the config is damaged, or an override is of a field that training depended on.
+
+    Example:
+      model = rice_jax.load("runs/smoke", overrides={"eval_flip": "true"})
+      print(model.step, model.config.data.image_size)
     """
     text = read_config(Path(run))
     checkpoints = Checkpoints(run) if text is not None and (Path(run) / "checkpoints").is_dir() else None
@@ -216,15 +244,12 @@ def load(
         raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     config = from_json(text)
     for name, value in (overrides or {}).items():
-        if not any(name == free or name.startswith(free + ".") for free in EVALUATED):
+        if name not in EVALUATED:
             raise ValueError(f"--config.{name}: the model was trained with it, so it cannot be changed now.")
         override(config, name, value)
     mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = build_model(config)
     abstract = abstract_state(net, config, mesh)
-    if step is None:
-        step, params = checkpoints.newest_params(abstract)
-    else:
-        params = checkpoints.restore_params(step, abstract)
+    step, params = checkpoints.restore_params(abstract, step)
     batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
     return Model(config, net, params, mesh, batch_size=batch_size, step=step)

@@ -1,4 +1,4 @@
-"""Recall@k, what chance reaches, and intervals."""
+"""Recall@k, its expectation for random rankings, and its confidence interval."""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +8,17 @@ from jaxtyping import Int
 
 
 def recall_at(rank_q: Int[np.ndarray, " Q"], ks: Sequence[int], *, denominator: int) -> dict[int, float]:
-    """Recall@k in percent: queries ranked k or better, among all entries of the truth list (SPEC 10.2).
+    """Returns {k: Recall@k in percent, not rounded}: the share of the truth list of rank k or better.
+
+    docs/official.md 10.2.
 
     Args:
         rank_q: int [Q], 1-based ranks, NEVER for a miss.
-        ks: the k's wanted.
-        denominator: entries of the truth list, whether predicted or not; at least Q.
-
-    Returns:
-        k -> percent, not rounded.
+        ks: the values of k.
+        denominator: the number of entries of the truth list, with or without a prediction; at least Q.
 
     Raises:
-        ValueError: a denominator below Q or of 0.
+        ValueError: the denominator is 0 or less than Q.
     """
     _check_denominator(denominator, len(rank_q))
     return {k: 100.0 * int(np.count_nonzero(rank_q <= k)) / denominator for k in ks}
@@ -32,21 +31,18 @@ def chance_recall(
     *,
     denominator: int,
 ) -> dict[int, float]:
-    """Expected Recall@k in percent of a random order of each gallery, exact.
+    """Returns {k: Recall@k in percent, not rounded} to be expected of random rankings, exactly.
 
-    With t true among n entries the first k hold none of them with probability C(n - t, k) / C(n, k).
+    With t true among n entries, the first k contain none of them with probability C(n - t, k) / C(n, k).
 
     Args:
-        true_entries: int [Q], true entries of each query's gallery, duplicates counted.
-        gallery_size: int [Q], entries of each query's gallery.
-        ks: the k's wanted.
-        denominator: as in `recall_at`; a query that was not predicted hits with probability 0.
-
-    Returns:
-        k -> percent, not rounded.
+        true_entries: int [Q], number of true entries in each query's gallery, with duplicates.
+        gallery_size: int [Q], number of entries in each query's gallery.
+        ks: the values of k.
+        denominator: as in `recall_at`; entries without a prediction are misses.
 
     Raises:
-        ValueError: a denominator below Q or of 0.
+        ValueError: the denominator is 0 or less than Q.
     """
     _check_denominator(denominator, len(true_entries))
     chance = {}
@@ -60,24 +56,21 @@ def chance_recall(
 
 
 def mean_gallery_size(gallery_size: Int[np.ndarray, " Q"]) -> float:
-    """Mean over the queries (not the livestreams) of the entries that a query is ranked among; 0 without queries."""
+    """Returns the mean gallery size over the queries, not over the livestreams; 0 without queries."""
     return float(np.mean(gallery_size)) if len(gallery_size) else 0.0
 
 
 def wilson_interval(recall_percent: float, denominator: int) -> tuple[float, float]:
-    """95 % interval of a Recall figure by Wilson's score, in percent.
+    """Returns Wilson's 95 % interval of a Recall figure: lower and upper end in percent, within 0 to 100.
 
-    It takes the queries for independent. Queries of few products are not: then the true interval is wider.
+    It assumes independent queries. Queries of few products are not, and then the true interval is wider.
 
     Args:
         recall_percent: the figure, 0 to 100.
-        denominator: the entries it was taken over.
-
-    Returns:
-        Lower and upper end in percent, within 0 to 100.
+        denominator: the number of queries that it is a share of.
 
     Raises:
-        ValueError: a denominator below 1 or a figure outside 0 to 100.
+        ValueError: the denominator is less than 1, or the figure is outside 0 to 100.
     """
     _check_denominator(denominator, 0)
     if not 0.0 <= recall_percent <= 100.0:
@@ -87,7 +80,7 @@ def wilson_interval(recall_percent: float, denominator: int) -> tuple[float, flo
     shrink = 1.0 / (1.0 + z * z / denominator)
     centre = shrink * (share + z * z / (2 * denominator))
     half = shrink * z * math.sqrt(share * (1.0 - share) / denominator + (z / (2 * denominator)) ** 2)
-    # At 0 and at 100 percent rounding would leave the figure itself a hair outside.
+    # Rounding would exclude the figure itself at 0 and at 100 percent.
     return 100.0 * max(0.0, min(share, centre - half)), 100.0 * min(1.0, max(share, centre + half))
 
 

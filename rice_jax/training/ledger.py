@@ -1,7 +1,8 @@
-"""Which clips a run shows, and when: its plan, and the check of a run's ledger against it.
+"""The plan of a run, and the check of its ledger: which clips each update should show, and which it did.
 
-The ledger is what the devices really saw: step.py digests the rows of every global batch, metrics.jsonl keeps the
-digests. The plan says what they should have seen. Where both agree for all of an epoch, it showed no clip twice.
+Every update digests the rows of its global batch on the devices (batch_digest), and metrics.jsonl keeps the digests:
+they are the ledger. The plan gives the rows that an update should have. If both agree for all updates of an epoch, no
+clip was shown twice in it.
 """
 
 import json
@@ -9,19 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, UInt32
 
 from data_pipeline.format.reader import Dataset, Split
 from data_pipeline.input.plan import Plan, rows_without
+from rice_jax.config import Config
 
 
-def kept_rows(config: Any, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """The clips that config.data.skip_clips leaves; None: all. ValueError for an id that the split does not have."""
+def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
+    """Returns the rows that data.skip_clips leaves, or None without skip_clips. Raises ValueError for an unknown id."""
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
-def make_plan(config: Any, dataset: Dataset) -> Plan:
-    """The plan of a config whose batch_size is no longer 0. ValueError when the set fills no batch."""
+def make_plan(config: Config, dataset: Dataset) -> Plan:
+    """Returns the plan of a config with a batch_size. Raises ValueError if the clips do not fill one batch."""
     train = dataset.split(config.data.train_split)
     return Plan(
         train.num_clips,
@@ -33,54 +35,67 @@ def make_plan(config: Any, dataset: Dataset) -> Plan:
     )
 
 
-def digest(rows: Int[np.ndarray, " G"]) -> str:
-    """step.ledger of a global batch's rows, in NumPy, as metrics.jsonl has it."""
-    row, place = rows.astype(np.uint32), np.arange(len(rows), dtype=np.uint32)
-    first = np.sum((row + np.uint32(1)) * (2 * place + np.uint32(1)), dtype=np.uint32)
-    second = np.sum((row + np.uint32(7)) * (row + np.uint32(11)) * (place + np.uint32(13)), dtype=np.uint32)
-    return f"{first:08x}{second:08x}"
+def batch_digest(rows: Int[Array | np.ndarray, " G"], xp: Any = np) -> UInt32[Array | np.ndarray, "2"]:
+    """Returns two position-weighted sums of a global batch's rows, modulo 2^32. xp: numpy, or jax.numpy in a jit."""
+    row, position = rows.astype(xp.uint32), xp.arange(len(rows), dtype=xp.uint32)
+    first = xp.sum((row + 1) * (2 * position + 1), dtype=xp.uint32)
+    return xp.stack([first, xp.sum((row + 7) * (row + 11) * (position + 13), dtype=xp.uint32)])
 
 
-def read_ledger(workdir: Path) -> dict[int, str]:
-    """{update: digest} of a run, updates counted from 1.
+def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
+    """Returns the digest as metrics.jsonl has it: 16 hexadecimal digits."""
+    return "".join(f"{word:08x}" for word in np.asarray(digest))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl in order; a last line that a kill left half written is ignored.
 
     Raises:
-      FileNotFoundError: no metrics.jsonl.
-      ValueError: a line of it that is no JSON. A last line that a kill left half written does not count.
+      ValueError: a line is not a JSON object with a step.
     """
-    path, found = workdir / "metrics.jsonl", {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")
+    lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not text.endswith("\n"):
             break
         try:
-            line = json.loads(text)
-            if "ledger" in line:
-                found[int(line["step"])] = str(line["ledger"])
+            lines.append(json.loads(text))
+            int(lines[-1]["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: is no line of metrics ({error}); restore the file.") from error
-    return found
+            raise ValueError(f"{path} line {number}: is not a line of metrics ({error}); restore the file.") from error
+    return lines
+
+
+def read_ledger(workdir: Path) -> dict[int, str]:
+    """Returns the digest of each update of a run, by the update's number from 1.
+
+    Raises:
+      FileNotFoundError: there is no metrics.jsonl.
+      ValueError: as read_metrics.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")
+    return {line["step"]: line["ledger"] for line in read_metrics(path) if "ledger" in line}
 
 
 class Epoch(NamedTuple):
-    """What an epoch showed, by plan and ledger."""
+    """The comparison of one epoch's plan with the ledger."""
 
     number: int  # from 0
-    updates: range  # counted from 1, as far as the run goes
-    shown: int  # clips, by the updates that the ledger has
-    twice: list[int]  # rows that were shown more than once; the plan has none
-    left_out: list[int]  # rows that the whole epoch does not show: they fill no batch
-    checked: list[int]  # updates whose digest is the plan's
-    wrong: list[int]  # updates whose digest is not
+    updates: range  # numbers from 1, up to the run's last update
+    shown: int  # number of clips in the updates that the ledger contains
+    twice: list[int]  # rows planned more than once in them; a plan has none
+    left_out: list[int]  # rows that the epoch does not show, because they fill no batch
+    checked: list[int]  # updates with the plan's digest
+    wrong: list[int]  # updates with another digest
 
 
 def check_epoch(plan: Plan, ledger: dict[int, str], number: int, *, last_update: int) -> Epoch:
-    """Compares an epoch's updates, up to the run's last, with the plan. The ledger may lack updates to come."""
+    """Compares an epoch's updates, up to `last_update`, with the plan; updates not yet in the ledger are skipped."""
     first = number * plan.batches_per_epoch + 1
     updates = range(first, min(first + plan.batches_per_epoch, last_update + 1))
     batches = {update: plan.batch(update - 1) for update in updates if update in ledger}
-    wrong = [update for update, rows in batches.items() if ledger[update] != digest(rows)]
+    wrong = [update for update, rows in batches.items() if ledger[update] != as_hex(batch_digest(rows))]
     rows, counts = np.unique(np.concatenate([*batches.values(), np.zeros(0, np.int64)]), return_counts=True)
     return Epoch(
         number=number,

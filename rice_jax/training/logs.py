@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (the truth), TensorBoard, and one progress line."""
+"""The log of a run: metrics.jsonl, from which all else is read, TensorBoard and the printed progress."""
 
 import json
 import math
@@ -13,21 +13,23 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from rice_jax.parallel import hosts
+from rice_jax.training.ledger import as_hex, read_metrics
 
 
-def plain(value: Any) -> Any:
-    """A metric as JSON: a number, null where it is not finite, or a hex digest for the ledger's two words."""
+def as_json(value: Any) -> Any:
+    """Returns a metric as JSON has it: a number, None if it is not finite, or the digits of the ledger's digest."""
     array = np.asarray(value)
     if array.dtype == np.uint32:
-        return "".join(f"{word:08x}" for word in array)
+        return as_hex(array)
     number = array.item()
     return number if not isinstance(number, float) or math.isfinite(number) else None
 
 
 class Log:
-    """Lines of numbers under a workdir, by step. On resume what lies beyond the restored step is cut off.
+    """Writes and reads the metrics of a run, by step. On resume, lines after the restored step are deleted.
 
-    Of several processes the first writes and reads; the others call the same methods, which keep them in step.
+    With several processes all call the same methods; the first one writes, reads and prints, and the others get its
+    results.
     """
 
     def __init__(self, workdir: Path, *, step: int) -> None:
@@ -37,7 +39,7 @@ class Log:
         if first:
             self._cut(step)
         self._lines = (self._path if first else Path(os.devnull)).open("a")
-        # TensorBoard forgets what was written at or after the purge step.
+        # TensorBoard ignores events of earlier runs at or after the purge step.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
 
     def _cut(self, step: int) -> None:
@@ -48,38 +50,33 @@ class Log:
         os.replace(temporary, self._path)
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines there are; a last one that a kill left half written does not count."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        try:
-            return [json.loads(line) for line in whole]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self._path}: is no list of JSON lines ({error}); move it away to go on.") from error
+        return read_metrics(self._path) if self._path.exists() else []
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line: the metrics of update number `step` (1 is the first), or of an evaluation after it."""
-        values = {name: plain(value) for name, value in values.items()}
+        """Writes one line: the metrics of update number `step`, from 1, or of an evaluation after it."""
+        values = {name: as_json(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name.replace("@", "_at_"), value, step)
 
     def write_updates(
-        self, updates: list[tuple[int, Any]], look: Callable[[int, Mapping[str, Any]], None] = lambda *_: None
+        self, updates: list[tuple[int, Any]], check: Callable[[int, Mapping[str, Any]], None]
     ) -> list[tuple[int, Any]]:
-        """The lines of updates, waiting for the device to have made them; nothing is left, hence an empty list.
+        """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        look: called with each update's number and metrics, `gradient_norms` among them, which are not for the file.
+        check: called with each pair after its line is written. The metrics are then on the host and include
+          `gradient_norms`, which are not written.
+
+        Returns [], so that the caller can clear its list.
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
             written = {name: value for name, value in values.items() if name != "gradient_norms"}
             self.write(step, written)
-            self.newest = {name: plain(value) for name, value in written.items()}
+            self.newest = {name: as_json(value) for name, value in written.items()}
             self._lines.flush()
-            look(step, values)
+            check(step, values)
         self._board.flush()
         return []
 
@@ -91,12 +88,12 @@ class Log:
         return any(line["step"] == step for line in self._evaluations(split))
 
     def last_evaluation(self, split: str) -> dict[str, int | float]:
-        """The figures of the newest evaluation in the file; empty when there is none."""
+        """Returns the figures of the newest evaluation of a split by name; {} if there is none."""
         found = self._evaluations(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
     def recalls(self, split: str) -> dict[int, float]:
-        """Recall@1 by step, of all evaluations in the file."""
+        """Returns the Recall@1 of each evaluation of a split, by step."""
         name = f"{split}/recall@1"
         return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
 
@@ -116,7 +113,7 @@ class Log:
 
 
 class Progress:
-    """Rates between calls, and the time that is left at the last one; compiling is not part of them."""
+    """Computes the speed of updates since the previous report and the remaining time, without compilation."""
 
     def __init__(self, *, total: int, batch_size: int) -> None:
         self.started = False
@@ -124,14 +121,14 @@ class Progress:
         self._since = time.monotonic()
 
     def start(self, step: int) -> str:
-        """After the first update: the clock starts; how long it took until here."""
+        """Starts the clock after the first update; returns the time since the object was created, as text."""
         took = duration(time.monotonic() - self._since)
         self.started = True
         self.pause(step)
         return took
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'"""
+        """Returns 'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'."""
         seconds = (time.monotonic() - self._since) / max(1, step - self._step)
         rate = ""
         if step > self._step:
@@ -144,7 +141,7 @@ class Progress:
         return f"step {step}/{self._total}{loss}{rate}"
 
     def pause(self, step: int) -> None:
-        """Starts the clock anew: what was done since (an evaluation) is not a step's time."""
+        """Restarts the clock, so that the time since the last report (an evaluation) does not count as a step's."""
         self._step, self._since = step, time.monotonic()
 
 

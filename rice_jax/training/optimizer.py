@@ -1,4 +1,4 @@
-"""The official optimiser from optax's parts: groups, AdamW of old Hugging Face, warm-up and cosine (SPEC 7)."""
+"""The official optimiser (docs/official.md 7): groups of parameters, old Hugging Face's AdamW, warm-up and cosine."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from rice_jax.config import Config
 from rice_jax.parallel.mesh import path_name
 
 
-def schedule(config: Any) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: linear from 0 to the peak, a cosine to 0 at num_updates (SPEC 7.4).
+def schedule(config: Config) -> optax.Schedule:
+    """Returns the learning rate as a function of the update u = 0, 1, ... (docs/official.md 7.4).
 
-    The cosine's half, (1 + cos 2x) / 2, is written cos^2 x = sin^2(pi/2 - x): near the end float32 would cancel all
-    of 1 + cos away, as optax's does. Every rate is right to 3e-7 of itself; with jax's x64, to 1e-12.
+    It rises linearly from 0 to the peak, then follows a cosine to 0 at num_updates. (1 + cos 2x) / 2 is written as
+    sin^2(pi/2 - x), because near the end 1 + cos cancels in float32, as in optax's schedule. The relative error is
+    at most 3e-7; with jax's x64, 1e-12.
     """
     peak, warmup, total = config.optimizer.learning_rate, config.optimizer.warmup_updates, config.num_updates
 
@@ -27,17 +29,18 @@ def schedule(config: Any) -> optax.Schedule:
     return rate
 
 
-def lr_multiplier(name: str, config: Any) -> float:
-    """By which a parameter's rate is multiplied (SPEC 7.1)."""
+def lr_multiplier(name: str, config: Config) -> float:
+    """Returns the factor of the learning rate for the parameter of that path (docs/official.md 7.1)."""
     if name in ("logit_scale", "logit_bias"):
         return config.optimizer.logit_scale_lr_multiplier
     return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
 
 
-def decays(name: str, ndim: int, config: Any) -> bool:
-    """Whether a parameter decays (SPEC 7.2). "official": all but biases, since its other exemption matches nothing.
+def decays(name: str, ndim: int, config: Config) -> bool:
+    """Returns whether weight decay applies to the parameter of that path (docs/official.md 7.2).
 
-    A stack of blocks has one axis more than the tensors it stands for.
+    The rule "official" exempts biases only, because its other exemption matches no parameter. "no_1d" exempts vectors
+    and scalars; the leading axis of stacked blocks does not count.
     """
     if config.optimizer.decay_rule == "no_1d":
         return ndim - ("resblocks" in name) > 1
@@ -45,14 +48,14 @@ def decays(name: str, ndim: int, config: Any) -> bool:
 
 
 def one_minus_power(b: float, count: Int[Array, ""]) -> Float[Array, ""]:
-    """1 - b^count, right to 2e-7 of itself where float32 keeps no more than 1e-5 of 1 - 0.999."""
+    """Returns 1 - b^count with a relative error of 2e-7; computed directly, float32 has 1e-5 for 1 - 0.999."""
     return -jnp.expm1(count.astype(float) * (math.log(b) if b else -math.inf))
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam with eps on the uncorrected sqrt(v), as transformers 4.10 has it (SPEC 7.3).
+    """Returns Adam with eps added to the uncorrected sqrt(v), as in transformers 4.10 (docs/official.md 7.3).
 
-    Early steps are smaller than Adam's: its eps is eps / sqrt(1 - b2^t) to us.
+    It equals Adam with an eps of eps / sqrt(1 - b2^t), so early steps are smaller.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -68,8 +71,11 @@ class ScheduleState(NamedTuple):
     updates: Int[Array, ""]  # done
 
 
-def step_then_decay(config: Any) -> optax.GradientTransformation:
-    """theta <- theta - lr u, and only then theta <- theta - lr wd theta, at each parameter's own rate (SPEC 7.3)."""
+def step_then_decay(config: Config) -> optax.GradientTransformation:
+    """Returns theta <- theta - lr u, then theta <- theta - lr wd theta, as a transformation (docs/official.md 7.3).
+
+    lr is the schedule's rate times each parameter's lr_multiplier.
+    """
     rate = schedule(config)
 
     def init(params: optax.Params) -> ScheduleState:
@@ -91,13 +97,9 @@ def step_then_decay(config: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimiser of a config: gradients in, changes of the parameters out."""
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns the optimiser of a config; it maps gradients to changes that are added to the parameters."""
     o = config.optimizer
     adam = {"uncorrected": scale_by_uncorrected_adam, "corrected": optax.scale_by_adam}[o.eps_placing]
     clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     return optax.chain(*clip, adam(o.b1, o.b2, o.eps), step_then_decay(config))
-
-
-def learning_rate(config: Any, update: Int[Array, ""]) -> Float[Array, ""]:
-    return jnp.asarray(schedule(config)(update))

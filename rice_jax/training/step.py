@@ -1,4 +1,4 @@
-"""The training state and the jitted step that maps (state, batch) to (state, metrics)."""
+"""The training state, and the jitted step that maps (state, batch) to (state, metrics)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,49 +7,52 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Int
 
+from rice_jax.config import Config
 from rice_jax.losses import global_batch
 from rice_jax.models.rice import Rice
 from rice_jax.parallel.mesh import P, parameter_specs, state_shardings
-from rice_jax.training.optimizer import learning_rate, make_optimizer
+from rice_jax.training.ledger import batch_digest
+from rice_jax.training.optimizer import make_optimizer, schedule
 
 Metrics = dict[str, Array]
 
 
 class State(NamedTuple):
-    """All that a run carries from step to step; plain dicts and arrays."""
+    """All that a run carries from one update to the next: plain dicts and arrays."""
 
     step: Int[Array, ""]  # updates done, hence the position in the data
     params: Any
     opt_state: Any
-    average: Any  # moving average of the parameters; empty when the config asks for none
+    average: Any  # moving average of the parameters; {} if optimizer.ema_decay is 0
 
 
 def random_key(seed: int) -> Array:
-    """Threefry always: other generators give other numbers on another mesh, or the same ones under vmap."""
+    """Returns a Threefry key: other generators give other numbers on another mesh, or equal numbers under vmap."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def init_params(model: Rice, config: Any, key: Array) -> Any:
+def init_params(model: Rice, config: Config, key: Array) -> Any:
+    """Returns random parameters, a tree of dicts."""
     side = config.data.image_size
     picture = jnp.zeros((1, side, side, 3), jnp.uint8)
     return model.init(key, picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
 
 
-def abstract_state(model: Rice, config: Any, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of the state, without making it."""
+def abstract_state(model: Rice, config: Config, mesh: Mesh) -> State:
+    """Returns the state as ShapeDtypeStructs with shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda: _init(model, config))
     shardings = state_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def init_state(model: Rice, config: Any, abstract: State) -> State:
-    """The state at step 0, born sharded: no device, no host ever holds more than its part."""
+def init_state(model: Rice, config: Config, abstract: State) -> State:
+    """Returns the state at step 0, created sharded as `abstract`: no device and no host ever holds all of it."""
     return jax.jit(lambda: _init(model, config), out_shardings=_shardings(abstract))()
 
 
-def _init(model: Rice, config: Any) -> State:
+def _init(model: Rice, config: Config) -> State:
     params = init_params(model, config, random_key(config.seed))
     average = params if config.optimizer.ema_decay else {}
     return State(jnp.zeros([], jnp.int32), params, make_optimizer(config).init(params), average)
@@ -59,19 +62,15 @@ def _shardings(abstract: State) -> State:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def ledger(index: Int[Array, " G"]) -> UInt32[Array, "2"]:
-    """Two position-weighted sums (uint32) of a global batch's rows: the same on every host, another for any swap."""
-    row, place = index.astype(jnp.uint32), jnp.arange(index.shape[0], dtype=jnp.uint32)
-    first = jnp.sum((row + 1) * (2 * place + 1), dtype=jnp.uint32)
-    return jnp.stack([first, jnp.sum((row + 7) * (row + 11) * (place + 13), dtype=jnp.uint32)])
-
-
 def make_train_step(
-    model: Rice, config: Any, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
+    model: Rice, config: Config, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
-    """The jitted update; donates its state. Losses are of the global batch, before the update (SPEC 6.8).
+    """Returns the jitted update; it donates its state.
 
-    make_loss: another formulation, for comparison.
+    `abstract` is from abstract_state; benchmarks replace make_loss. Metrics are scalars, except gradient_norms, one for
+    each parameter in the order of the tree, and ledger, as from batch_digest. The losses are of the global batch before
+    the update (docs/official.md 6.8). If loss or gradient is not finite, `finite` is false, and parameters, moments and
+    average stay as they were; the counters go on.
     """
     optimizer = make_optimizer(config)
     loss = make_loss(model, config.loss, mesh, parameter_specs(abstract.params, mesh))
@@ -84,13 +83,13 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if decay:
-            # A short average at first: the start's random weights should not weigh for long.
+            # The average is short at first, so that the initial weights do not count for long.
             d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
-        def advance(new: Array, old: Array) -> Array:  # counters go on, so that the position in the data is the step
+        def advance(new: Array, old: Array) -> Array:  # integers are counters: the step is the position in the data
             return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
         old = (state.params, state.opt_state, state.average)
@@ -99,14 +98,14 @@ def make_train_step(
             "loss": total,
             **parts,
             "grad_norm": norm,
-            "gradient_norms": jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)]),  # what `norm` is made of
+            "gradient_norms": jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)]),
             "finite": finite,
-            "learning_rate": learning_rate(config, state.step),
+            "learning_rate": schedule(config)(state.step),
             "logit_scale": state.params["logit_scale"],
-            "ledger": ledger(batch["index"]),
+            "ledger": batch_digest(batch["index"], jnp),
         }
         return State(state.step + 1, params, opt_state, average), metrics
 
-    # out_shardings: without them XLA may lay the state out anew, and the second call compiles again.
+    # out_shardings: without them XLA may choose other shardings for the state, and the second call compiles again.
     replicated = NamedSharding(mesh, P())
     return jax.jit(train_step, donate_argnums=0, out_shardings=(_shardings(abstract), replicated))

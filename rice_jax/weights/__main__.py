@@ -82,10 +82,8 @@ def _destination(name: str, table: naming.Table) -> str:
     return rule.path + layer + ("" if rule.part is None else f" {'qkv'[rule.part]}")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rice_jax.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="write others' weights as a folder that rice_jax opens")
     command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
@@ -105,9 +103,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(argv: list[str] | None = None) -> None:
-    """Runs the command with the given words, or with those of the command line."""
-    run(main, parse(argv))
+def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> None:
+    """Runs the command with the words `argv`, or with those of the command line."""
+    run(main, parse(argv, prog))
 
 
 if __name__ == "__main__":

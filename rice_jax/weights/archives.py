@@ -1,16 +1,17 @@
-"""Tensors of a file by their names, without torch and without running anything that the file says.
+"""Reads the tensors of a file by name, without torch and without running anything that the file says.
 
-    tensors = read("rice_final.pth")
+    tensors = read(Path("rice_final.pth")).tensors
     tensors["transformer.logit_scale"].read()
 
-Two kinds of file: safetensors, by its package; and torch's zip archives, of which `torch.save` and `torch.jit.save`
-both write the tensors' bytes as stored entries and their names as a pickle. That pickle is read here by an interpreter
-of its opcodes that knows numbers, texts, tuples, lists, dicts and tensors, and nothing else.
+safetensors files are read by the package of that name. A zip archive of `torch.save` or `torch.jit.save` holds the
+bytes of each storage as an uncompressed entry, and a pickle that describes the tensors. `_checked` goes through the
+opcodes of the pickle; `_Unpickler` then builds its objects, and knows only the functions and classes listed there.
 """
 
-import dataclasses
 import functools
+import io
 import mmap
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -39,39 +40,49 @@ STORAGES = {
     "LongStorage": "int64",
     "BoolStorage": "bool",
 }
+WRAPPERS = {  # functions that only give their first argument a type
+    "torch.Size",
+    "torch._utils._rebuild_parameter",
+    "torch.jit._pickle.restore_type_tag",
+    *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
+}
+OPCODES = {  # all that torch.save and torch.jit.save write for tensors, numbers, strings and containers
+    "PROTO", "FRAME", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "MARK", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
+    "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET",
+    "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+}  # fmt: skip
+# What may be a key. Larger integers (LONG1) could all have the same hash, and building their dict take quadratic time.
+KEYS = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "NEWTRUE", "NEWFALSE")
+MAX_NESTING = 50  # modules within modules are a tenth of that
+MAX_NAME = 1000  # characters; a pickle can use one long key in many names, which would fill the memory
+MAX_AXES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor that is still in its file.
-
-    Attributes:
-      shape: its axes.
-      dtype: NumPy's name of what is stored, or the file's where NumPy has none.
-      stored: reads the numbers as they are stored.
-    """
+class StoredTensor(NamedTuple):
+    """A tensor that is still in its file. It is a tuple because BUILD cannot change a tuple."""
 
     shape: tuple[int, ...]
-    dtype: str
-    stored: Callable[[], np.ndarray]
+    dtype: str  # NumPy's name, or the file's own name for a type that NumPy lacks
+    stored: Callable[[], np.ndarray]  # returns the numbers in the type of the file
 
     def read(self) -> np.ndarray:
-        """The numbers; those of any floating type as float32."""
+        """Returns the numbers. All floating types become float32, integers keep their type."""
         array = self.stored()
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which whoever reads must check
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite; the caller checks for that
             return np.asarray(array, np.float32) if self.dtype in FLOATS else array
 
 
 class Archive(NamedTuple):
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     container: str  # "safetensors", "torch.save" or "TorchScript"
 
 
 def read(path: Path) -> Archive:
-    """The tensors of a file, none of them loaded yet.
+    """Returns the tensors of a file by name, none of them loaded yet.
 
     Raises:
-      ValueError: a damaged file, another kind of file, or a pickle that asks for more than tensors.
+      ValueError: the file is damaged or of another kind, or its pickle needs more than tensors and containers.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -80,22 +91,22 @@ def read(path: Path) -> Archive:
     if head[8:9] == b"{":
         return Archive(_safetensors(path), "safetensors")
     if head.startswith(b"\x80"):
-        found, do = "a pickle of torch before 1.6, or of another program", "save it anew with a newer torch"
+        found, do = "a pickle of torch before 1.6, or of another program", "save it again with a newer torch"
     elif head.startswith(b"version https://git-lfs"):
         found, do = "a pointer of git-lfs in place of the file", "fetch it with `git lfs pull`"
     else:
-        found, do = "neither safetensors nor a torch archive (or only a part of one)", "give one of these, whole"
+        found, do = "neither safetensors nor a torch archive (or only a part of one)", "give a whole file of these"
     raise ValueError(f"{path}: found {found}, needs a file of weights; {do}.")
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        file = safe_open(path, framework="np")  # closed with the last tensor that refers to it
+        file = safe_open(path, framework="np")  # stays open as long as one of the tensors
         tensors = {}
-        for name in file.keys():  # noqa: SIM118 (no mapping)
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             dtype = part.get_dtype()
-            tensors[name] = Tensor(
+            tensors[name] = StoredTensor(
                 tuple(part.get_shape()), SAFETENSORS.get(dtype, dtype), functools.partial(file.get_tensor, name)
             )
         return tensors
@@ -103,33 +114,20 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: is damaged or cut short ({error}); fetch it again.") from error
 
 
-class _Object(dict[str, Any]):
-    """An object of a TorchScript archive: its attributes."""
-
-
-class _Class(NamedTuple):
-    """A class of a TorchScript archive."""
-
-    name: str
+class _PickleError(ValueError):
+    """Says what is wrong with a pickle; the file's name is added later."""
 
 
 class _Storage(NamedTuple):
-    """The bytes of an entry as numbers."""
+    """An entry's bytes as numbers."""
 
     entry: str
     dtype: str
     size: int  # numbers
 
 
-DEEPEST = 50  # dots in a tensor's name; modules within modules are a tenth of that
-
-
-class _PickleError(ValueError):
-    """What is wrong with a pickle, without the file's name."""
-
-
 class _TorchArchive:
-    """A zip file of torch: `ROOT/data.pkl` names the tensors, `ROOT/data/N` are their storages."""
+    """A zip file of torch: `ROOT/data.pkl` names the tensors, the entries `ROOT/data/N` are their storages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,7 +140,7 @@ class _TorchArchive:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         roots = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise self.fault("is a zip file without torch's data.pkl", "give what torch.save or torch.jit.save wrote")
+            raise self.fault("is a zip file without torch's data.pkl", "give a file of torch.save or torch.jit.save")
         self.root = roots[0]
         self.checked: set[str] = set()
         order = self.entries.get(f"{self.root}byteorder")
@@ -153,27 +151,23 @@ class _TorchArchive:
 
     def archive(self) -> Archive:
         script = f"{self.root}constants.pkl" in self.entries
-        pickle = f"{self.root}data.pkl"
-        content = bytes(self.entry(pickle))
+        name = f"{self.root}data.pkl"
+        content = bytes(self.entry(name))
         try:
-            found = _Pickle(self, script=script).run(content)
-            # What a training loop saves holds the weights beside the optimiser's state.
+            found = _Unpickler(_checked(content), self, script=script).load()
+            # A training loop saves the weights beside the optimizer's state.
             for key in ("model", "state_dict"):
-                if not script and isinstance(found.get(key), dict):
+                if isinstance(found, dict) and isinstance(found.get(key), dict):
                     found = found[key]
-            named = list(_tensors(found, "", set()))
-            tensors = dict(named)
-            if len(tensors) < len(named):
-                twice = sorted({name for name, _ in named if [other for other, _ in named].count(name) > 1})
-                raise _PickleError(f"holds tensors of one name twice: {', '.join(twice)}; save model.state_dict().")
+            tensors = _named(found)
         except _PickleError as error:
-            raise ValueError(f"{self.path}: {pickle} {error}") from error
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
-            raise self.fault(f"{pickle} is damaged ({type(error).__name__}: {error})", "fetch it again") from error
+            raise ValueError(f"{self.path}: {name} {error}") from error
+        except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise self.fault(f"{name} is damaged ({type(error).__name__}: {error})", "fetch it again") from error
         return Archive(tensors, "TorchScript" if script else "torch.save")
 
     def entry(self, name: str) -> memoryview:
-        """The bytes of a stored entry."""
+        """Returns the bytes of an entry, which must be uncompressed."""
         info = self.entries[name]
         header = self.bytes[info.header_offset : info.header_offset + 30]
         if info.compress_type != zipfile.ZIP_STORED or len(header) < 30 or header[:4] != b"PK\3\4":
@@ -183,28 +177,28 @@ class _TorchArchive:
             raise self.fault(f"entry {name} ends beyond the file", "fetch it again")
         return memoryview(self.bytes)[begin : begin + info.file_size]
 
-    def storage(self, entry: str, dtype: str, size: Any) -> _Storage:
+    def storage(self, entry: str, dtype: str, size: int) -> _Storage:
         if entry not in self.entries:
             raise _PickleError(f"names a storage {entry} that is missing; fetch the file again.")
         found = self.entries[entry].file_size
-        if not isinstance(size, int) or not 0 <= size * _dtype(dtype).itemsize <= found:
-            raise _PickleError(f"says {size} numbers of {dtype} for {entry}, which has {found} bytes; fetch it again.")
+        if not 0 <= size * _dtype(dtype).itemsize <= found:
+            raise _PickleError(f"states {size} numbers of {dtype} in {entry}, which has {found} bytes; fetch it again.")
         return _Storage(entry, dtype, size)
 
-    def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-        """torch._utils._rebuild_tensor_v2, with its bounds checked; strides count numbers."""
+    def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
+        """Does what torch._utils._rebuild_tensor_v2 does, and checks the bounds. Strides count numbers."""
         whole = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-        numbers = (offset, *shape, *strides) if whole else ()
-        if not whole or len(shape) != len(strides) or any(not isinstance(x, int) or x < 0 for x in numbers):
-            raise _PickleError("describes a tensor of no possible shape; fetch the file again.")
+        whole = whole and len(shape) == len(strides) <= MAX_AXES
+        if not whole or not all(isinstance(x, int) and 0 <= x < 2**63 for x in (offset, *shape, *strides)):
+            raise _PickleError("describes a tensor of an impossible shape; fetch the file again.")
         size = int(np.prod(shape, dtype=object)) if shape else 1
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        # More numbers than are stored: an expanded tensor, which no model has and which could ask for any memory.
-        # A stride of an axis of length 1 moves nowhere, but is still a number that NumPy must hold.
+        # More numbers than the storage has: strides of 0 repeat them. No checkpoint needs that, and it could fill the
+        # memory. The stride of an axis of length 1 is not used, but NumPy must be able to hold it.
         beyond = last >= storage.size or size > storage.size or max(strides, default=0) > storage.size
-        if size and (beyond or len(shape) > 8):
+        if size and beyond:
             raise _PickleError(f"describes a tensor {shape} beyond its storage {storage.entry}; fetch the file again.")
-        return Tensor(shape, storage.dtype, lambda: self.view(storage, offset, shape, strides))
+        return StoredTensor(shape, storage.dtype, lambda: self.view(storage, offset, shape, strides))
 
     def view(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
         content = self.entry(storage.entry)
@@ -227,155 +221,128 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _tensors(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors below a dict, by their dotted names; what is neither is passed over, as a state dict does."""
-    if id(node) in seen:
-        raise _PickleError(f"holds {name or 'its root'} twice or within itself; fetch the file again.")
-    if name.count(".") > DEEPEST:
-        raise _PickleError(f"holds dicts within dicts, more than {DEEPEST} deep; save model.state_dict().")
-    seen.add(id(node))
-    for key, value in node.items():
-        path = f"{name}.{key}" if name else str(key)
-        if isinstance(value, Tensor):
-            yield path, value
-        elif isinstance(value, dict) and value:
-            yield from _tensors(value, path, seen)
+def _checked(content: bytes) -> bytes:
+    """Returns a pickle that is safe for pickle.Unpickler: the same one, with the lengths of its frames set to 0.
+
+    pickle.Unpickler alone allocates a memo up to the largest index, and hashing nested tuples can overflow the stack of
+    the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a number for each
+    object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
+
+    Raises:
+      _PickleError: the pickle has opcodes, memo indexes, dict keys or nesting that no checkpoint needs.
+    """
+    unframed = bytearray(content)
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: list[int] = []
+    argument: Any
+    position: Any
+    for opcode, argument, position in pickletools.genops(content):
+        name, taken = opcode.name, opcode.stack_before
+        if name not in OPCODES:
+            raise _PickleError(f"has opcode {name}, which no tensor needs; save model.state_dict() with torch.save.")
+        if name == "FRAME":
+            # pickle.Unpickler loses bytes where an argument crosses the end of a frame, and so sees other opcodes.
+            unframed[position + 1 : position + 9] = bytes(8)
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if argument not in (None, len(memo)):
+                raise _PickleError(f"has memo index {argument} in place of {len(memo)}; fetch the file again.")
+            memo.append(stack[-1])
+        else:
+            marked = pickletools.markobject in taken
+            start = marks.pop() - taken.index(pickletools.markobject) if marked else len(stack) - len(taken)
+            parts = stack[start:]
+            del stack[start:]
+            if name in ("SETITEM", "SETITEMS") and any(parts[1::2]):
+                raise _PickleError("has a key that is neither a string nor a small integer; save model.state_dict().")
+            nesting = 1 + max(parts, default=0)
+            if nesting > MAX_NESTING:
+                raise _PickleError(f"nests objects more than {MAX_NESTING} deep; save model.state_dict().")
+            if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+                stack.append(parts[0])  # the container or object that these were added to
+            else:
+                stack += [0 if name in KEYS else nesting] * len(opcode.stack_after)
+    return bytes(unframed)
 
 
-def _keys(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """The pairs, whose keys are names or numbers: to hash tuples of tuples can take for ever."""
-    if not all(isinstance(key, (str, int)) for key, _ in pairs):
-        raise _PickleError("has a key that is neither a name nor a number; save model.state_dict().")
-    return pairs
+class _OrderedDict(dict[Any, Any]):
+    def __init__(self) -> None:
+        """Takes no pairs: SETITEMS adds them, and `_checked` looks at its keys."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drops torch's _metadata."""
 
 
-def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return dict(_keys(list(pairs)))
+class _Object:
+    """An object of a TorchScript archive."""
+
+    attributes: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.attributes = state  # no copy: a pickle can give one large dict to many objects
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
+class _Unpickler(pickle.Unpickler):
+    """Builds the objects of a pickle that `_checked` has passed. Imports nothing."""
 
+    def __init__(self, content: bytes, archive: _TorchArchive, *, script: bool) -> None:
+        super().__init__(io.BytesIO(content))
+        self.archive, self.script = archive, script
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {  # by the names that a pickle may call; none of theirs is imported
-    "collections OrderedDict": _ordered_dict,
-    "torch Size": tuple,
-    "torch._utils _rebuild_parameter": _first,
-    "torch.jit._pickle restore_type_tag": _first,
-    **{f"torch.jit._pickle build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
-}
-_MARK = object()
-
-
-class _Pickle:
-    """The opcodes that torch writes; pickletools takes them apart and checks that none is cut short."""
-
-    def __init__(self, archive: _TorchArchive, *, script: bool) -> None:
-        self.archive = archive
-        self.script = script
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self, pickle: bytes) -> Any:
-        """The dict that the pickle describes. ValueError says what it has instead."""
-        for opcode, argument, _ in pickletools.genops(pickle):
-            if opcode.name == "STOP":
-                break
-            self.step(opcode.name, argument)
-        found = self.stack.pop()
-        if not isinstance(found, dict):
-            raise _PickleError(f"holds a {type(found).__name__}, needs a dict of tensors; save model.state_dict().")
-        return found
-
-    def step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        match opcode:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "MARK":
-                stack.append(_MARK)
-            case "TUPLE":
-                stack.append(tuple(self.since_mark()))
-            case "APPEND":
-                value = stack.pop()
-                self.top(list).append(value)
-            case "APPENDS":
-                values = self.since_mark()
-                self.top(list).extend(values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.top(dict).update(_keys([(key, value)]))
-            case "SETITEMS":
-                pairs = self.since_mark()
-                self.top(dict).update(_keys(list(zip(pairs[::2], pairs[1::2], strict=True))))
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(self.known(argument))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(self.known(f"{module} {name}"))
-            case "BINPERSID":
-                kind, storage, key, _, size = stack.pop()
-                names = isinstance(kind, str) and isinstance(storage, str) and isinstance(key, str)
-                if not names or kind != "storage" or storage not in STORAGES.values():
-                    raise _PickleError("refers to something else than a storage; save model.state_dict().")
-                stack.append(self.archive.storage(f"{self.archive.root}data/{key}", storage, size))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(function(*arguments))
-            case "NEWOBJ":
-                arguments, kind = stack.pop(), stack.pop()
-                if not isinstance(kind, _Class) or arguments:
-                    raise _PickleError("makes an object of no TorchScript class; save model.state_dict().")
-                stack.append(_Object())
-            case "BUILD":
-                state, target = stack.pop(), self.top(dict)
-                if isinstance(target, _Object):  # else an OrderedDict's own attributes, torch's _metadata
-                    target.update(state)
-            case _:
-                raise _PickleError(f"holds {opcode}, which no tensor needs; save model.state_dict() with torch.save.")
-
-    def since_mark(self) -> list[Any]:
-        place = len(self.stack) - 1 - self.stack[::-1].index(_MARK)
-        values = self.stack[place + 1 :]
-        del self.stack[place:]
-        return values
-
-    def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise TypeError
-        return self.stack[-1]
-
-    def known(self, name: str) -> Any:
-        """What a global's name stands for here. ValueError names any other; nothing is ever imported."""
-        if name == "torch._utils _rebuild_tensor_v2":
-            return self.archive.tensor
-        if name in FUNCTIONS:
-            return FUNCTIONS[name]
-        module, _, rest = name.partition(" ")
-        if module in ("torch", "torch.storage") and rest in STORAGES:
-            return STORAGES[rest]
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what a name stands for. Functions are new each time, because BUILD can change their attributes."""
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
         if self.script and module.split(".")[0] == "__torch__":
-            return _Class(name)
+            return _Object
+        found = f"{module}.{name}"
+        if found == "collections.OrderedDict":
+            return _OrderedDict
+        if found == "torch._utils._rebuild_tensor_v2":
+            return lambda *arguments: self.archive.tensor(*arguments)
+        if found in WRAPPERS:
+            return lambda value, *_: value
         raise _PickleError(
-            f"calls for {name.replace(' ', '.')}, which is no tensor: refused, and nothing of it was run. Have whoever "
-            "made the file save model.state_dict()."
+            f"needs {found}, which is no part of a tensor: refused, and nothing was run. Ask the author of the file to "
+            "save model.state_dict()."
         )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or dtype not in STORAGES.values() or not isinstance(key, str) or not isinstance(size, int):
+            raise _PickleError("refers to an object that is not a storage; save model.state_dict().")
+        return self.archive.storage(f"{self.archive.root}data/{key}", dtype, size)
+
+
+def _named(root: Any) -> dict[str, StoredTensor]:
+    """Returns the tensors of nested dicts by their dotted names."""
+    if not isinstance(root, dict | _Object):
+        raise _PickleError(f"holds a {type(root).__name__}, needs a dict of tensors; save model.state_dict().")
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in _tensors(root, (), set()):
+        if len(name) > MAX_NAME:
+            raise _PickleError(f"has a name of {len(name)} characters, more than {MAX_NAME}; fetch the file again.")
+        if name in tensors:
+            raise _PickleError(f"has two tensors named {name}; save model.state_dict().")
+        tensors[name] = tensor
+    return tensors
+
+
+def _tensors(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+    """Yields the tensors at and below a value with their names; skips all other objects, as state dicts do."""
+    if isinstance(value, StoredTensor):
+        yield ".".join(path), value
+    inside = value.attributes if isinstance(value, _Object) else value
+    if not isinstance(inside, dict) or not inside:
+        return
+    if id(inside) in seen:
+        raise _PickleError(f"has {'.'.join(path) or 'its root'} twice or within itself; fetch the file again.")
+    if len(path) > MAX_NESTING:
+        raise _PickleError(f"nests dicts more than {MAX_NESTING} deep; save model.state_dict().")
+    seen.add(id(inside))
+    for key, below in inside.items():
+        yield from _tensors(below, (*path, str(key)), seen)

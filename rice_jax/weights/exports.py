@@ -118,7 +118,7 @@ def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[
     }
     if model.can_match:
         images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
-        programs["match"] = (functools.partial(inference.match, model.net, False), (frames, mask, images))
+        programs["match"] = (functools.partial(inference.score_all_pairs, model.net, False), (frames, mask, images))
 
     for name, (function, inputs) in programs.items():
 

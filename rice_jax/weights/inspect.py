@@ -51,7 +51,7 @@ class WeightsFile(NamedTuple):
 
     path: Path  # the first file's
     kind: Kind  # any but RUN
-    tensors: Mapping[str, archives.Tensor]
+    tensors: Mapping[str, archives.StoredTensor]
     table: naming.Table
     description: Mapping[str, Any]  # the JSON beside the file; empty if there is none
 
@@ -62,7 +62,7 @@ def inspect_weights(path: Path) -> WeightsFile:
     Raises FileNotFoundError if there is none, and ValueError for a damaged file, a folder that does not have exactly
     one model, and a model of another kind, which is named.
     """
-    tensors: dict[str, archives.Tensor] = {}
+    tensors: dict[str, archives.StoredTensor] = {}
     files = _files(path)
     for file in files:
         archive = archives.read(file)

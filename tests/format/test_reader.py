@@ -1,4 +1,4 @@
-"""Shards on disk: framing, atomic writing, random reading, and every way in which a file can be wrong."""
+"""Shards on disk: framing, atomic writing, reading by row, and refusal of every kind of damaged file."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline import convert
 from data_pipeline.format import schema, tfrecord
 from data_pipeline.format.reader import Texts, open_dataset
-from data_pipeline.format.tfrecord import ShardWriter, frame_record, index_path, scan, unframe_record
+from data_pipeline.format.tfrecord import OVERHEAD, frame_record, index_path, new_shard, unframe_record
 from tests.lpr_layouts import GALLERIES, IMAGE_IDS, LIVES, TEST, TRAIN, make_lpr750k
 
 
@@ -28,7 +28,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(converted: Path, tmp_path: Path) -> Path:
-    """A converted data set to spoil."""
+    """A copy of a converted data set, to be damaged."""
     return shutil.copytree(converted, tmp_path / "copy")
 
 
@@ -60,16 +60,19 @@ def test_any_bytes_raise_value_error_and_nothing_else(data: bytes) -> None:
         unframe_record(data)
 
 
-def test_an_index_can_be_rebuilt_from_its_shard(converted: Path) -> None:
+def offsets_of(shard: Path) -> list[int]:
+    """The offsets of a shard's records, then its size, found by reading one record after the other."""
+    data, offsets = shard.read_bytes(), [0]
+    while offsets[-1] < len(data):
+        end = offsets[-1] + OVERHEAD + int.from_bytes(data[offsets[-1] : offsets[-1] + 8], "little")
+        unframe_record(data[offsets[-1] : end])
+        offsets.append(end)
+    return offsets
+
+
+def test_the_index_has_the_offset_of_each_record(converted: Path) -> None:
     for shard in converted.glob("*.tfrecord"):
-        assert scan(shard).tobytes() == index_path(shard).read_bytes()
-
-
-def test_scanning_a_cut_shard_names_the_record(copy: Path) -> None:
-    shard = copy / "train-clips-00000-of-00003.tfrecord"
-    shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"train-clips-00000-of-00003.tfrecord record 2: .*cut short"):
-        scan(shard)
+        assert np.array(offsets_of(shard), "<u8").tobytes() == index_path(shard).read_bytes()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -78,25 +81,25 @@ def test_scanning_a_cut_shard_names_the_record(copy: Path) -> None:
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     path.write_bytes(b"old")
-    with pytest.raises(TypeError), ShardWriter(path) as writer:
+    with pytest.raises(TypeError), new_shard(path) as writer:
         writer.write("no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.tfrecord"]
 
 
-def test_a_discarded_shard_leaves_nothing(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "a.tfrecord") as writer:
+def test_a_shard_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), new_shard(tmp_path / "a.tfrecord") as writer:
         writer.write(b"data")
-        writer.discard()
+        raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_writer_knows_the_checksum_of_its_file(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "a.tfrecord") as writer:
+    with new_shard(tmp_path / "a.tfrecord") as writer:
         writer.write(b"one")
         writer.write(b"two")
     assert tfrecord.file_crc(tmp_path / "a.tfrecord") == writer.crc
-    assert scan(tmp_path / "a.tfrecord").tolist() == writer.offsets
+    assert offsets_of(tmp_path / "a.tfrecord") == writer.offsets
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -115,10 +118,15 @@ def test_every_record_is_read_by_row(converted: Path) -> None:
         assert tiny.length == train.columns["original_frames"][row] == clip.original_frames
         image = train.image(train.columns["image"][row])
         assert image.id == IMAGE_IDS[tiny.product] == train.image_ids[clip.image_index]
-        assert dataset.products[train.columns["product"][row]] == f"spu{tiny.product}" == clip.product == image.product
-        assert dataset.livestreams[train.columns["livestream"][row]] == LIVES[tiny.live] == clip.livestream
-        assert dataset.categories[train.columns["category"][row]] == f"C{tiny.product % 2}"
-        assert dataset.durations[train.columns["duration"][row]] == clip.duration
+        assert (
+            dataset.tables["product"][train.columns["product"][row]]
+            == f"spu{tiny.product}"
+            == clip.product
+            == image.product
+        )
+        assert dataset.tables["livestream"][train.columns["livestream"][row]] == LIVES[tiny.live] == clip.livestream
+        assert dataset.tables["category"][train.columns["category"][row]] == f"{tiny.product % 2}\tC{tiny.product % 2}"
+        assert dataset.tables["duration"][train.columns["duration"][row]] == clip.duration
         assert train.truth(row) == (image.id,)
     assert not train.is_evaluation
     assert train.galleries == {}
@@ -203,12 +211,12 @@ def test_another_schema_version_is_refused(copy: Path) -> None:
 
 
 def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One shard of an older conversion, put back with its index and its own manifest entry."""
+    """A shard of an older conversion is put among the others, with its index."""
     record = open_dataset(copy).split("train").image(0)
     monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
     data = schema.encode_image(schema.ShopImage(record.id, record.name), b"x", ordinal=0, product_index=0)
     monkeypatch.undo()
-    with ShardWriter(copy / "train-images-00000-of-00001.tfrecord") as writer:
+    with new_shard(copy / "train-images-00000-of-00001.tfrecord") as writer:
         for _ in range(3):
             writer.write(data)
     with pytest.raises(
@@ -267,18 +275,18 @@ def test_a_flipped_bit_in_a_record_is_named(copy: Path) -> None:
 
 
 def test_swapped_shards_are_noticed(copy: Path) -> None:
-    """Two shards of the same size and sound checksums: only the records' own numbers tell."""
+    """Two shards have the same size and sound checksums: only the ordinals in the records differ."""
     one, other = (copy / f"train-clips-0000{number}-of-00003.tfrecord" for number in (0, 1))
     for suffix in ("", ".idx"):
         paths = [Path(f"{path}{suffix}") for path in (one, other)]
         first, second = (path.read_bytes() for path in paths)
         paths[0].write_bytes(second)
         paths[1].write_bytes(first)
-    with pytest.raises(ValueError, match=r"train-clips-00000-of-00003.tfrecord record 0: found number 3 .*needs 0"):
+    with pytest.raises(ValueError, match=r"train-clips-00000-of-00003.tfrecord record 0: found ordinal 3, needs 0"):
         open_dataset(copy, verify=False).split("train").clip(0)
 
 
-def test_rows_beyond_the_split_are_refused(converted: Path) -> None:
+def test_rows_outside_the_split_are_refused(converted: Path) -> None:
     split = open_dataset(converted).split("train")
     for row in (-1, split.num_clips):
         with pytest.raises(IndexError, match=r"needs 0 to 6"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.format import schema
 from data_pipeline.format.example import decode_example, encode_example
-from data_pipeline.format.schema import Clip, Picture, ShopImage
+from data_pipeline.format.schema import Clip, Frame, Picture, ShopImage
 
 CLIP = Clip(
     id="live-1-2",
@@ -55,9 +55,13 @@ def test_a_clip_comes_back_whole() -> None:
     data = schema.encode_clip(CLIP, [b"first", b"second"], ordinal=3, image_index=1, product_index=2)
     record = schema.decode_clip(data)
     assert (record.ordinal, record.image_index, record.product_index) == (3, 1, 2)
-    assert record.frames == [b"first", b"second"]
-    assert record.frame_names == ["live-1-2-0000", "live-1-2-0003"]
-    assert record.boxes == [[], [(1.0, 2.0, 3.0, 4.5), (0.0, 0.0, 8.0, 8.0)]]
+    assert record.frames == [
+        Frame(b"first", "live-1-2-0000", 0, []),
+        Frame(b"second", "live-1-2-0003", 3, [(1.0, 2.0, 3.0, 4.5), (0.0, 0.0, 8.0, 8.0)]),
+    ]
+    assert [frame.seconds for frame in record.frames] == [None, None]
+    assert record.image_ids == ["image"]
+    assert record.texts == {"title": "titel", "speech": "", "category_name": "Äpple"}
     for field in ("id", "livestream", "original_frames", *schema.CLIP_TEXTS.values()):
         assert getattr(record, field) == getattr(CLIP, field)
 
@@ -71,14 +75,14 @@ def test_the_bytes_of_records_are_those_of_version_1() -> None:
     ]
 
 
-def test_a_clip_without_boxes_is_told_from_one_with_empty_ones() -> None:
+def test_a_clip_without_boxes_differs_from_one_with_empty_boxes() -> None:
     bare = dataclasses.replace(CLIP, boxes=None)
     empty = dataclasses.replace(CLIP, boxes=((), ()))
     read = [
-        schema.decode_clip(schema.encode_clip(clip, [b"1", b"2"], ordinal=0, image_index=0, product_index=0)).boxes
+        schema.decode_clip(schema.encode_clip(clip, [b"1", b"2"], ordinal=0, image_index=0, product_index=0)).frames
         for clip in (bare, empty)
     ]
-    assert read == [None, [[], []]]
+    assert [[frame.boxes for frame in frames] for frames in read] == [[None, None], [[], []]]
 
 
 def test_an_image_comes_back_whole() -> None:

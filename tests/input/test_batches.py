@@ -19,6 +19,7 @@ from PIL import Image
 
 from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import Dataset, open_dataset
+from data_pipeline.format.schema import Frame
 from data_pipeline.format.tfrecord import frame_record, index_path, unframe_record
 from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment_words
 from data_pipeline.input.batches import PART_EXAMPLES, Batches, clip_batches, image_batches, train_batches
@@ -35,7 +36,7 @@ PLAIN = FrameOptions(image_size=16, resize=16, flip=False, tail_cut=False)  # no
 @dataclasses.dataclass(frozen=True)
 class Record:
     id: str
-    frames: list[bytes]
+    frames: list[Frame]
     encoded: bytes = b""
 
 
@@ -53,7 +54,9 @@ class TinySplit:
         self.image_ids = [f"image{row}" for row in range(NUM_IMAGES)]
 
     def clip(self, row: int) -> Record:
-        return Record(self.clip_ids[row], [png((row, 10 + k, 0)) for k in range(self.columns["frames"][row])])
+        return Record(
+            self.clip_ids[row], [Frame(png((row, 10 + k, 0)), "", k) for k in range(self.columns["frames"][row])]
+        )
 
     def where(self, kind: str, row: int) -> str:
         return f"{self.path} {self.name} row {row}"
@@ -350,7 +353,7 @@ class OneBadPicture(TinySplit):
     def clip(self, row: int) -> Record:
         record = super().clip(row)
         if row == 8:
-            record.frames[6] = record.frames[6][:40]
+            record.frames[6] = Frame(record.frames[6].encoded[:40], "", 6)
         return record
 
 

@@ -1,4 +1,4 @@
-"""LPR4M as img2dataset leaves it: the same clips as LPR750K, whichever way their names are recovered."""
+"""LPR4M as downloaded by img2dataset: it gives the same clips as LPR750K, by tables and by sidecars."""
 
 import dataclasses
 import importlib
@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline import doctor
+from data_pipeline.conversion.survey import list_splits
 from data_pipeline.convert import Options, convert, main
 from data_pipeline.faults import FailedError
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.layouts import img2dataset as downloads
 from data_pipeline.layouts.img2dataset import name_of
 from data_pipeline.layouts.lpr4m import Lpr4m
+from data_pipeline.system.workers import Workers
 from tests.lpr_layouts import IMAGE_IDS, ORIGINAL_SIDE, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
 
 LONG = next(clip for clip in TRAIN if clip.length == 12)
@@ -43,16 +46,17 @@ def no_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(one: Split, other: Split) -> None:
-    """The same ids, pairs, galleries, frames and boxes.
+    """Asserts that two splits have the same ids, pairs, galleries, frames and boxes.
 
     Products differ, as LPR4M names none; so does a test clip's length, as LPR750K lists ten frames of each at most.
     """
-    unlike = {"product": "", "product_index": 0} | (
-        {"positions": [], "original_frames": 0} if one.name == "test" else {}
-    )
+    unlike = {"product": "", "product_index": 0} | ({"original_frames": 0} if one.name == "test" else {})
     assert list(one.clip_ids) == list(other.clip_ids)
     for row in range(one.num_clips):
         left, right = (dataclasses.replace(each.clip(row), **unlike) for each in (one, other))
+        if one.name == "test":
+            for each in (left, right):
+                each.frames[:] = [dataclasses.replace(frame, position=0) for frame in each.frames]
         assert left == right
         assert one.image(left.image_index).encoded == other.image(left.image_index).encoded
         assert one.truth(row) == other.truth(row)
@@ -101,9 +105,9 @@ def test_a_failed_frame_is_counted_and_the_clip_kept(
     train = dataset.split("train")
     row = list(train.clip_ids).index(SHORT.id)
     record = train.clip(row)
-    assert record.frame_names == [name for name in SHORT.frame_ids if name != lost]
-    assert record.positions == [0, 2, 3]
-    assert record.boxes == [[], [(2, 0, 64, 32)], [(3, 0, 64, 32)]]
+    assert [frame.id for frame in record.frames] == [name for name in SHORT.frame_ids if name != lost]
+    assert [frame.position for frame in record.frames] == [0, 2, 3]
+    assert [frame.boxes for frame in record.frames] == [[], [(2, 0, 64, 32)], [(3, 0, 64, 32)]]
     assert train.columns["original_frames"][row] == 3
     assert report["splits"]["train"]["failed_downloads"] == 1
     assert list(train.clip_ids) == list(lpr750k.split("train").clip_ids)
@@ -120,8 +124,31 @@ def test_a_long_clip_that_misses_a_sampled_frame_samples_what_is_left(tmp_path: 
     train = dataset.split("train")
     row = list(train.clip_ids).index(LONG.id)
     left = LONG.frame_ids[1:]
-    assert train.clip(row).frame_names == [left[slot * 10 // 9] for slot in range(10)]
+    assert [frame.id for frame in train.clip(row).frames] == [left[slot * 10 // 9] for slot in range(10)]
     assert (train.columns["frames"][row], train.columns["original_frames"][row]) == (10, 11)
+
+
+@pytest.mark.parametrize("frames", ["sampled", "all"])
+def test_the_doctor_examines_the_frames_that_a_conversion_stores(frames: str, tmp_path: Path) -> None:
+    """Downloads failed of frames that are sampled first, and of frames that are sampled again."""
+    lost = [LONG.frame_ids[0], LONG.frame_ids[5], SHORT.frame_ids[2], TEST[2].frame_ids[11]]
+    source = make_lpr4m(tmp_path / "source", failed=lost)
+    dataset, report = run(source, tmp_path / "records", frames=frames)
+    doctor.main([str(source), f"--output={tmp_path / 'doctor'}", "--workers=1", f"--frames={frames}"])
+    examined = json.loads((tmp_path / "doctor" / "report.json").read_text())["distributions"]
+    for name in ("train", "test"):
+        stored = sum(len(dataset.split(name).clip(row).frames) for row in range(dataset.split(name).num_clips))
+        assert examined[name]["sound_frames"] == stored
+        assert examined[name]["frames"] - stored == report["splits"][name]["failed_downloads"]
+    layout = Lpr4m(source, None, 10 if frames == "sampled" else None)
+    with Workers(1, layout) as workers:
+        listings, _ = list_splits(layout, ("train",), workers.run)
+        layout.locate(listings, workers.run, tmp_path)
+    _, found = layout.find_frames(listings[0].source(list(dataset.split("train").clip_ids).index(LONG.id)), "train")
+    by_position = {frame.position: frame.picture for frame in found}
+    assert by_position[0] is by_position[5] is None
+    stored = [position for position, picture in by_position.items() if picture is not None]
+    assert stored == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_long_clip_that_misses_another_frame_is_as_if_it_did_not(lpr750k: Dataset, tmp_path: Path) -> None:
@@ -140,7 +167,7 @@ def test_a_frame_that_no_shard_knows_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     for path in source.glob("training_frame/00001*"):
         _remove(path)
-    with pytest.raises(FailedError, match=r"found no picture for .* frames in training_frame .*run img2dataset again"):
+    with pytest.raises(FailedError, match=r"found no download of frame .* in training_frame, .* run img2dataset again"):
         run(source, tmp_path / "records")
 
 
@@ -151,15 +178,15 @@ def test_an_image_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda source: _cut(source / "test_frame/00000.tar"), "test_frame/00000: cannot be read as a tar"),
         (lambda source: _cut(source / "test_frame/00000.parquet"), "test_frame/00000: 00000.parquet cannot be read"),
     ],
 )
-def test_a_damaged_shard_of_the_download_is_named(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_of_the_download_is_named(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
-    spoil(source)
+    damage(source)
     with pytest.raises(FailedError, match=re.escape(message)):
         run(source, tmp_path / "records")
 
@@ -186,7 +213,7 @@ def test_a_damaged_sidecar_is_named(tmp_path: Path, no_pyarrow: None) -> None:
 def test_a_table_beyond_any_download_is_refused(
     limit: str, change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few kilobytes of a table may say that they are a million rows, or hold a text of gigabytes."""
+    """A table of a few kilobytes can claim a million rows, or contain a text of gigabytes."""
     parquet = pytest.importorskip("pyarrow.parquet")
     source = make_lpr4m(tmp_path / "source")
     path = source / "training_frame/00001.parquet"
@@ -219,7 +246,7 @@ def pyarrow() -> Any:
 def test_a_damaged_picture_in_a_tar_is_named_by_tar_and_member(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
     data = bytearray((source / "test_frame/00000.tar").read_bytes())
-    data[512:516] = b"text"  # the first member's first bytes: the last picture of the shard
+    data[512:516] = b"text"  # the first bytes of the first member, which is the last picture of the shard
     (source / "test_frame/00000.tar").write_bytes(data)
     with pytest.raises(FailedError, match=r"test_frame/00000.tar/0000007.jpg \(clip .*\): found bytes b'text"):
         run(source, tmp_path / "records")
@@ -237,13 +264,14 @@ def test_a_validation_list_in_lpr750ks_columns_is_read_too(lpr750k: Dataset, tmp
     other = make_lpr750k(tmp_path / "other") / "annotations/training_videoinfo_val.txt"
     (source / "annotations/training_videoinfo_val.txt").write_text(other.read_text().replace("64, 32", "128, 64"))
     dataset, _ = run(source, tmp_path / "records", splits=("val",))
-    assert dataset.split("val").clip(0).frames == lpr750k.split("val").clip(0).frames
+    pictures = [[frame.encoded for frame in each.split("val").clip(0).frames] for each in (dataset, lpr750k)]
+    assert pictures[0] == pictures[1]
     assert dataset.split("val").clip(0).product == "spu1"
 
 
 def test_products_are_shop_images_where_the_list_names_none(tmp_path: Path) -> None:
     dataset, report = run(make_lpr4m(tmp_path / "source"), tmp_path / "records")
-    assert list(dataset.products) == IMAGE_IDS
+    assert list(dataset.tables["product"]) == IMAGE_IDS
     assert report["splits"]["train"]["products"] == 3
 
 

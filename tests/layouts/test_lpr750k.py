@@ -1,4 +1,4 @@
-"""LPR750K's lists and folders: what a row may be, and where a picture is found."""
+"""LPR750K: parsing of rows, choice of lists, search for pictures, and conversion."""
 
 import contextlib
 import json
@@ -14,9 +14,9 @@ from data_pipeline.convert import Options, convert
 from data_pipeline.faults import BadInputError, WrongUseError
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.annotations import lines, parse_boxes, parse_frames, parse_row, training_lists
+from data_pipeline.layouts.annotations import parse_boxes, parse_frames, parse_row, read_lines, training_lists
 from data_pipeline.layouts.lpr750k import Lpr750k
-from data_pipeline.layouts.pictures import PictureFolder, check_picture
+from data_pipeline.layouts.pictures import PictureReader, check_picture
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,
@@ -64,7 +64,7 @@ def test_a_row_without_box_column_content_has_no_boxes() -> None:
     assert parse_boxes("[]", 3) is None
 
 
-def test_several_boxes_a_frame_and_none_are_told_apart() -> None:
+def test_several_boxes_a_frame_and_none_are_distinguished() -> None:
     assert parse_boxes("[[[1, 2, 3, 4], [5, 6, 7, 8.5]], [], [0, 0, 0, 0]]", 3) == (
         ((1, 2, 3, 4), (5, 6, 7, 8.5)), (), (),
     )  # fmt: skip
@@ -133,10 +133,10 @@ def test_a_hostile_cell_takes_no_time() -> None:
 def test_lines_are_the_same_in_parts_of_any_size(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(b"one\r\ntwo\n\nfour\nfive")
-    whole = [line for _, _, line in lines(path)]
+    whole = [line for _, _, line in read_lines(path)]
     assert whole == [b"one", b"two", b"four", b"five"]
     for size in range(1, 20):
-        parts = [line for begin in range(0, 20, size) for _, _, line in lines(path, begin, begin + size)]
+        parts = [line for begin in range(0, 20, size) for _, _, line in read_lines(path, begin, begin + size)]
         assert parts == whole
 
 
@@ -167,7 +167,7 @@ def test_several_training_lists_need_a_choice(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_found_by_the_first_suffix_that_exists(tmp_path: Path) -> None:
-    folder = PictureFolder(tmp_path)
+    folder = PictureReader(tmp_path)
     for name in ("a.png", "a.jpeg", "b.JPG", "c.png"):
         (tmp_path / name).touch()
     found = {path: folder.find(path, missing="").path for path in ("a.png", "a.jpg", "a", "b.JPG", "c.jpg")}
@@ -177,7 +177,7 @@ def test_a_picture_is_found_by_the_first_suffix_that_exists(tmp_path: Path) -> N
 @pytest.mark.parametrize("path", ["/etc/hostname", "../x.jpg", "a/../../x.jpg", "a\\..\\..\\x.jpg", "a\0.jpg"])
 def test_a_path_that_leaves_is_refused_before_the_disk_is_asked(path: str, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"needs one below the source folder"):
-        PictureFolder(tmp_path).find(path, missing="")
+        PictureReader(tmp_path).find(path, missing="")
 
 
 @pytest.mark.parametrize("of_folder", [False, True])
@@ -191,7 +191,7 @@ def test_a_link_that_leaves_is_refused(of_folder: bool, tmp_path: Path) -> None:
     else:
         (source / "in").mkdir()
         (source / "in/x.jpg").symlink_to(outside / "x.jpg")
-    folder = PictureFolder(source)
+    folder = PictureReader(source)
     with pytest.raises(BadInputError, match=r"found a link to .*outside/x.jpg, needs a file below the source folder"):
         folder.read(folder.find("in/x.jpg", missing=""))
 
@@ -199,13 +199,13 @@ def test_a_link_that_leaves_is_refused(of_folder: bool, tmp_path: Path) -> None:
 def test_a_link_that_stays_is_followed(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(FRAMES[0].read_bytes())
     (tmp_path / "b.jpg").symlink_to("a.jpg")
-    folder = PictureFolder(tmp_path)
+    folder = PictureReader(tmp_path)
     assert folder.read(folder.find("b.jpg", missing="")) == FRAMES[0].read_bytes()
 
 
 def test_a_picture_that_declares_too_many_pixels_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.layouts.pictures.MAX_PIXELS", 128 * 128 - 1)
-    with pytest.raises(BadInputError, match=r"declares more than 16,383 pixels"):
+    with pytest.raises(BadInputError, match=r"found over 16,383 pixels"):
         check_picture(FRAMES[0].read_bytes(), "x.jpg")
 
 
@@ -218,7 +218,7 @@ def test_a_damaged_picture_is_a_fault_or_a_picture(data: st.DataObject) -> None:
         check_picture(bytes(picture[: data.draw(st.integers(0, len(picture)))]), "x.jpg")
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- conversion -------------------------------------------------------------------------------------------------------
 
 
 def test_the_clips_hold_the_sources_own_bytes(source: Path, tmp_path: Path) -> None:
@@ -230,11 +230,14 @@ def test_the_clips_hold_the_sources_own_bytes(source: Path, tmp_path: Path) -> N
         for row in range(split.num_clips):
             record = split.clip(row)
             clip = next(each for each in clips if each.id == record.id)
-            assert record.frames == [clip.picture(number).read_bytes() for number in ten_of(clip.length)]
-            assert record.frame_names == [clip.frame_ids[number] for number in ten_of(clip.length)]
+            numbers = ten_of(clip.length)
+            assert [frame.encoded for frame in record.frames] == [clip.picture(each).read_bytes() for each in numbers]
+            assert [frame.id for frame in record.frames] == [clip.frame_ids[each] for each in numbers]
+            in_list = list(range(len(numbers))) if name == "test" else numbers  # a query lists only ten frames
+            assert [frame.position for frame in record.frames] == in_list
             assert split.image(record.image_index).encoded == SHOP_IMAGES[clip.product].read_bytes()
-            assert record.boxes is not None
-            assert record.boxes[1:] == [[(number, 0, 64, 32)] for number in ten_of(clip.length)[1:]]
+            boxes = [frame.boxes for frame in record.frames]
+            assert boxes == [[(each, 0, 64, 32)] if each else [] for each in numbers]
 
 
 def test_all_frames_are_stored_when_asked(source: Path, tmp_path: Path) -> None:
@@ -299,7 +302,7 @@ def test_unseen_test_products_are_unknown(source: Path, tmp_path: Path) -> None:
     test = dataset.split("test")
     products = {test.image_ids[row]: test.image_columns["product"][row] for row in range(test.num_images)}
     assert products[IMAGE_IDS[3]] == -1
-    assert dataset.products[products[IMAGE_IDS[0]]] == "spu0"
+    assert dataset.tables["product"][products[IMAGE_IDS[0]]] == "spu0"
 
 
 def test_layouts_are_small_enough_to_send_to_every_worker(source: Path) -> None:

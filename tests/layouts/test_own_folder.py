@@ -1,4 +1,4 @@
-"""A folder of one's own, with the pictures that phones write: converted, trained on, evaluated; and what is refused."""
+"""An own folder with pictures as phones write them: conversion, training, evaluation, and refusal of faults."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from data_pipeline.input.decode import decode, load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.layouts.own_folder import default_splits, natural
 from rice_jax import evaluate, train
-from rice_jax.config import fitted, from_json
+from rice_jax.config import fit_to_data, from_json
 
 DOCS = Path(__file__).parents[2] / "docs"
 PRODUCTS = (
@@ -31,7 +31,7 @@ UPRIGHT, TURNED = 1, 6  # EXIF: 6 is a picture to be turned by 90 degrees, as a 
 
 
 def draw(product: int, frame: int, size: tuple[int, int]) -> Image.Image:
-    """A disc on a ground, the colours the product's, the place the frame's."""
+    """Returns a disc on a ground: the product decides the colours, the frame the position."""
     colours = np.random.default_rng(product).integers(0, 256, (2, 3)).tolist()
     picture = Image.new("RGB", size, tuple(colours[0]))
     centre, radius = (size[0] // 2 + frame, size[1] // 2), min(size) // 3
@@ -40,7 +40,7 @@ def draw(product: int, frame: int, size: tuple[int, int]) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path, kind: int) -> None:
-    """One of the kinds of files that phones, shops and editors write."""
+    """Writes the picture as one of seven kinds of files that phones, shops and editors write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     match kind % 7:
         case 0:
@@ -62,9 +62,9 @@ def save(picture: Image.Image, path: Path, kind: int) -> None:
 
 
 def make_folder(root: Path, products: tuple[str, ...] = PRODUCTS, clips: int = 4) -> Path:
-    """Clips `take 1` to `take 12`, in steps, of one to twelve frames; a shop image a product."""
+    """Makes clips `take 1` to `take 10` of one to twelve frames, and a shop image a product."""
     for number, product in enumerate(products):
-        name = f"{product}.x"  # with_suffix takes the last suffix for the picture's
+        name = f"{product}.x"  # with_suffix replaces the last suffix
         save(draw(number, 0, (48, 48)), root / "shop" / name, number)
         for take in range(clips):
             clip = root / "clips" / product / f"take {1 + 9 * take // max(1, clips - 1)}"
@@ -93,11 +93,11 @@ def phone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three products with two clips each, to spoil."""
+    """Three products with two clips each, to be damaged."""
     return make_folder(tmp_path / "source", ("A", "B", "C"), clips=2)
 
 
-# --- the whole way ----------------------------------------------------------------------------------------------------
+# --- from pictures to a ranking ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_phone_pictures_is_converted_trained_on_and_ranked(
@@ -110,8 +110,8 @@ def test_a_folder_of_phone_pictures_is_converted_trained_on_and_ranked(
     config.model.update({"stem_channels": (8, 8, 8, 8), "width": 24, "layers": 1, "hidden": 32, "embedding": 16})
     config.optimizer.warmup_updates = 1
     figures = train.train_and_evaluate(config, tmp_path / "run")
-    assert figures["queries"] == 12 and figures["mean_gallery_size"] == 12  # of val, which the set has
-    assert config.batch_size == 0  # the caller's is left alone
+    assert figures["queries"] == 12 and figures["mean_gallery_size"] == 12  # of val, which this set has
+    assert config.batch_size == 0  # the caller's config is not changed
     saved = from_json((tmp_path / "run" / "config.json").read_text())
     assert saved.batch_size == 24 and saved.data.eval_split == "val"
 
@@ -119,7 +119,7 @@ def test_a_folder_of_phone_pictures_is_converted_trained_on_and_ranked(
     evaluate.evaluate(evaluate.parse(arguments))
     assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == 12
     text = (tmp_path / "rankings.jsonl").read_text(encoding="utf-8")
-    assert '"clip": "牛乳 1L/take 10"' in text  # to be read with the eye
+    assert '"clip": "牛乳 1L/take 10"' in text  # readable, not escaped
     lines = [json.loads(line) for line in text.splitlines()]
     assert sorted(line["clip"] for line in lines) == sorted(f"{product}/take 10" for product in PRODUCTS)
     assert all({image for image, _ in line["top"]} <= set(PRODUCTS) and len(line["top"]) == 10 for line in lines)
@@ -140,7 +140,7 @@ def test_names_order_splits_and_gallery_are_as_the_folder_has_them(phone: Path) 
     dataset = open_dataset(phone / "records")
     takes = {name: {clip.rpartition("/")[2] for clip in dataset.split(name).clip_ids} for name in dataset.splits}
     assert takes == {"train": {"take 1", "take 4"}, "val": {"take 7"}, "test": {"take 10"}}  # 10 comes after 7
-    assert list(dataset.livestreams) == ["shop"] and sorted(dataset.products) == sorted(PRODUCTS)
+    assert list(dataset.tables["livestream"]) == ["shop"] and sorted(dataset.tables["product"]) == sorted(PRODUCTS)
     for name in ("val", "test"):
         split = dataset.split(name)
         assert [split.image_ids[row] for row in split.galleries["shop"]] == sorted(PRODUCTS, key=natural)
@@ -149,20 +149,21 @@ def test_names_order_splits_and_gallery_are_as_the_folder_has_them(phone: Path) 
             assert split.image_ids[split.columns["image"][row]] == clip.partition("/")[0]
     clip = dataset.split("test").clip(list(dataset.split("test").clip_ids).index("v1.5/take 10"))
     assert (clip.product, clip.livestream, clip.original_frames) == ("v1.5", "shop", 11)
-    assert clip.frame_names == [f"IMG_{frame}" for frame in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10)]  # SPEC 9.1
+    names = [f"IMG_{number}" for number in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10)]  # docs/official.md 9.1
+    assert [frame.id for frame in clip.frames] == names
 
 
 def test_pictures_arrive_upright_and_in_colour(phone: Path) -> None:
-    """Every stored picture against what was drawn, by its mean colour and shape."""
+    """Compares every stored picture with the drawn one."""
     split = open_dataset(phone / "records").split("train")
     seen = set()
     for row in range(split.num_clips):
         clip = split.clip(row)
         product, take = PRODUCTS.index(clip.product), (int(clip.id.rpartition(" ")[2]) - 1) // 3
-        for data, name in zip(clip.frames, clip.frame_names, strict=True):
-            frame = int(name.removeprefix("IMG_"))
-            kind = product + take + frame
-            drawn, stored = draw(product, frame, SIZES[kind % len(SIZES)]), decode(data, apply_exif=True)
+        for frame in clip.frames:
+            number = int(frame.id.removeprefix("IMG_"))
+            kind = product + take + number
+            drawn, stored = draw(product, number, SIZES[kind % len(SIZES)]), decode(frame.encoded, apply_exif=True)
             assert stored.shape == (drawn.height, drawn.width, 3)
             expected = np.asarray(drawn.convert("L").convert("RGB") if kind % 7 == 1 else drawn)
             assert np.abs(stored.astype(int) - expected).mean() < 12  # JPEG, eight colours, inks
@@ -200,13 +201,13 @@ def test_large_pictures_are_shrunk_before_random_crops_only() -> None:
     ("clips", "devices", "size"), [(24, 1, 24), (24, 8, 24), (30, 8, 24), (65, 1, 32), (200, 1, 50), (70, 40, 40)]
 )
 def test_the_batch_fits_to_the_set(clips: int, devices: int, size: int) -> None:
-    config = fitted(folder.get_config(), clips=clips, splits=("train", "test"), devices=devices)
+    config = fit_to_data(folder.get_config(), clips=clips, splits=("train", "test"), devices=devices)
     assert (config.batch_size, config.data.eval_split) == (size, "")
 
 
 def test_fewer_clips_than_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="5 training clips: need one for each of 8 devices"):
-        fitted(folder.get_config(), clips=5, splits=(), devices=8)
+        fit_to_data(folder.get_config(), clips=5, splits=(), devices=8)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_tables_give_titles_livestreams_and_splits(source: Path, tmp_path: Path)
 
 
 def test_names_that_unicode_writes_in_two_ways_meet(tmp_path: Path) -> None:
-    """A folder copied from a Mac, a table typed elsewhere."""
+    """The folder was copied from a Mac, the table was written elsewhere."""
     source = make_folder(tmp_path / "source", (unicodedata.normalize("NFD", "Café"), "B"), clips=2)
     composed = unicodedata.normalize("NFC", "Café")
     next((source / "shop").glob("Caf*")).rename(source / "shop" / f"{composed}.jpg")
@@ -268,7 +269,7 @@ def test_names_that_unicode_writes_in_two_ways_meet(tmp_path: Path) -> None:
         ("clips.csv", b"product,clip\nA,take 1\n", "found the columns 'product,clip', needs product,clip and split, s"),
     ],
 )
-def test_a_wrong_table_is_told_with_its_line_and_nothing_is_written(
+def test_a_wrong_table_is_named_with_its_line_and_nothing_is_written(
     file: str, data: bytes, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (source / file).write_bytes(data)
@@ -300,15 +301,15 @@ def first_frame(source: Path) -> Path:
 
 
 def link_out(path: Callable[[Path], Path]) -> Callable[[Path], object]:
-    """Puts a file or folder outside of the source, and a link in its place."""
+    """Moves a file or folder out of the source and leaves a link in its place."""
 
-    def spoil(source: Path) -> None:
+    def damage(source: Path) -> None:
         inside, outside = path(source), source.parent / "outside" / path(source).name
         outside.parent.mkdir()
         shutil.move(inside, outside)
         inside.symlink_to(outside)
 
-    return spoil
+    return damage
 
 
 def empty(source: Path) -> None:
@@ -320,7 +321,7 @@ def empty(source: Path) -> None:
 
 BOTH = ("B/take 1", "B/take 10")
 LAST = ("B/take 10",)
-BAD_CLIPS = {  # what is done, what is said, which clips --on-error=skip leaves out
+BAD_CLIPS = {  # fault: damage, message, clips that --on-error=skip leaves out
     "product without shop image": (
         lambda source: shop_image(source, "B").unlink(),
         r"^clips/B/take 1 \(clip B/take 1\): found no shop/B.jpg \(or .jpeg, .png, .webp\), needs one; add it", BOTH),
@@ -353,11 +354,11 @@ BAD_CLIPS = {  # what is done, what is said, which clips --on-error=skip leaves 
 
 
 @pytest.mark.parametrize("name", BAD_CLIPS)
-def test_a_fault_of_a_clip_is_told_once_and_can_be_skipped(
+def test_a_fault_of_a_clip_is_named_once_and_can_be_skipped(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil, message, skipped = BAD_CLIPS[name]
-    spoil(source)
+    damage, message, skipped = BAD_CLIPS[name]
+    damage(source)
     assert run(source, tmp_path / "records", "--clips-per-shard=1") == 1
     errors = capsys.readouterr().err
     assert len(re.findall(message, errors, re.MULTILINE)) == 1, errors
@@ -373,7 +374,7 @@ def test_a_fault_of_a_clip_is_told_once_and_can_be_skipped(
     assert sum(split["skipped_clips"] for split in report["splits"].values()) == len(skipped)
 
 
-def test_shards_of_before_a_fault_was_mended_stay(source: Path, tmp_path: Path) -> None:
+def test_shards_stay_when_a_fault_is_corrected(source: Path, tmp_path: Path) -> None:
     image = shop_image(source, "B")
     image.rename(source / "B")
     assert run(source, tmp_path / "records", "--clips-per-shard=1") == 1
@@ -432,7 +433,10 @@ def test_products_with_the_same_shop_image_are_named(
 ) -> None:
     shutil.copy(shop_image(source, "B"), source / "shop" / "D.jpeg")
     assert run(source, tmp_path / "records") == 0
-    warning = "shop/B.JPEG and shop/D.jpeg are the same picture: nobody can tell which of these products a clip shows."
+    warning = (
+        "shop/B.JPEG and shop/D.jpeg: found the same picture for several products, needs one that tells them apart; "
+    )
+    warning += "replace one."
     assert f"warning: {warning}\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "records" / "report.json").read_text())["remarks"] == [warning]
 
@@ -459,11 +463,14 @@ def test_what_is_no_picture_is_left_out_and_named(
     (source / "clips" / "A" / "take 1" / "more").mkdir()
     assert run(source, tmp_path / "records") == 0
     named = "clips/A/cover.jpg, clips/A/take 1/IMG_3.MOV, clips/A/take 1/more, clips/notes.txt, shop/Thumbs.db\n"
-    assert f"warning: left out, as no jpg, jpeg, png or webp in its place: {named}" in capsys.readouterr().err
+    assert (
+        f"warning: left out, since no clip, frame (jpg, jpeg, png, webp) or shop image: {named}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
-    ("spoil", "status", "message"),
+    ("damage", "status", "message"),
     [
         (shutil.rmtree, 2, "source: found no folder clips/ and shop/, needs the layout folder of docs/data_formats.md"),
         (lambda source: shutil.rmtree(source / "shop"), 2, "source: found no folder shop/, needs the layout folder"),
@@ -474,10 +481,10 @@ def test_what_is_no_picture_is_left_out_and_named(
     ],
 )  # fmt: skip
 def test_an_empty_source_is_refused(
-    spoil: Callable[[Path], object], status: int, message: str, source: Path, tmp_path: Path,
+    damage: Callable[[Path], object], status: int, message: str, source: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    spoil(source)
+    damage(source)
     assert run(source, tmp_path / "records") == status
     assert message in capsys.readouterr().err
     assert not (tmp_path / "records").exists()

@@ -1,4 +1,4 @@
-"""Where the official code is wrong or odd (SPEC 11), each option at both values, against a plain definition.
+"""Each option of the table of oddities (docs/official.md 11), at both values, against a plain definition.
 
 Rows tested where their code is: 9 and 34 test_losses.py too, 15 test_sampling.py, 17 test_decode.py,
 16 test_batches.py; the options of pixels are repeated here no more than to see that the config reaches them.
@@ -309,7 +309,7 @@ def run_optimizer(config: Any, params: Any, grads: list[Any]) -> Any:
 @pytest.mark.parametrize("eps_placing", ["uncorrected", "corrected"])
 @pytest.mark.parametrize("decay_rule", ["official", "no_1d"])
 def test_adam_against_its_definition_in_float64(eps_placing: str, decay_rule: str) -> None:
-    """SPEC 7.1-7.4, five updates; eps so large that its place shows, decay so strong that its order does."""
+    """docs/official.md 7.1-7.4 for five updates; eps and decay are so large that their place and order show."""
     config = config_of({"optimizer.eps_placing": eps_placing, "optimizer.decay_rule": decay_rule})
     o = config.optimizer
     o.learning_rate, o.decoder_lr_multiplier, o.logit_scale_lr_multiplier = 1e-2, 5.0, 3.0

@@ -1,4 +1,4 @@
-"""Matching at test time against a plain loop of whole decoder passes, one pair at a time (SPEC 10.4)."""
+"""Matching at test time against a plain loop of whole decoder passes, one pair at a time (docs/official.md 10.4)."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from tests import official
 
 
 def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any) -> Model:
-    """The smoke model with large random weights, norms and biases included: as it is born all pairs look alike."""
+    """Returns the smoke model with large random weights, norms and biases; initial ones give nearly equal scores."""
     config = smoke.get_config()
     config.unlock()
     config.update_from_flattened_dict(changes)
@@ -46,7 +46,7 @@ def random_model(mesh: jax.sharding.Mesh, *, batch_size: int = 8, **changes: Any
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def plain_score(net: Rice, raw: bool, params: Any, frames: jax.Array, mask: jax.Array, image: jax.Array) -> Any:
-    """One pair: all T queries through self and cross layer, then SPEC 5.5, 5.6 and 10.4 as they are written."""
+    """One pair: all T queries through self and cross layer, then docs/official.md 5.5, 5.6 and 10.4 to the letter."""
     encode = lambda pictures: net.encoder.apply({"params": params["encoder"]}, pictures)[0]
     image_tokens, clip_tokens = encode(normalise(image[None])), encode(normalise(frames, mask))
     clip_tokens = clip_tokens.reshape(1, -1, clip_tokens.shape[-1])
@@ -62,7 +62,7 @@ def plain_score(net: Rice, raw: bool, params: Any, frames: jax.Array, mask: jax.
 
 @dataclasses.dataclass
 class Shop:
-    """The test split's pictures, and who meets whom."""
+    """The test split's pictures, and the gallery of each clip."""
 
     split: Split
     frames: np.ndarray
@@ -92,36 +92,36 @@ def shop(converted: Path) -> Shop:
     )
 
 
-def scores_of(m: Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
+def scores_of(model: Model, shop: Shop, *, raw: bool = False, store: Path | None = None) -> np.ndarray:
     return matching.score_galleries(
-        m, shop.split, np.arange(shop.split.num_clips), np.arange(shop.split.num_images), galleries=shop.galleries,
+        model, shop.split, np.arange(shop.split.num_clips), np.arange(shop.split.num_images), galleries=shop.galleries,
         gallery_of=shop.gallery_of, raw=raw, store=EmbeddingStore(store), show_progress=False,
     )[2]  # fmt: skip
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_scores_equal_a_plain_loop_over_whole_decoder_passes(shop: Shop, raw: bool) -> None:
-    m = random_model(official.mesh_of(1, 1), batch_size=2)  # three clips: the last batch is half full
-    scores = scores_of(m, shop, raw=raw)
+    model = random_model(official.mesh_of(1, 1), batch_size=2)  # three clips: the last batch is half full
+    scores = scores_of(model, shop, raw=raw)
     spread = []
     for clip, gallery in enumerate(shop.gallery_of):
         expected = [
-            float(plain_score(m.net, raw, m.params, shop.frames[clip], shop.mask[clip], shop.images[row]))
+            float(plain_score(model.net, raw, model.params, shop.frames[clip], shop.mask[clip], shop.images[row]))
             for row in shop.galleries[gallery]
         ]
         size = len(expected)
         np.testing.assert_allclose(scores[clip, :size], expected, atol=1e-5, rtol=1e-5)
         assert np.isneginf(scores[clip, size:]).all()
         spread.append(np.ptp(expected))
-    assert min(spread) > 1e-2  # nothing is equal because everything is
+    assert min(spread) > 1e-2  # the scores differ
     assert len(shop.galleries) == 2 and 0 < shop.mask.sum() < shop.mask.size  # several livestreams, padding frames
 
 
-def test_a_score_of_many_shelf_steps_is_the_same(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    m = random_model(official.mesh_of(1, 1), batch_size=4)
-    whole = scores_of(m, shop)
+def test_scores_are_the_same_in_several_steps(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(official.mesh_of(1, 1), batch_size=4)
+    whole = scores_of(model, shop)
     monkeypatch.setattr(galleries, "AT_ONCE", 2)  # galleries of two and three
-    steps = scores_of(m, shop)
+    steps = scores_of(model, shop)
     assert (whole.shape[1], steps.shape[1]) == (32, 4)
     np.testing.assert_allclose(steps, whole[:, :4], atol=1e-6)
 
@@ -132,26 +132,26 @@ def test_scores_are_the_same_on_a_mesh_that_splits_batch_and_parameters(shop: Sh
 
 
 def test_match_in_python_scores_every_clip_against_every_image(shop: Shop) -> None:
-    m = random_model(official.mesh_of(2, 1), batch_size=2)
-    scores = m.match(shop.frames, shop.mask, shop.images)
+    model = random_model(official.mesh_of(2, 1), batch_size=2)
+    scores = model.match(shop.frames, shop.mask, shop.images)
     assert scores.shape == (3, len(shop.images)) and scores.dtype == np.float32
-    by_shelf = scores_of(m, shop)
+    by_gallery = scores_of(model, shop)
     for clip, gallery in enumerate(shop.gallery_of):
         rows = shop.galleries[gallery]
-        np.testing.assert_allclose(by_shelf[clip, : len(rows)], scores[clip, rows], atol=1e-6)
-    raw = m.match(shop.frames[:1], shop.mask[:1], shop.images[:1], raw=True)
-    expected = plain_score(m.net, True, m.params, shop.frames[0], shop.mask[0], shop.images[0])
+        np.testing.assert_allclose(by_gallery[clip, : len(rows)], scores[clip, rows], atol=1e-6)
+    raw = model.match(shop.frames[:1], shop.mask[:1], shop.images[:1], raw=True)
+    expected = plain_score(model.net, True, model.params, shop.frames[0], shop.mask[0], shop.images[0])
     np.testing.assert_allclose(raw, [[expected]], atol=1e-5, rtol=1e-5)
-    assert m.match(shop.frames[:0], shop.mask[:0], shop.images).shape == (0, len(shop.images))
-    assert m.match(shop.frames, shop.mask, shop.images[:0]).shape == (3, 0)
+    assert model.match(shop.frames[:0], shop.mask[:0], shop.images).shape == (0, len(shop.images))
+    assert model.match(shop.frames, shop.mask, shop.images[:0]).shape == (3, 0)
 
 
-def test_what_padding_frames_show_does_not_matter(shop: Shop) -> None:
-    m = random_model(official.mesh_of(1, 1))
+def test_padding_frames_do_not_matter(shop: Shop) -> None:
+    model = random_model(official.mesh_of(1, 1))
     noise = np.random.default_rng(0).integers(0, 256, shop.frames.shape, np.uint8)
     noisy = np.where(shop.mask[..., None, None, None] > 0, shop.frames, noise)
     assert (noisy != shop.frames).any()
-    for encode in (m.match, lambda frames, mask, _: m.encode_clips(frames, mask)):
+    for encode in (model.match, lambda frames, mask, _: model.encode_clips(frames, mask)):
         np.testing.assert_array_equal(*(encode(f, shop.mask, shop.images) for f in (shop.frames, noisy)))
 
 
@@ -161,7 +161,7 @@ def test_official_logits_are_ten_times_the_cosine_of_positives_and_mined_clips(g
         pytest.skip("this golden file holds no matching logits")
     clips = golden.arrays["out/pmd_negative_clips"]
     clips = np.concatenate([np.arange(len(clips))[:, None], clips], axis=1)
-    match = jax.jit(inference.match, static_argnums=(0, 1))
+    match = jax.jit(inference.score_all_pairs, static_argnums=(0, 1))
     inputs = (golden.params, golden.batch["frames"], golden.batch["mask"], golden.batch["image"])
     cosine, raw = (np.asarray(match(golden.net, raw, *inputs)) for raw in (False, True))
     images = np.arange(len(clips))[:, None]
@@ -177,13 +177,13 @@ def test_official_logits_are_ten_times_the_cosine_of_positives_and_mined_clips(g
 
 @pytest.fixture(scope="module")
 def run(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of no updates at all: what matters here is what comes after training."""
+    """A run without updates, with random weights."""
     workdir, mesh = tmp_path_factory.mktemp("run"), official.mesh_of(8, 1)
-    m = random_model(mesh, **{"data.path": str(converted)})
-    write_config(workdir, to_json(m.config))
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_state(m.net, m.config, mesh))
+    model = random_model(mesh, **{"data.path": str(converted)})
+    write_config(workdir, to_json(model.config))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_state(model.net, model.config, mesh))
     with Checkpoints(workdir, kept=1) as checkpoints:
-        checkpoints.save(0, state._replace(params=m.params), {})
+        checkpoints.save(0, state._replace(params=model.params), {})
     return workdir
 
 
@@ -192,7 +192,7 @@ def call(run: Path, data: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("score", ["matching", "raw-matching"])
-def test_matching_and_the_sum_stand_beside_the_embedding(
+def test_matching_and_the_sum_are_reported_beside_the_embedding(
     run: Path, shop: Shop, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], score: str
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "embedding"))
@@ -203,10 +203,10 @@ def test_matching_and_the_sum_stand_beside_the_embedding(
     assert (alone.pop("score"), both["score"]) == ("embedding", score)
     assert {name: both[name] for name in alone} == alone
 
-    # The figures, from Model's own methods and a sort.
-    m = load(run)
-    matches = m.match(shop.frames, shop.mask, shop.images, raw=score == "raw-matching")
-    cosines = m.encode_clips(shop.frames, shop.mask) @ m.encode_images(shop.images).T
+    # The same figures from Model's own methods and a sort.
+    model = load(run)
+    matches = model.match(shop.frames, shop.mask, shop.images, raw=score == "raw-matching")
+    cosines = model.encode_clips(shop.frames, shop.mask) @ model.encode_images(shop.images).T
     truth = shop.split.truth_by_clip
     lines = [json.loads(line) for line in (tmp_path / "both" / "rankings.jsonl").read_text().splitlines()]
     for prefix, title, scores in (
@@ -230,7 +230,7 @@ def test_matching_and_the_sum_stand_beside_the_embedding(
         assert f"{100 * hits / 3:.2f}" in row and f"{low:.1f} to {high:.1f}" in row
 
 
-def test_an_interrupted_matching_goes_on_with_what_is_missing(
+def test_an_interrupted_matching_continues_with_the_missing_blocks(
     run: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(run, converted, "--output", str(tmp_path / "whole"), "--score", "matching")
@@ -251,31 +251,31 @@ def test_an_interrupted_matching_goes_on_with_what_is_missing(
     assert not (tmp_path / "blocks" / "metrics.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks" / "embeddings").glob("*/*.npy")}
     assert sum(path.name.startswith("matches") for path in kept) == 2
-    left[0] = 1  # of three clips: one is missing
+    left[0] = 1  # one of three clips is missing
     call(*arguments)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     whole, pieces = ((tmp_path / name / "metrics.json").read_text() for name in ("whole", "blocks"))
     assert whole == pieces
-    call(*arguments[:-2])  # what matching left is all that the embedding needs
+    call(*arguments[:-2])  # the blocks of matching suffice for the embedding
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_matching_compiles_once_whatever_the_batch_and_the_longest_shelf(shop: Shop) -> None:
-    m = random_model(official.mesh_of(1, 1), batch_size=1)
+def test_matching_compiles_once_for_all_batches_and_galleries(shop: Shop) -> None:
+    model = random_model(official.mesh_of(1, 1), batch_size=1)
     before = _on_mesh._cache_size()
-    scores_of(m, shop)
+    scores_of(model, shop)
     assert _on_mesh._cache_size() == before + 2  # images, and clips
 
 
 def test_a_model_of_icl_alone_is_refused_before_anything_is_encoded(shop: Shop, tmp_path: Path) -> None:
-    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
+    model = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0, "loss.pfr": 0.0})
     with pytest.raises(ValueError, match="this model has no decoder"):
-        evaluation.evaluate_split(m, shop.split, score="matching", store=EmbeddingStore(tmp_path))
+        evaluation.evaluate_split(model, shop.split, score="matching", store=EmbeddingStore(tmp_path))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="this model has no decoder"):
-        m.match(shop.frames, shop.mask, shop.images)
-    m = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder learned to rebuild, not to match
+        model.match(shop.frames, shop.mask, shop.images)
+    model = random_model(official.mesh_of(1, 1), **{"loss.pmd": 0.0})  # its decoder was trained by PFR alone
     with pytest.raises(ValueError, match=r"this model has not learned it \(loss.pmd is 0 in its config\)"):
-        evaluation.evaluate_split(m, shop.split, score="matching")
+        evaluation.evaluate_split(model, shop.split, score="matching")
     with pytest.raises(ValueError, match="needs one of embedding, matching, raw-matching"):
-        evaluation.evaluate_split(m, shop.split, score="cosine")
+        evaluation.evaluate_split(model, shop.split, score="cosine")

@@ -1,4 +1,4 @@
-"""Ranks and Recall@k against the official figures, a plain NumPy definition and enumeration (SPEC 10)."""
+"""Ranks and Recall@k against the official figures, a plain NumPy definition and enumeration (docs/official.md 10)."""
 
 import dataclasses
 import itertools
@@ -11,20 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rice_jax.retrieval import ranking as metrics
-from rice_jax.retrieval.ranking import (
-    NEVER,
-    rank_matrix,
-    rank_queries,
-)
+from rice_jax.retrieval import ranking as module
+from rice_jax.retrieval.ranking import NEVER, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
+
+pytestmark = pytest.mark.usefixtures("no_silent_broadcast")
 
 KS = (1, 3, 5, 10)
 GOLDEN = Path(__file__).parents[1] / "golden" / "fixture_rank.json"
 
 
 def plain_ranks(score_i, ids, truth):
-    """Official and strict rank of one query by a stable NumPy sort of its gallery."""
+    """Returns the official and the strict rank of one query, by a stable NumPy sort of its gallery."""
     order = np.argsort(-np.where(np.isnan(score_i), -np.inf, score_i), kind="stable")
     is_true_i = np.array([image_id in truth for image_id in ids], bool)
     if not is_true_i.any():
@@ -61,7 +59,7 @@ def assert_equals_the_plain_definition(query_qe, image_ie, galleries, gallery_of
 
 
 def ranking_of_scores(scores, truth, **kwargs):
-    """`rank_queries` of one gallery whose dot products are exactly `scores`: the images are the unit vectors."""
+    """Returns `rank_queries` of one gallery whose images are the unit vectors, so dot products are exactly `scores`."""
     scores = np.asarray(scores, np.float32)
     size = scores.shape[1]
     return rank_queries(
@@ -121,7 +119,7 @@ def test_official_ranking_and_recall_of_movingfashion_are_reproduced():
 
 @st.composite
 def retrievals(draw):
-    """Few shapes, so that few are compiled; scores on a coarse grid, so that ties abound and arithmetic is exact."""
+    """Draws few shapes, so that few are compiled, and scores on a coarse grid, with many ties and exact arithmetic."""
     queries, images, width = 9, 16, 3
     grid = st.integers(-2, 2)
     query_qe = np.array(draw(st.lists(grid, min_size=queries * width, max_size=queries * width)), np.float32)
@@ -149,7 +147,7 @@ def test_ranks_equal_the_plain_definition_over_several_size_classes_and_blocks()
     sizes = [300, 1, 64, 0, 65, 130, 7, 290, 12, 200]
     images, queries, width = 400, 700, 4
     galleries = [rng.integers(0, images, size).astype(np.int32) for size in sizes]
-    gallery_of = rng.integers(0, len(sizes) - 1, queries)  # nobody asks the last one
+    gallery_of = rng.integers(0, len(sizes) - 1, queries)  # the last one has no query
     gallery_of[:200] = 4
     image_ids = [f"image-{code}" for code in rng.integers(0, 250, images)]
     truth = [{f"image-{code}" for code in rng.integers(0, 260, rng.integers(0, 5))} for _ in range(queries)]
@@ -180,7 +178,7 @@ def test_a_constant_or_nan_model_does_not_rank_first(value):
         galleries=galleries,
         gallery_of=np.arange(4),
         image_ids=range(sum(sizes)),
-        truth=[[int(rows[0])] for rows in galleries],  # the place that a tie in file order favours
+        truth=[[int(rows[0])] for rows in galleries],  # the position that a tie in file order favours
     )
     assert ranking.strict_rank.tolist() == ([NEVER] * 4 if np.isnan(value) else list(sizes))
 
@@ -203,14 +201,14 @@ def test_nan_entries_are_ranked_last_in_the_official_rank_and_keep_file_order():
     assert ranking.top_scores.tolist() == [[-5.0, -7.0, *[-math.inf] * 3]] * 3
 
 
-def test_a_truth_list_that_names_an_image_twice_means_it_once():
+def test_a_true_image_that_is_listed_twice_counts_once():
     ranking = ranking_of_scores([[0.1, 0.9, 0.2]], [[2, 2]])
     assert ranking.true_entries.tolist() == [1]
     assert ranking.strict_rank.tolist() == [2]
 
 
 def test_padding_never_wins():
-    # Padding repeats image 0, which fits every query best and stands in no gallery but the larger one.
+    # Padding repeats image 0, which has the best score for every query and is only in the largest gallery.
     image_ie = np.array([[9.0], [-1.0], [-2.0], *([-3.0],) * 97], np.float32)
     ranking = rank_queries(
         np.ones((3, 1), np.float32),
@@ -234,8 +232,8 @@ def test_a_query_without_a_true_image_in_its_gallery_misses_at_every_k():
 
 def test_evaluation_compiles_once(monkeypatch):
     traces = []
-    rank_scores = metrics.rank_scores
-    monkeypatch.setattr(metrics, "rank_scores", lambda *a, **k: traces.append(a[0].shape) or rank_scores(*a, **k))
+    rank_scores = module.rank_scores
+    monkeypatch.setattr(module, "rank_scores", lambda *a, **k: traces.append(a[0].shape) or rank_scores(*a, **k))
     rng = np.random.default_rng(0)
     sizes = [5, 30, 64, 90, 100, 250]
     galleries = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -260,7 +258,7 @@ def test_evaluation_compiles_once(monkeypatch):
 @pytest.mark.parametrize("largest", [1, 64, 5_000, 1_000_000])
 def test_size_classes_are_few_and_waste_at_most_a_third(largest):
     sizes = np.unique(np.geomspace(1, largest, 500).astype(np.int32))
-    classes = metrics._size_classes(sizes, np.ones_like(sizes), at_least=10)
+    classes = module._size_classes(sizes, np.ones_like(sizes), at_least=10)
     assert sorted(np.concatenate([members for members, _ in classes])) == list(range(len(sizes)))
     assert len(classes) <= 2 + max(0, math.log(largest / 64, 4 / 3))
     for members, padded in classes:
@@ -337,7 +335,7 @@ def test_arguments_that_do_not_fit_together_are_refused(change, message):
 
 
 def test_embeddings_of_other_shapes_or_types_are_refused_without_the_type_checker():
-    # What jaxtyping would refuse first in a test: users run without it.
+    # In a test jaxtyping would refuse them first; users run without it.
     rest = ([np.arange(3)], np.zeros(2, int), range(3), [[0], [1]], 10)
     query_qe, image_ie = np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)
     for query, image, message in (
@@ -347,7 +345,7 @@ def test_embeddings_of_other_shapes_or_types_are_refused_without_the_type_checke
         (query_qe[:1], image_ie, "gallery_of has 2 entries, needs 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            metrics._check_arguments(query, image, *rest)
+            module._check_arguments(query, image, *rest)
 
 
 def test_a_denominator_below_the_queries_is_refused():

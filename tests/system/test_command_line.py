@@ -1,4 +1,4 @@
-"""What the commands of data_pipeline share: whatever goes wrong is one message, and an exit status."""
+"""Parts that the commands of data_pipeline share: every error becomes one message and an exit status."""
 
 import concurrent.futures.process
 import errno
@@ -17,11 +17,11 @@ from data_pipeline.system.command_line import exit_status
         (WrongUseError("out: found other work"), 2, "out: found other work"),
         (FailedError("too many faults"), 1, "too many faults"),
         (BadInputError("bad lists", "line 3"), 1, "line 3"),
-        (KeyboardInterrupt(), 1, "interrupted; the same command goes on: shards are kept."),
+        (KeyboardInterrupt(), 1, "interrupted; to continue, run the same command again: shards are kept."),
         (
             concurrent.futures.process.BrokenProcessPool(), 1,
-            "A worker process died (killed, or out of memory); where memory was short take fewer --workers, and run "
-            "the same command again: shards are kept.",
+            "A worker process was killed, perhaps for lack of memory; use fewer --workers if so, and run the same "
+            "command again: shards are kept.",
         ),
         (
             OSError(errno.EDQUOT, "Quota exceeded"), 1,
@@ -30,7 +30,8 @@ from data_pipeline.system.command_line import exit_status
         ),
         (
             OSError(errno.EIO, "Input/output error", "in/a.jpg"), 1,
-            "[Errno 5] Input/output error: 'in/a.jpg'; mend it and run the same command again: shards are kept.",
+            "[Errno 5] Input/output error: 'in/a.jpg'; correct the cause and run the same command again: "
+            "shards are kept.",
         ),
     ],
 )  # fmt: skip

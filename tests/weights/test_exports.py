@@ -122,6 +122,6 @@ def test_programs_with_other_figures_than_the_models_are_not_exported(tmp_path: 
 
 def test_a_folder_that_is_not_empty_is_not_changed(made: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="needs an empty or new folder"):
         exports.export_programs(made[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,118 @@
+"""Finds which process this is, of how many: by flags, else by the variables of Kubernetes, SLURM or a TPU pod."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessInfo:
+    """One process among `count`. Process 0 listens at `address`, HOST:PORT."""
+
+    address: str
+    count: int
+    process: int
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """Host and port. Raises ValueError for an address of another form."""
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"the address of process 0: found {self.address!r}, needs HOST:PORT, such as node-0:8476.")
+        return host.strip("[]"), int(port)
+
+
+def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
+    """Returns this process, or None when it is the only one.
+
+    Raises:
+      ValueError: flags or variables are incomplete or impossible.
+    """
+    names = ("--coordinator", "--num-processes", "--process-id")
+    flags = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    info = _complete(names, flags) or _of_variables() or _of_slurm() or _of_tpu_pod()
+    if info is None:
+        return None
+    if not 0 <= info.process < info.count:
+        raise ValueError(f"process {info.process} of {info.count}: needs a number from 0 to N - 1.")
+    _ = info.target
+    return info if info.count > 1 else None
+
+
+def _of_variables() -> ProcessInfo | None:
+    """Reads what launch/kubernetes.yaml sets. Kubernetes itself numbers the pods of an Indexed Job."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, process = (os.environ.get(name) or None for name in names)
+    if address or count:
+        process = process or os.environ.get("JOB_COMPLETION_INDEX")
+    return _complete(names, (address, count, process))
+
+
+def _complete(names: tuple[str, str, str], values: tuple[Any, Any, Any]) -> ProcessInfo | None:
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if missing and len(missing) < len(names):
+        there = ", ".join(name for name in names if name not in missing)
+        raise ValueError(f"{', '.join(missing)}: not given, though {there} is; give all three, or none.")
+    return None if missing else ProcessInfo(values[0], _integer(values[1]), _integer(values[2]))
+
+
+def _integer(text: Any) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"number of processes, or of this one: found {text!r}, needs an integer.") from None
+
+
+def _of_slurm() -> ProcessInfo | None:
+    """Reads a step's variables. An interactive shell in an allocation of several tasks is a step of one."""
+    e = os.environ
+    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= e.keys():
+        return None
+    # Each step has its own port, so that two may run on one host.
+    port = 20000 + (_integer(e["SLURM_JOB_ID"]) + _integer(e.get("SLURM_STEP_ID", 0))) % 10000
+    address = f"{first_node(e['SLURM_STEP_NODELIST'])}:{port}"
+    return ProcessInfo(address, _integer(e.get("SLURM_STEP_NUM_TASKS", 1)), _integer(e["SLURM_PROCID"]))
+
+
+def first_node(nodes: str) -> str:
+    """Returns 'node007' for 'node[007,009-12],other'."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group() if first else "")
+
+
+def _of_tpu_pod() -> ProcessInfo | None:
+    """Reads what GKE sets, or the metadata of a TPU VM."""
+    e = os.environ
+    workers = e.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
+    names = [endpoint.split(":")[-1] for endpoint in workers.split(",") if endpoint]  # of NAME or NAME:ID:ADDRESS
+    slices, this_slice = _integer(e.get("MEGASCALE_NUM_SLICES") or 1), _integer(e.get("MEGASCALE_SLICE_ID") or 0)
+    if not names or len(names) * slices < 2:
+        return None
+    first = e.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).split(":")[0]
+    worker = _integer(e.get("TPU_WORKER_ID") or _metadata("agent-worker-number"))
+    return ProcessInfo(f"{first}:8476", len(names) * slices, this_slice * len(names) + worker)
+
+
+def _is_tpu_vm() -> bool:
+    """Returns whether this machine has TPU chips of its own. No other machine asks the network."""
+    if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return False  # Colab and Kaggle set it: their one TPU host has no metadata server
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("", "tpu")
+    return wanted and any(Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
+
+
+def _metadata(name: str) -> str:
+    """Returns an attribute of a TPU VM from Google's metadata server, or nothing."""
+    if not _is_tpu_vm():
+        return ""
+    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=3) as answer:
+        return str(answer.read().decode())
+    return ""
