@@ -1,4 +1,4 @@
-"""Weights in and out.
+"""Imports weights of other programs, exports those of a run, and shows the tensors of a file.
 
 python -m rice_jax.weights import SOURCE --output DIR [--activation quick_gelu|gelu] [--image-size PX]
 python -m rice_jax.weights export RUN --format official|pth|huggingface|stablehlo --output DIR [--step N]
