@@ -235,6 +235,8 @@ def _checked(content: bytes) -> bytes:
     stack: list[int] = []
     marks: list[int] = []
     memo: list[int] = []
+    argument: Any
+    position: Any  # an int, as the pickle is bytes
     for opcode, argument, position in pickletools.genops(content):
         name, taken = opcode.name, opcode.stack_before
         if name not in OPCODES:
@@ -245,7 +247,7 @@ def _checked(content: bytes) -> bytes:
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])  # type: ignore[index]
+            stack.append(memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             if argument not in (None, len(memo)):
                 raise _PickleError(f"has memo index {argument} in place of {len(memo)}; fetch the file again.")
