@@ -236,7 +236,7 @@ def _checked(content: bytes) -> bytes:
     marks: list[int] = []
     memo: list[int] = []
     argument: Any
-    position: Any
+    position: Any  # an int, as the pickle is bytes
     for opcode, argument, position in pickletools.genops(content):
         name, taken = opcode.name, opcode.stack_before
         if name not in OPCODES:

@@ -425,7 +425,7 @@ def test_archives_of_every_protocol_since_2_are_read(
 
 
 def test_a_frame_that_ends_within_a_string_hides_no_opcodes(tmp_path: Path) -> None:
-    """By itself pickle.Unpickler drops the 5 bytes before the frame's end and reads the next string's head."""
+    """pickle.Unpickler alone drops the 5 bytes before the frame's end, and reads the next string's head for them."""
     hidden = (tensor(b"(K\x04t", b"(K\x01t").replace(b"\x89", b"N") + b"s.").ljust(257)
     framed = b"}X\x10\x00\x00\x00" + b"a" * 5
     content = framed + b"b" * 11 + b"X\x01\x01\x00\x00" + hidden + b"s."
