@@ -14,7 +14,6 @@ from benchmarks import official_formulation
 from configs import smoke
 from rice_jax.losses import global_batch
 from rice_jax.models.rice import build_model
-from rice_jax.parallel import mesh as sharding
 from rice_jax.parallel.mesh import parameter_specs
 from rice_jax.preflight import costs, hlo
 from rice_jax.preflight.assessment import abstract_batch
@@ -105,7 +104,7 @@ def test_the_official_formulation_is_found_out() -> None:
 
 
 def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "whole", lambda shard, spec: shard)
+    monkeypatch.setattr(global_batch, "all_gather_parameter", lambda shard, spec: shard)
     config = config_of(6, pmd=0.0)  # the hard pairs' own gradient would refuse such parameters
     found, parameters = exchanges(config, official.mesh_of(8, 1))
     inside = [fault for fault in faults(found, parameters, 48) if "is in a loop" in fault]
