@@ -103,7 +103,7 @@ def test_the_official_formulation_is_detected() -> None:
     assert batch_bytes(found, parameters) > 48 * 4 * KEYS * WIDTH
 
 
-def test_gradients_reduced_in_every_micro_batch_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_reduced_in_every_micro_batch_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(global_batch, "all_gather_parameter", lambda shard, spec: shard)
     config = config_of(6, pmd=0.0)  # the hard pairs' own gradient would refuse such parameters
     found, parameters = exchanges(config, official.mesh_of(8, 1))
