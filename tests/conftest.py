@@ -19,8 +19,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# What one test has compiled another need not: a cache for this process and those that its tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rice_jax-compiled-")
+# One cache of compiled programs for all processes of pytest-xdist and those that tests start. The first process makes it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rice_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
@@ -28,7 +30,6 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # A busy machine is no finding, and a finding is the same everywhere: HYPOTHESIS_PROFILE=fresh takes other examples.
