@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# One cache of compiled programs for all processes of pytest-xdist and those that tests start. The first process makes it.
+# One cache of compiled programs for all processes of a run of pytest-xdist, and those that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rice_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
