@@ -77,8 +77,8 @@ def rank_queries(
         top_k: the number of best entries to return for each query.
 
     Raises:
-        ValueError: the sizes of the arguments do not fit, a row or gallery does not exist, or embeddings are not
-            float32.
+        ValueError: the sizes of the arguments do not fit, a row or gallery does not exist, `top_k` is negative, or
+            embeddings are not float32.
     """
     _check_arguments(query_qe, image_ie, galleries, gallery_of, image_ids, truth, top_k)
     num_queries, num_images = query_qe.shape[0], image_ie.shape[0]
