@@ -316,4 +316,4 @@ def test_another_shop_in_the_folder_is_refused(drawn: Path, capsys: pytest.Captu
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path):
         assert draw(tmp_path) == 2
-    assert "another run at work" in capsys.readouterr().err
+    assert "found another run that writes to it" in capsys.readouterr().err
