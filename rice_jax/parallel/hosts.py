@@ -84,27 +84,26 @@ def run(
     def run_joined(arguments: Any) -> None:
         stop = None
         try:
-            join(info, facts, arguments)
+            channel = join(info, facts, arguments)
             try:
                 main(arguments)
             except SystemExit as error:  # of all processes together, as after a signal
                 stop = error
             _exchange("the end of the command", None)
+            channel.leave()
         except BaseException as error:
             if _channel is not None:
                 _channel.leave(errors.reason(error))
                 # Runs before jax's own function, which would wait for the others.
                 atexit.register(end_process, errors.status(error))
             raise
-        if _channel is not None:
-            _channel.leave()
         if stop is not None:
             raise stop
 
     errors.run(run_joined, arguments)
 
 
-def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> None:
+def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Channel:
     """Runs the start-up check and starts jax's coordination service.
 
     Raises:
@@ -132,12 +131,13 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> No
         info.process,
         cluster_detection_method="deactivate",
         initialization_timeout=60,
-        heartbeat_timeout_seconds=45,  # a process that is frozen ends the others after 31 to 41 s
+        heartbeat_timeout_seconds=45,  # until a frozen process ends all others
         shutdown_timeout_seconds=60,
         coordinator_bind_address=None if secret else _channel.service,  # None: all interfaces
     )
     _start_backend()
     agree({"devices": jax.local_device_count()})
+    return _channel
 
 
 def _start_backend() -> None:
