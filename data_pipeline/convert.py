@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
 from data_pipeline.conversion.report import count_split, print_report
-from data_pipeline.conversion.shards import Entry, ShardNote, ShardTask, write_shard
+from data_pipeline.conversion.shards import Entry, ShardNote, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, SPLITS, shard_name
@@ -127,14 +127,14 @@ def write_shards(
     count = -(-total // size)
     skip = options.on_error == "skip"
 
-    def task(number: int) -> tuple[ShardTask]:
+    def task(number: int) -> tuple[list[Entry], str, Path, Path, bool]:
         ordinals = range(number * size, min(total, (number + 1) * size))
         entries = [entry for entry in map(make_entry, ordinals) if entry is not None]
         path = options.output / shard_name(listing.split, kind, number, count)
-        return (ShardTask(listing.split, path, options.output / WORK, entries, skip),)
+        return entries, listing.split, path, options.output / WORK, skip
 
     notes: list[ShardNote] = []
-    weigh = lambda task: len(task[0].entries)
+    weigh = lambda task: len(task[0])
     label = f"{listing.split}: {kind}"
     for note in workers.run(write_shard, map(task, range(count)), label, total=total, unit=kind[:-1], weigh=weigh):
         notes.append(note)

@@ -31,17 +31,6 @@ class Entry:  # a clip or shop image to write
 Found = list[tuple[Entry, Clip | Picture]]  # entries with what is to be stored of them
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardTask:
-    """A shard to write. skip_faults: write it without the entries at fault; otherwise a fault prevents it."""
-
-    split: str
-    path: Path
-    work: Path  # the folder of notes
-    entries: Sequence[Entry]
-    skip_faults: bool
-
-
 @dataclasses.dataclass
 class ShardNote:
     """The result of writing a shard, kept as JSON. The first three lists have an entry a record, in order."""
@@ -59,13 +48,15 @@ class ShardNote:
     left_out: list[int] = dataclasses.field(default_factory=list)  # ordinals with a picture that exists and is at fault
 
 
-def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
-    """Writes a shard, its index and its note, and returns the note. A finished shard with the same inputs is kept.
+def write_shard(
+    layout: Layout, entries: Sequence[Entry], split: str, path: Path, work: Path, skip_faults: bool
+) -> ShardNote:
+    """Writes a shard, its index and its note in `work`, and returns the note. Keeps a finished shard of equal inputs.
 
-    With faults and without `skip_faults` nothing is written, and the note returned has the faults.
+    skip_faults: leave out entries at fault. Otherwise a fault prevents all writing, and the note returned has it.
     """
     faults: list[Fault] = []
-    found = _find_pictures(layout, task, faults)
+    found = _find_pictures(layout, entries, split, faults)
     # The digest has what decides the shard's bytes. A clip's RowLocation changes when another line is corrected.
     decisive = [
         (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
@@ -74,22 +65,22 @@ def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
         for entry, item in found
     ]
     inputs = hashlib.sha256(repr((SCHEMA_VERSION, decisive, faults)).encode()).hexdigest()
-    note_path = task.work / f"{task.path.name}.json"
+    note_path = work / f"{path.name}.json"
     pictures = PictureReader(layout.source)
-    if (finished := _finished(task.path, note_path, inputs)) and (
-        not finished.faults or (task.skip_faults and _still_at_fault(pictures, found, finished.left_out))
+    if (finished := _finished(path, note_path, inputs)) and (
+        not finished.faults or (skip_faults and _still_at_fault(pictures, found, finished.left_out))
     ):
         return finished
     note = ShardNote(inputs, faults=faults)
     try:
-        with new_shard(task.path) as writer:
+        with new_shard(path) as writer:
             _write_records(writer, pictures, found, note)
-            if note.faults and not task.skip_faults:
+            if note.faults and not skip_faults:
                 raise _FaultsError
     except _FaultsError:
         return note
     note.size, note.crc = writer.offsets[-1], writer.crc
-    note.index_size, note.index_crc = index_path(task.path).stat().st_size, file_crc(index_path(task.path))
+    note.index_size, note.index_crc = index_path(path).stat().st_size, file_crc(index_path(path))
     write_file(note_path, json.dumps(dataclasses.asdict(note)).encode())
     return note
 
@@ -114,14 +105,14 @@ def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, n
             note.failed_downloads += item.failed_downloads
 
 
-def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> Found:
+def _find_pictures(layout: Layout, entries: Sequence[Entry], split: str, faults: list[Fault]) -> Found:
     found: Found = []
-    for entry in task.entries:
+    for entry in entries:
         try:
             if isinstance(entry.source, ShopImage):
-                found.append((entry, layout.find_image(entry.source, task.split)))
+                found.append((entry, layout.find_image(entry.source, split)))
             else:
-                found.append((entry, make_clip(*layout.find_frames(entry.source, task.split))))
+                found.append((entry, make_clip(*layout.find_frames(entry.source, split))))
         except BadInputError as err:
             faults.append(_fault(err, entry))
     return found

@@ -26,10 +26,7 @@ TABLE_FILES = {  # column: the file of its texts without .txt; a number in the c
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 (hex) of the names, sizes and checksums of all data files.
-
-    Source and options do not enter. Raises KeyError for a manifest without files or splits.
-    """
+    """Returns the SHA-256 (hex) of the names, sizes and checksums of all data files, without source and options."""
     content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

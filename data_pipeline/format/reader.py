@@ -71,9 +71,6 @@ class Dataset:
             )
         return Split(self.path, self.manifest, name)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.path,)
-
     def verify(self) -> None:
         """Raises ValueError for the first of `disagreements`."""
         for name, detail in self.disagreements():
@@ -191,10 +188,7 @@ class Split:
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Rows of images by livestream, in the order of the source, repetitions kept; {} for training.
-
-        The only gallery for validation on a download has the name "".
-        """
+        """Rows of images by livestream ("" if all share one), in the source's order, repetitions kept; {} for train."""
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
@@ -207,15 +201,10 @@ class Split:
         """Returns the rows of the images in clip `row`'s gallery. Raises KeyError if its livestream has none."""
         return self.galleries[self.gallery_name(row)]
 
-    @cached_property
-    def _truth(self) -> dict[str, list[str]]:
-        truth: dict[str, list[str]] = json.loads(self._column_path("truth.json").read_bytes())
-        return truth
-
     def truth(self, row: int) -> tuple[str, ...]:
         """Returns the ids of the true images of clip `row`; () if it has none. Recall compares ids, not rows."""
         if self.name == "test":
-            return tuple(self._truth[self.clip_ids[row]])
+            return self.truth_by_clip[self.clip_ids[row]]
         image = int(self.columns["image"][row])
         return (self.image_ids[image],) if image >= 0 else ()
 
@@ -223,7 +212,8 @@ class Split:
     def truth_by_clip(self) -> dict[str, tuple[str, ...]]:
         """Ids of the true images by clip id, for every query that Recall divides by, stored or not."""
         if self.name == "test":
-            return {clip: tuple(images) for clip, images in self._truth.items()}
+            truth = json.loads(self._column_path("truth.json").read_bytes())
+            return {clip: tuple(images) for clip, images in truth.items()}
         return {clip: self.truth(row) for row, clip in enumerate(self.clip_ids)}
 
     def _column_path(self, name: str) -> Path:

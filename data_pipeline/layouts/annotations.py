@@ -18,6 +18,9 @@ from data_pipeline.layouts.pictures import SUFFIXES
 MAX_LINE_BYTES = 1 << 24  # a clip of one hour, one frame per second, takes 0.5 MB
 MAX_JSON_BYTES = 1 << 30
 MAX_ID_BYTES = 200  # LPR4M's clip ids have 64
+TYPES = ("scale", "duration", "number")  # the texts from column 4, as TrainingRow's fields
+LPR750K_TEXTS = ("image_path", "image_title", "category", "category_name", "product", "speech", *TYPES)
+LPR4M_TEXTS = ("image_title", "category", "category_name", "speech", *TYPES)
 LIST_OF_STRINGS = re.compile(  # possessive (+): matching a hostile cell takes time linear in its length
     r"""\[\s*+(?:STRING\s*+(?:,\s*+STRING\s*+)*+,?+\s*+)?+\]""".replace(
         "STRING", r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -47,36 +50,21 @@ def parse_row(line: bytes) -> TrainingRow:
         )
     frames = parse_frames(cells[1])
     boxes = parse_boxes(cells[2], len(frames))
-    if has_path:
-        image_path, title, category, category_name, product, speech, *types = cells[4:]
-        scale, duration, number = (*types, "", "", "")[:3]
-    else:
-        title, category, category_name, speech, scale, duration, number = cells[4:]
-        image_path, product = None, cells[3]
+    texts = dict(zip(LPR750K_TEXTS if has_path else LPR4M_TEXTS, cells[4:], strict=False))
     return TrainingRow(
         clip_id=checked_id(cells[0], "clip"),
         livestream=livestream_of(cells[0]),
         frames=frames,
         boxes=boxes,
         image_id=checked_id(cells[3], "image"),
-        image_path=image_path,
-        image_title=title,
-        category=category,
-        category_name=category_name,
-        product=product or cells[3],
-        speech=speech,
-        scale=scale,
-        duration=duration,
-        number=number,
         columns=len(cells),
+        **texts | {"product": texts.get("product") or cells[3]},
     )
 
 
 def parse_frames(cell: str) -> tuple[str, ...]:
     """Returns the strings of a list written as JSON or Python writes it. Raises BadInputError for anything else."""
     frames = _parse_list(cell, "frame")
-    if not all(isinstance(frame, str) for frame in frames):
-        raise _not_a_list(cell, "frame")
     if not frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the line.")
     if not "".join(frames).isprintable():
@@ -113,10 +101,7 @@ def _box(value: Any) -> Box:
 
 
 def _parse_list(cell: str, what: str) -> list:
-    """Returns the list in a cell: any JSON list, or a flat list of strings as Python's repr writes it.
-
-    Raises BadInputError, which names the column by `what`.
-    """
+    """Returns the list in a cell of the column `what`, "frame" (a list of strings) or "box". Raises BadInputError."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -124,15 +109,12 @@ def _parse_list(cell: str, what: str) -> list:
             value = ast.literal_eval(cell.strip()) if LIST_OF_STRINGS.fullmatch(cell.strip()) else None
         except (ValueError, SyntaxError, MemoryError):
             value = None
-    if not isinstance(value, list):
-        raise _not_a_list(cell, what)
+    strings = what == "frame"
+    if not isinstance(value, list) or (strings and not all(isinstance(each, str) for each in value)):
+        needs = "strings" if strings else "boxes"
+        detail = f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
+        raise BadInputError("not a list", detail)
     return value
-
-
-def _not_a_list(cell: str, what: str) -> BadInputError:
-    needs = "strings" if what == "frame" else "boxes"
-    detail = f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
-    return BadInputError("not a list", detail)
 
 
 def checked_id(text: str, what: str) -> str:
@@ -173,7 +155,7 @@ def read_row(source: Path, location: RowLocation) -> TrainingRow:
         return parse_row(file.read(location.length))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files: what a function cannot read of one (docs/official.md 8.6), it leaves out and adds to its list `faults` ----
 
 
 def training_lists(source: Path, chosen: str | None) -> list[Path]:
@@ -203,10 +185,7 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
 
 
 def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises BadInputError if the file is too large or no JSON object.
-
-    Repeated keys (the first counts) and bytes that are not UTF-8 are added to `faults`.
-    """
+    """Returns the JSON object in a file. Raises BadInputError if the file is too large or contains no JSON object."""
     file = _name_in_source(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
@@ -241,10 +220,7 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
 
 
 def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]:
-    """Returns a JSON object of lists of ids, such as truth and galleries (docs/official.md 8.6).
-
-    Entries at fault are left out and added to `faults`. Raises BadInputError if the file is no JSON object.
-    """
+    """Returns lists of ids by id, such as truth, from a JSON object. Raises BadInputError if the file has none."""
     lists = {}
     for key, ids in load_json_object(path, faults).items():
         try:
@@ -258,16 +234,13 @@ def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]
 
 
 def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
-    """Returns texts by id, from lines ID<tab>TEXT of titles or speech (docs/official.md 8.6); {} without a file.
-
-    Lines that are not UTF-8 are left out and added to `faults`.
-    """
+    """Returns texts by id, from the lines ID<tab>TEXT of titles or speech; {} without a file."""
     parts = (line.partition("\t") for line in decoded_lines(path, faults)) if path else ()
     return {key: text for key, _, text in parts}
 
 
 def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
-    """Yields the lines of a small list. Those that are not UTF-8 are left out and added to `faults`."""
+    """Yields the lines of a small list. Those that are not UTF-8 become `faults`."""
     for number, _, line in read_lines(path):
         try:
             yield line.decode("utf-8")
@@ -277,10 +250,7 @@ def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
 
 
 def load_boxes(path: Path | None, faults: list[Fault]) -> dict[str, tuple[Box, ...]]:
-    """Returns boxes by frame id, from a JSON object (docs/official.md 8.6); {} without a file.
-
-    Entries at fault are left out and added to `faults`. Raises BadInputError if the file is no JSON object.
-    """
+    """Returns boxes by frame id, from a JSON object; {} without a file. Raises BadInputError if the file has none."""
     boxes: dict[str, tuple[Box, ...]] = {}
     if path:
         for frame_id, value in load_json_object(path, faults).items():

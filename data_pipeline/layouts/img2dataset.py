@@ -244,10 +244,7 @@ def _read_sidecars(download: Download, number: int, sidecars: dict[str, tuple[in
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Yields the name of every download, shard by shard.
-
-    Raises BadInputError for a shard that cannot be read, and WrongUseError as `_read_sidecars` does.
-    """
+    """Yields the name of every download, shard by shard. Raises BadInputError and WrongUseError as `_read_sidecars`."""
     for number in range(len(download.shards)):
         table = _read_table(download, number)
         entries = table if table is not None else _read_sidecars(download, number, _members(download, number)[1])
@@ -276,16 +273,13 @@ def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault
 
 
 class Index:
-    """An index of the wanted names of one download. Picklable, since it maps hashes and places from files in `folder`.
-
-    complete: every shard's table was read, so that a name which is not listed was never downloaded.
-    """
+    """An index of the wanted names of one download. Picklable, since it maps its arrays from files in `folder`."""
 
     def __init__(self, download: Download, folder: Path) -> None:
         self.download = download
         name = download.folder.replace("/", "-")
         self.hashes_file, self.places_file = folder / f"{name}.hashes.npy", folder / f"{name}.places.npy"
-        self.complete = True
+        self.complete = True  # every shard's table was read, so that a name which is not listed was never downloaded
         self.listed = self.failed = 0  # numbers of all downloads
         self.faults: list[Fault] = []  # of shards
         self._save(np.zeros(0, np.uint64), np.zeros(0, PLACE))

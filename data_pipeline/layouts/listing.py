@@ -34,16 +34,16 @@ class TrainingRow:
     frames: tuple[str, ...]  # paths (LPR750K) or frame ids (LPR4M)
     boxes: tuple[tuple[Box, ...], ...] | None  # of each frame; None: not given
     image_id: str
-    image_path: str | None  # LPR750K only
+    columns: int  # how many the line has
     image_title: str
     category: str
     category_name: str
     product: str  # spu id where the list has one, else the image id
     speech: str
-    scale: str
-    duration: str
-    number: str
-    columns: int  # how many the line has
+    image_path: str | None = None  # LPR750K only
+    scale: str = ""
+    duration: str = ""
+    number: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,4 @@
-"""The layout of LPR4M as its authors' download creates it: lists of ids, and pictures that img2dataset has numbered.
-
-docs/official.md 8.4 to 8.7 describe it.
-"""
+"""LPR4M as downloaded: lists of ids, and pictures that img2dataset has numbered (docs/official.md 8.4 to 8.7)."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +23,6 @@ from data_pipeline.layouts.listing import (
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
-KINDS = ("image", "frame")
 LINES_A_TASK = 1000
 
 
@@ -78,11 +74,11 @@ class Lpr4m(TextLayout):
         return found[0] if found else None
 
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
-        images, frames = ({_download_of(listing.split, kind) for listing in listings} for kind in KINDS)
-        for folder in sorted(images | frames):
-            users = [each for each in listings if folder in (_download_of(each.split, kind) for kind in KINDS)]
+        for folder in sorted({_download_of(each.split, kind) for each in listings for kind in ("image", "frame")}):
+            kind = folder.rpartition("_")[2]
+            users = [listing for listing in listings if _download_of(listing.split, kind) == folder]
             index = self.indices[folder] = Index(find_download(self.source, folder), work)
-            if folder in images:
+            if kind == "image":
                 names = [image.reference for listing in users for image in listing.images]
                 index.add(np.unique(hash_names(names)), run)
             else:

@@ -1,7 +1,4 @@
-"""The layout of LPR750K as downloaded: pictures in folders, and lists that name them by path.
-
-docs/official.md 8.1 to 8.3, 8.8 and 8.9 describe it.
-"""
+"""LPR750K as downloaded: pictures in folders, and lists of their paths (docs/official.md 8.1 to 8.3, 8.8, 8.9)."""
 
 import os
 from pathlib import Path
@@ -97,10 +94,7 @@ def _gallery_row(line: bytes) -> tuple[str, str]:
 
 
 def _image_id(name: str) -> str:
-    """Returns the image id of a gallery file: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError.
-
-    The official parser leaves the suffix in the second, which then matches no truth (docs/official.md 8.8).
-    """
-    stem, suffix = os.path.splitext(name)
+    """Returns the image id of a gallery file: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError."""
+    stem, suffix = os.path.splitext(name)  # the official parser leaves the second's suffix: docs/official.md 8.8
     stem = stem if suffix.lower() in SUFFIXES else name
     return annotations.checked_id("-".join(stem.split("-")[:5]), "image")

@@ -322,10 +322,7 @@ def default_splits(count: int) -> list[str]:
 
 
 def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line, cells by column) of each row of a CSV file. Its first line names the columns.
-
-    Rows at fault become faults instead. If the text or the columns cannot be read there are no more rows.
-    """
+    """Yields (line, cells by column) of each row of a CSV file, below its line of columns. Others become `faults`."""
     try:
         text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as err:

@@ -4,7 +4,7 @@ import abc
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.manifest import SPLITS
@@ -18,7 +18,6 @@ TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
 VALIDATION = "training_videoinfo_val*"
 NO_IMAGE = "image id without an image"
-T = TypeVar("T")
 
 
 class TextLayout(Layout):
@@ -87,7 +86,7 @@ class TextLayout(Layout):
         return source if isinstance(source, ClipListing) else annotations.read_row(self.source, source)
 
     def read_queries(
-        self, file: Path, entries: Mapping[str, T], frames_of: Callable[[T], tuple[str, ...]]
+        self, file: Path, entries: Mapping[str, Any], frames_of: Callable[[Any], tuple[str, ...]]
     ) -> tuple[list[ClipListing], list[Fault]]:
         """Returns the test clips of `file` with their truth, boxes and speech, and a fault for each that is unusable.
 

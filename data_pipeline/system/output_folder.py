@@ -1,7 +1,4 @@
-"""Output folders: locked against a second writer, bound to one job, refused if they contain anything else.
-
-`new_folder` makes one that appears under its name only when it is complete.
-"""
+"""Output folders: locked against a second writer, bound to one job, refused if they contain anything else."""
 
 import json
 import os
@@ -20,11 +17,8 @@ WORK = ".work"  # folder in an output folder for notes of unfinished work
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Locks a folder against this machine's other processes for the `with` block. Raises WrongUseError if it is locked.
-
-    The system unlocks it when this process ends, even by SIGKILL.
-    """
-    import fcntl  # here, since Windows has none and `new_folder` does not need it
+    """Locks a folder against this machine's other processes for the `with` block. Raises WrongUseError if locked."""
+    import fcntl  # here, since Windows has none and `new_folder` does not need it. SIGKILL unlocks, too.
 
     folder = os.open(output, os.O_RDONLY)
     try:
