@@ -151,7 +151,7 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
         return Entry(ordinal, image.id, image, image.product, int(listing.image_products[ordinal]))
 
     def clip_entry(ordinal: int) -> Entry | None:
-        if ordinal in converted.without_image:
+        if converted.true_rows[ordinal] == NONE:
             return None
         product = int(listing.columns["product"][ordinal])
         return Entry(

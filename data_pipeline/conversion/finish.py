@@ -27,7 +27,7 @@ class Converted:
     listing: Listing
     images: list[ShardNote]
     image_rows: NDArray[np.int32]  # row by ordinal of a shop image; NONE: left out. One entry more maps NONE to NONE.
-    true_rows: NDArray[np.int32]  # row of the true shop image by ordinal of a clip; NONE: the clip is left out
+    true_rows: NDArray[np.int32]  # row of the true shop image by ordinal of a clip; NONE: clip or image is at fault
     clips: list[ShardNote] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -42,11 +42,6 @@ class Converted:
         rows = np.full(len(listing.images) + 1, NONE, np.int32)
         rows[ordinals] = np.arange(len(ordinals))
         return cls(listing, images, rows, rows[listing.columns["image"]])
-
-    @cached_property
-    def without_image(self) -> frozenset[int]:
-        """Ordinals of the clips that are left out because their shop image is, or because the list is at fault."""
-        return frozenset(np.flatnonzero(self.true_rows == NONE).tolist())
 
     @property
     def faults(self) -> list[Fault]:

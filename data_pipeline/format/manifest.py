@@ -26,7 +26,7 @@ TABLE_FILES = {  # column: the file of its texts without .txt; a number in the c
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 (hex) of the names, sizes and checksums of all data files, without source and options."""
+    """Returns the SHA-256 (hex) of all data files' names, sizes and checksums. Raises KeyError if it lacks them."""
     content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
