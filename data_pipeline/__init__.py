@@ -6,8 +6,7 @@
     FrameOptions                                  how pictures become frames
 
 `python -m data_pipeline.convert` makes a converted set. Public are these names and the commands convert, doctor and
-synthetic; all other modules and names are private. A name's module is imported when the name is first used, so that
-`import data_pipeline` is quick.
+synthetic. A name's module is imported when the name is first used, so that `import data_pipeline` is quick.
 """
 
 import importlib

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
-from data_pipeline.conversion.report import make_report, print_report
-from data_pipeline.conversion.shards import Entry, ShardNote, ShardTask, write_shard
+from data_pipeline.conversion.report import count_split, print_report
+from data_pipeline.conversion.shards import Entry, ShardNote, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError, Fault
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, SPLITS, shard_name
@@ -35,8 +35,6 @@ MAX_FAULTS = 10_000  # then writing stops, since so many faults have a common ca
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of the command, by their names."""
-
     layout: str
     source: Path
     output: Path
@@ -48,11 +46,6 @@ class Options:
     workers: int = 1
     clips_per_shard: int | None = None  # None: by the number of clips
 
-    @property
-    def stored_frames(self) -> int | None:
-        """How many frames of a clip are stored at most; None: all."""
-        return SAMPLED_FRAMES if self.frames == "sampled" else None
-
 
 def convert(options: Options) -> dict[str, Any]:
     """Converts a source unless it is converted already, and returns the report (the content of report.json).
@@ -60,15 +53,20 @@ def convert(options: Options) -> dict[str, Any]:
     Raises WrongUseError for a source or an output that do not fit the options, BadInputError for faults of whole lists,
     FailedError for faults that are not to be skipped, and OSError.
     """
+    stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
     layout, splits = open_source(
-        options.layout,
-        options.source,
-        wanted=options.splits,
-        train_annotation=options.train_annotation,
-        stored_frames=options.stored_frames,
+        options.layout, options.source, stored_frames, wanted=options.splits, train_annotation=options.train_annotation
     )
     refuse_list_faults(layout)
-    identity = identity_of(options, layout, splits)
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "layout": options.layout,
+        "splits": list(splits),
+        "frames": options.frames,
+        "stored_frames": stored_frames,
+        "clips_per_shard": options.clips_per_shard,
+        "lists": layout.checksums(splits),
+    }
     options.output.mkdir(parents=True, exist_ok=True)
     with locked(options.output):
         # The lists may change between the runs, when a fault is corrected: each shard's note has its own inputs.
@@ -84,13 +82,23 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
     with Workers(options.workers, layout) as workers:
         listings, tables = list_splits(layout, splits, workers.run)
         refuse_list_faults(layout)
-        refuse_empty(options, listings)
+        for listing in listings:
+            if not listing.listed:
+                raise FailedError(
+                    f"{options.source}: found no {listing.split} clip in its list, needs at least one; restore the "
+                    "list, or leave the split out with --splits."
+                )
         remarks = layout.locate(listings, workers.run, work)
     with Workers(options.workers, layout) as workers:  # new processes, since the layout has now located the pictures
         converted = [convert_split(workers, options, listing, tables["product"]) for listing in listings]
     judge_faults(options, converted)
     manifest = make_manifest(options.output, identity, converted, tables)
-    report = make_report(options.layout, converted, remarks, manifest["content_hash"])
+    report = {
+        "layout": options.layout,
+        "content_hash": manifest["content_hash"],
+        "splits": {split.listing.split: count_split(split) for split in converted},
+        "remarks": remarks,
+    }
     write_file(options.output / REPORT, encode_json(report))
     sync_folder(options.output / COLUMNS)
     sync_folder(options.output)
@@ -101,19 +109,6 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
     return report
 
 
-def identity_of(options: Options, layout: Layout, splits: Sequence[str]) -> dict[str, Any]:
-    """Returns the identity of a conversion: options that change its records, and the checksums of its lists."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "layout": options.layout,
-        "splits": list(splits),
-        "frames": options.frames,
-        "stored_frames": options.stored_frames,
-        "clips_per_shard": options.clips_per_shard,
-        "lists": layout.checksums(splits),
-    }
-
-
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +117,8 @@ def write_shards(
 ) -> list[ShardNote]:
     """Writes all shards of one kind, "clips" or "images", and returns their notes in order.
 
-    The shard of an entry depends on the sorted ids alone. make_entry: returns what to write for an ordinal; None:
-    nothing. It is called when its shard is due, since LPR4M has 4 million clips.
+    The shard of an entry depends on the sorted ids alone. make_entry(ordinal) returns what to write, or None. It is
+    called when its shard is due, since LPR4M has 4 million clips.
     """
     size = options.clips_per_shard or min(1024, max(64, -(-len(listing) // 64)))
     total = len(listing)
@@ -132,18 +127,16 @@ def write_shards(
     count = -(-total // size)
     skip = options.on_error == "skip"
 
-    def task(number: int) -> tuple[ShardTask]:
+    def task(number: int) -> tuple[list[Entry], str, Path, Path, bool]:
         ordinals = range(number * size, min(total, (number + 1) * size))
         entries = [entry for entry in map(make_entry, ordinals) if entry is not None]
         path = options.output / shard_name(listing.split, kind, number, count)
-        return (ShardTask(listing.split, path, options.output / WORK, entries, skip),)
+        return entries, listing.split, path, options.output / WORK, skip
 
     notes: list[ShardNote] = []
-    progress = workers.run(
-        write_shard, map(task, range(count)), f"{listing.split}: {kind}", total=total, unit=kind[:-1],
-        weigh=lambda task: len(task[0].entries),
-    )  # fmt: skip
-    for note in progress:
+    weigh = lambda task: len(task[0])
+    label = f"{listing.split}: {kind}"
+    for note in workers.run(write_shard, map(task, range(count)), label, total=total, unit=kind[:-1], weigh=weigh):
         notes.append(note)
         if not skip and sum(len(note.faults) for note in notes) > MAX_FAULTS:
             break
@@ -151,17 +144,14 @@ def write_shards(
 
 
 def convert_split(workers: Workers, options: Options, listing: Listing, products: Sequence[str]) -> Converted:
-    """Writes all shards of a split and returns it. Shop images come first, as clip records contain their rows.
-
-    products: the texts that the column product numbers.
-    """
+    """Writes all shards of a split and returns it. products: the texts that the column "product" numbers."""
 
     def image_entry(ordinal: int) -> Entry:
         image = listing.images[ordinal]
         return Entry(ordinal, image.id, image, image.product, int(listing.image_products[ordinal]))
 
     def clip_entry(ordinal: int) -> Entry | None:
-        if ordinal in converted.without_image:
+        if converted.true_rows[ordinal] == NONE:
             return None
         product = int(listing.columns["product"][ordinal])
         return Entry(
@@ -173,7 +163,7 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
             image_index=int(converted.true_rows[ordinal]),
         )
 
-    images = write_shards(workers, options, listing, "images", image_entry)
+    images = write_shards(workers, options, listing, "images", image_entry)  # first, as clips contain their rows
     converted = Converted.with_images(listing, images, skip_faults=options.on_error == "skip")
     converted.clips = write_shards(workers, options, listing, "clips", clip_entry)
     return converted
@@ -194,16 +184,6 @@ def refuse_list_faults(layout: Layout) -> None:
         raise BadInputError("bad lists", show_faults(faults))
 
 
-def refuse_empty(options: Options, listings: Sequence[Listing]) -> None:
-    """Raises FailedError if a listing has no clip."""
-    for listing in listings:
-        if not listing.listed:
-            raise FailedError(
-                f"{options.source}: found no {listing.split} clip in its list, needs at least one; restore the list, "
-                "or leave the split out with --splits."
-            )
-
-
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
     """Writes all faults to faults.txt. Raises FailedError if none may be skipped, or too many of a split are."""
     faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
@@ -217,21 +197,16 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
             f"{show_faults(faults)}\n{options.source}: found {len(faults)} faults, all of them in {path}; correct them "
             "and run the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
         )
-    rates = [
-        (split, kind, skipped, skipped + stored)
-        for split in converted
-        for kind, skipped, stored in (
-            ("clips", split.skipped_clips, split.num_clips),
-            ("shop images", split.skipped_images, split.num_images),
-        )
-    ]
-    for split, kind, skipped, listed in rates:
-        if skipped > options.max_skip_rate * listed:
-            raise FailedError(
-                f"{options.source}: skipped {skipped} of {listed} {split.listing.split} {kind} "
-                f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
-                f"{options.max_skip_rate:.2%}; the faults are in {path}: correct them, or raise --max-skip-rate."
-            )
+    for split in converted:
+        clips = "clips", split.skipped_clips, split.skipped_clips + len(split.clip_ordinals)
+        images = "shop images", split.skipped_images, split.skipped_images + len(split.image_ordinals)
+        for kind, skipped, listed in (clips, images):
+            if skipped > options.max_skip_rate * listed:
+                raise FailedError(
+                    f"{options.source}: skipped {skipped} of {listed} {split.listing.split} {kind} "
+                    f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
+                    f"{options.max_skip_rate:.2%}; the faults are in {path}: correct them, or raise --max-skip-rate."
+                )
     print(f"{options.source}: left out clips and images for {len(faults)} faults; they are in {path}.", file=sys.stderr)
 
 
@@ -242,12 +217,9 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
     """Returns the options in the arguments of the command, by default sys.argv. Raises SystemExit for wrong ones."""
     parser = make_parser(prog, __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="layout of the source on disk")
-    parser.add_argument(
-        "--source", required=True, type=Path, metavar="DIR", help="the unpacked download, or your folder"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder of the records, created if missing"
-    )
+    folder: dict[str, Any] = {"required": True, "type": Path, "metavar": "DIR"}
+    parser.add_argument("--source", help="the unpacked download, or your folder", **folder)
+    parser.add_argument("--output", help="folder of the records, created if missing", **folder)
     parser.add_argument("--splits", type=_splits, metavar="LIST", help="of train,val,test (all that the source has)")
     parser.add_argument("--train-annotation", metavar="NAME", help="training list, if annotations/ has several")
     parser.add_argument(

@@ -82,7 +82,7 @@ def _inspect_data(options: argparse.Namespace, work: Path) -> InspectedData:
         converted.inspect(known, on_new)
         return converted
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
-    layout, splits = open_source(options.layout, options.path, stored_frames=stored_frames)
+    layout, splits = open_source(options.layout, options.path, stored_frames)
     source = InspectedSource(layout, splits, options.workers)
     with Workers(options.workers, layout) as workers:
         source.read_lists(workers.run, work)

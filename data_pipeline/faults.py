@@ -20,25 +20,21 @@ class Fault:
 
 
 class BadInputError(ValueError):
-    """A part of the source that cannot be used. A caller that knows the clip or image makes it a Fault by `at`.
-
-    file: the file at fault, relative to the source folder; None: the file that the caller reads.
-    """
+    """A part of the source that cannot be used. A caller that knows the clip or image makes it a Fault by `at`."""
 
     def __init__(self, reason: str, detail: str, file: str | None = None) -> None:
         super().__init__(reason, detail, file)  # all of them: a worker process sends the error by these arguments
         self.reason = reason
         self.detail = detail
-        self.file = file
+        self.file = file  # at fault, relative to the source folder; None: the file that the caller reads
 
     def __str__(self) -> str:
         return f"{self.file}: {self.detail}" if self.file else self.detail
 
     def at(self, file: str, line: int = 0, subject: str = "") -> Fault:
-        """Returns the error as a fault in `file`, the list that the caller reads.
+        """Returns the error as a fault in `file`, the list that the caller reads, or in the error's own file.
 
-        An error with a file of its own, such as a picture, becomes a fault in that file. Its detail then names the list
-        and the line, unless the file lies in a folder called `file`.
+        The detail of the latter also names list and line, unless the error's file is in a folder called `file`.
         """
         if self.file is not None and self.file != file:
             named = "" if self.file.startswith(f"{file}/") else f" (named by {file}{f' line {line}' if line else ''})"

@@ -27,7 +27,7 @@ class Converted:
     listing: Listing
     images: list[ShardNote]
     image_rows: NDArray[np.int32]  # row by ordinal of a shop image; NONE: left out. One entry more maps NONE to NONE.
-    true_rows: NDArray[np.int32]  # row of the true shop image by ordinal of a clip; NONE: the clip is left out
+    true_rows: NDArray[np.int32]  # row of the true shop image by ordinal of a clip; NONE: clip or image is at fault
     clips: list[ShardNote] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -43,11 +43,6 @@ class Converted:
         rows[ordinals] = np.arange(len(ordinals))
         return cls(listing, images, rows, rows[listing.columns["image"]])
 
-    @cached_property
-    def without_image(self) -> frozenset[int]:
-        """Ordinals of the clips that are left out because their shop image is, or because the list is at fault."""
-        return frozenset(np.flatnonzero(self.true_rows == NONE).tolist())
-
     @property
     def faults(self) -> list[Fault]:
         return [*self.listing.faults, *(fault for note in (*self.images, *self.clips) for fault in note.faults)]
@@ -59,23 +54,15 @@ class Converted:
         left_out = np.count_nonzero((self.true_rows == NONE) & (self.listing.columns["image"] != NONE))
         return dict(sorted(counts.items())) | ({"shop image left out": int(left_out)} if left_out else {})
 
-    @property
+    @cached_property
     def clip_ordinals(self) -> NDArray[np.int32]:
-        """Ordinals of the stored clips, by row."""
+        """Ordinals of the stored clips, by row. Cached: `clips` must be complete."""
         return np.array([ordinal for note in self.clips for ordinal in note.ordinals], np.int32)
 
-    @property
+    @cached_property
     def image_ordinals(self) -> NDArray[np.int32]:
         """Ordinals of the stored shop images, by row."""
         return np.array([ordinal for note in self.images for ordinal in note.ordinals], np.int32)
-
-    @property
-    def num_clips(self) -> int:
-        return sum(len(note.ordinals) for note in self.clips)
-
-    @property
-    def num_images(self) -> int:
-        return sum(len(note.ordinals) for note in self.images)
 
     @property
     def num_frames(self) -> int:
@@ -83,11 +70,11 @@ class Converted:
 
     @property
     def skipped_clips(self) -> int:
-        return self.listing.listed - self.num_clips
+        return self.listing.listed - len(self.clip_ordinals)
 
     @property
     def skipped_images(self) -> int:
-        return self.listing.lost_images + len(self.listing.images) - self.num_images
+        return self.listing.lost_images + len(self.listing.images) - len(self.image_ordinals)
 
     @cached_property
     def galleries(self) -> dict[str, list[int]]:
@@ -101,10 +88,7 @@ class Converted:
 def make_manifest(
     output: Path, identity: dict[str, Any], converted: Sequence[Converted], tables: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Writes columns and tables, deletes shards that an earlier run left, and returns the manifest, which is unwritten.
-
-    identity: as for `claim`. tables: the sorted texts that columns number, by column.
-    """
+    """Writes columns and tables (sorted texts by column), deletes stale shards, and returns the unwritten manifest."""
     files: dict[str, list[int]] = {}
     for split in converted:
         for kind, notes in (("images", split.images), ("clips", split.clips)):
@@ -122,7 +106,7 @@ def make_manifest(
         path = output / COLUMNS / name
         write_file(path, data)
         files[f"{COLUMNS}/{name}"] = [len(data), file_crc(path)]
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "identity": identity,
         "stored_frames": identity["stored_frames"],
@@ -141,32 +125,31 @@ def _column_files(split: Converted) -> dict[str, bytes]:
     columns["frames"] = np.array([count for note in split.clips for count in note.frames], np.int32)
     columns["original_frames"] = np.array([count for note in split.clips for count in note.original_frames], np.int32)
     columns["ordinal"] = clips
-    files = {f"clips-{name}.npy": _encode_npy(columns[name]) for name in CLIP_COLUMNS}
-    files["clips-id.txt"] = _encode_lines([clip_id.decode() for clip_id in listing.clip_ids[clips]])
-    files["images-id.txt"] = _encode_lines([listing.images[ordinal].id for ordinal in images])
-    files["images-product.npy"] = _encode_npy(listing.image_products[images])
-    files["images-ordinal.npy"] = _encode_npy(images)
     rows = [row for gallery in split.galleries.values() for row in gallery]
-    files["gallery.npy"] = _encode_npy(np.array(rows, np.int32))
-    if listing.split == "test":
-        files["truth.json"] = encode_json(listing.truth)
-    return files
+    return {
+        **{f"clips-{name}.npy": _encode_npy(columns[name]) for name in CLIP_COLUMNS},
+        "clips-id.txt": _encode_lines([clip_id.decode() for clip_id in listing.clip_ids[clips]]),
+        "images-id.txt": _encode_lines([listing.images[ordinal].id for ordinal in images]),
+        "images-product.npy": _encode_npy(listing.image_products[images]),
+        "images-ordinal.npy": _encode_npy(images),
+        "gallery.npy": _encode_npy(np.array(rows, np.int32)),
+        **({"truth.json": encode_json(listing.truth)} if listing.split == "test" else {}),
+    }
 
 
 def _counts(split: Converted) -> dict[str, Any]:
     """Returns a split's counts in the manifest. "truth" counts the queries of Recall, stored or not."""
     return {
-        "clips": {"records": split.num_clips, "shards": [len(note.ordinals) for note in split.clips]},
-        "images": {"records": split.num_images, "shards": [len(note.ordinals) for note in split.images]},
+        "clips": {"records": len(split.clip_ordinals), "shards": [len(note.ordinals) for note in split.clips]},
+        "images": {"records": len(split.image_ordinals), "shards": [len(note.ordinals) for note in split.images]},
         "frames": split.num_frames,
         "galleries": {livestream: len(rows) for livestream, rows in split.galleries.items()},
         "gallery_rows": sum(map(len, split.galleries.values())),
-        "truth": len(split.listing.truth) if split.listing.split == "test" else split.num_clips,
+        "truth": len(split.listing.truth) if split.listing.split == "test" else len(split.clip_ordinals),
     }
 
 
 def encode_json(value: Any) -> bytes:
-    """Returns a value as JSON, indented, ended by a line end."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

@@ -1,6 +1,5 @@
 """The report of a conversion: counts of each split, for report.json and as a table for the screen."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,8 @@ COUNTS = {  # key of the report: label in the table
 }
 
 
-def make_report(
-    layout: str, converted: Sequence[Converted], remarks: Sequence[str], content_hash: str
-) -> dict[str, Any]:
-    """Returns the report: layout, content hash, COUNTS and fault counts ("skipped") by split, and remarks."""
-    return {
-        "layout": layout,
-        "content_hash": content_hash,
-        "splits": {split.listing.split: _count(split) for split in converted},
-        "remarks": list(remarks),
-    }
-
-
-def _count(split: Converted) -> dict[str, Any]:
+def count_split(split: Converted) -> dict[str, Any]:
+    """Returns the COUNTS of a split, and "skipped": its number of faults by reason."""
     listing = split.listing
     clips, images = split.clip_ordinals, split.image_ordinals
     products = np.concatenate([listing.columns["product"][clips], listing.image_products[images]])
@@ -70,7 +58,7 @@ def print_report(report: dict[str, Any]) -> None:
     """Prints the report as a table with a column a split, then fault counts, remarks and the content hash."""
     splits = report["splits"]
     width = max(map(len, COUNTS.values())) + 2
-    print(f"{report['layout']}".ljust(width) + "".join(f"{name:>16}" for name in splits))
+    print(report["layout"].ljust(width) + "".join(f"{name:>16}" for name in splits))
     for key, label in COUNTS.items():
         print(label.ljust(width) + "".join(f"{split[key]:>16,}" for split in splits.values()))
     for name, split in splits.items():

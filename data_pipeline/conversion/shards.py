@@ -1,10 +1,10 @@
 """Writing of one shard, in a worker: find and check its pictures, write its records, and note the result.
 
 A finished shard has a note in the work folder, with a digest of its inputs and the checksum of its bytes. After a kill
-the same command finds the notes, verifies the shards and writes only the others. Nothing in a shard depends on the
-worker, on other shards or on the time.
+the same command verifies the shards that have notes and writes the others. A shard is the same in every run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,13 +15,11 @@ from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, new_shard, write_file
 from data_pipeline.layouts.listing import NONE, ClipListing, ClipSource, FoundFrame, Layout, ListedClip, RowLocation
-from data_pipeline.layouts.pictures import PictureReader, check_picture
+from data_pipeline.layouts.pictures import PictureReader, decode_picture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """A clip or shop image to write."""
-
+class Entry:  # a clip or shop image to write
     ordinal: int
     id: str
     source: ClipSource | ShopImage
@@ -31,17 +29,6 @@ class Entry:
 
 
 Found = list[tuple[Entry, Clip | Picture]]  # entries with what is to be stored of them
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardTask:
-    """A shard to write. skip_faults: write it without the entries at fault; otherwise a fault prevents it."""
-
-    split: str
-    path: Path
-    work: Path  # the folder of notes
-    entries: Sequence[Entry]
-    skip_faults: bool
 
 
 @dataclasses.dataclass
@@ -61,30 +48,39 @@ class ShardNote:
     left_out: list[int] = dataclasses.field(default_factory=list)  # ordinals with a picture that exists and is at fault
 
 
-def write_shard(layout: Layout, task: ShardTask) -> ShardNote:
-    """Writes a shard, its index and its note, and returns the note. A finished shard with the same inputs is kept.
+def write_shard(
+    layout: Layout, entries: Sequence[Entry], split: str, path: Path, work: Path, skip_faults: bool
+) -> ShardNote:
+    """Writes a shard, its index and its note in `work`, and returns the note. Keeps a finished shard of equal inputs.
 
-    With faults and without `skip_faults` nothing is written, and the note returned has the faults.
+    skip_faults: leave out entries at fault. Otherwise a fault prevents all writing, and the note returned has it.
     """
     faults: list[Fault] = []
-    found = _find_pictures(layout, task, faults)
-    inputs = _digest(found, faults)
-    note_path = task.work / f"{task.path.name}.json"
+    found = _find_pictures(layout, entries, split, faults)
+    # The digest has what decides the shard's bytes. A clip's RowLocation changes when another line is corrected.
+    decisive = [
+        (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
+        if isinstance(item, Clip)
+        else (entry, item)
+        for entry, item in found
+    ]
+    inputs = hashlib.sha256(repr((SCHEMA_VERSION, decisive, faults)).encode()).hexdigest()
+    note_path = work / f"{path.name}.json"
     pictures = PictureReader(layout.source)
-    if (finished := _finished(task.path, note_path, inputs)) and (
-        not finished.faults or (task.skip_faults and _still_at_fault(pictures, found, finished.left_out))
+    if (finished := _finished(path, note_path, inputs)) and (
+        not finished.faults or (skip_faults and _still_at_fault(pictures, found, finished.left_out))
     ):
         return finished
     note = ShardNote(inputs, faults=faults)
     try:
-        with new_shard(task.path) as writer:
+        with new_shard(path) as writer:
             _write_records(writer, pictures, found, note)
-            if note.faults and not task.skip_faults:
+            if note.faults and not skip_faults:
                 raise _FaultsError
     except _FaultsError:
         return note
     note.size, note.crc = writer.offsets[-1], writer.crc
-    note.index_size, note.index_crc = index_path(task.path).stat().st_size, file_crc(index_path(task.path))
+    note.index_size, note.index_crc = index_path(path).stat().st_size, file_crc(index_path(path))
     write_file(note_path, json.dumps(dataclasses.asdict(note)).encode())
     return note
 
@@ -109,14 +105,14 @@ def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, n
             note.failed_downloads += item.failed_downloads
 
 
-def _find_pictures(layout: Layout, task: ShardTask, faults: list[Fault]) -> Found:
+def _find_pictures(layout: Layout, entries: Sequence[Entry], split: str, faults: list[Fault]) -> Found:
     found: Found = []
-    for entry in task.entries:
+    for entry in entries:
         try:
             if isinstance(entry.source, ShopImage):
-                found.append((entry, layout.find_image(entry.source, task.split)))
+                found.append((entry, layout.find_image(entry.source, split)))
             else:
-                found.append((entry, make_clip(*layout.find_frames(entry.source, task.split))))
+                found.append((entry, make_clip(*layout.find_frames(entry.source, split))))
         except BadInputError as err:
             faults.append(_fault(err, entry))
     return found
@@ -137,7 +133,8 @@ def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
         detail = f"found none of its {len(listed.frames)} frames (all downloads failed), needs one; "
         raise BadInputError("clip without frames", f"{detail}download them again.")
     failed = len(found) - len(pictures)
-    clip = Clip(
+    only_in_rows = ("product", "category", "category_name", "scale", "duration", "number")
+    return Clip(
         id=listed.clip_id,
         livestream=listed.livestream,
         frames=tuple(pictures.values()),
@@ -148,22 +145,8 @@ def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
         title=listed.title if isinstance(listed, ClipListing) else listed.image_title,
         speech=listed.speech,
         failed_downloads=failed,
+        **{name: getattr(listed, name, "") for name in only_in_rows},
     )
-    if isinstance(listed, ClipListing):
-        return clip
-    names = ("product", "category", "category_name", "scale", "duration", "number")
-    return dataclasses.replace(clip, **{name: getattr(listed, name) for name in names})
-
-
-def _digest(found: Found, faults: list[Fault]) -> str:
-    """Returns a digest of what decides a shard's bytes."""
-    inputs = [  # not a clip's RowLocation, which changes when another line is corrected
-        (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
-        if isinstance(item, Clip)
-        else (entry, item)
-        for entry, item in found
-    ]
-    return hashlib.sha256(repr((SCHEMA_VERSION, inputs, faults)).encode()).hexdigest()
 
 
 def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> bytes:
@@ -175,21 +158,16 @@ def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> byte
     frames = [_read(pictures, picture) for picture in item.frames]
     if item.boxes is not None:
         sizes = [size for _, size in frames]
-        scaled = tuple(map(scale_boxes, item.boxes, item.frames, sizes))
-        item = dataclasses.replace(item, boxes=scaled)
-    return encode_clip(
-        dataclasses.replace(item, product=entry.product),
-        [data for data, _ in frames],
-        ordinal=entry.ordinal,
-        image_index=entry.image_index,
-        product_index=entry.product_index,
-    )
+        item = dataclasses.replace(item, boxes=tuple(map(scale_boxes, item.boxes, item.frames, sizes)))
+    clip = dataclasses.replace(item, product=entry.product)
+    indices = {"image_index": entry.image_index, "product_index": entry.product_index}
+    return encode_clip(clip, [data for data, _ in frames], ordinal=entry.ordinal, **indices)
 
 
 def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, int]]:
     """Returns the bytes, width and height of a picture that was decoded as a check. Raises BadInputError."""
     data = pictures.read(picture)
-    return data, check_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path)
+    return data, decode_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path).size
 
 
 def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...]:
@@ -223,9 +201,7 @@ def _still_at_fault(pictures: PictureReader, found: Found, left_out: Sequence[in
     """Returns False if an entry that a finished shard left out can be encoded now: its picture was corrected."""
     for entry, item in found:
         if entry.ordinal in left_out:
-            try:
+            with contextlib.suppress(BadInputError):
                 _encode(pictures, entry, item)
-            except BadInputError:
-                continue
-            return False
+                return False
     return True

@@ -1,7 +1,6 @@
 """The survey of a source: reads its lists into a `Listing` per split.
 
-Workers read training lists in parts. The parent process adds line numbers, numbers texts and images, and finds
-duplicates.
+Workers read training lists in parts. The parent process numbers lines, texts and images, and finds duplicates.
 """
 
 import dataclasses
@@ -15,29 +14,20 @@ from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import ShopImage
 from data_pipeline.layouts.annotations import MAX_ID_BYTES, checked_id, parse_row, read_lines
 from data_pipeline.layouts.img2dataset import hash_names
-from data_pipeline.layouts.listing import (
-    LINE,
-    NONE,
-    TABLES,
-    ClipListing,
-    Layout,
-    Listing,
-    RunTasks,
-    TextNumbers,
-    sort_images,
-)
+from data_pipeline.layouts.listing import LINE, NONE, TABLES, ClipListing, Layout, Listing, RunTasks, sort_images
 from data_pipeline.layouts.text_layout import TextLayout
 
 PART_BYTES = 1 << 24
+Tables = dict[str, dict[str, int]]  # numbers of texts, by the column that contains them
+NumberedImages = dict[tuple[str, str], tuple[int, ShopImage]]  # by id and reference
 
 
 def list_splits(layout: Layout, splits: Iterable[str], run: RunTasks) -> tuple[list[Listing], dict[str, list[str]]]:
-    """Returns the listings of the splits, and the tables: the sorted texts by the column that numbers them.
+    """Returns the listings of the splits, with their faults, and the sorted texts by the column that numbers them.
 
-    Faults of single clips and images are in the listings. Raises BadInputError or WrongUseError for a list that cannot
-    be read at all.
+    Raises BadInputError or WrongUseError for a list that cannot be read at all.
     """
-    tables = {name: TextNumbers() for name in TABLES}
+    tables: Tables = {name: {} for name in TABLES}
     listings: list[Listing] = []
     for split in splits:
         if split == "test" or not isinstance(layout, TextLayout):
@@ -51,13 +41,14 @@ def list_splits(layout: Layout, splits: Iterable[str], run: RunTasks) -> tuple[l
         listing.images = [
             dataclasses.replace(image, product=image.product or products.get(image.id, "")) for image in listing.images
         ]
-        numbers = np.array([tables["product"].number(image.product) for image in listing.images], np.int32)
+        numbers = np.array([_number(tables["product"], image.product) for image in listing.images], np.int32)
         listing.image_products = numbers
         if listing.clips:
             listing.columns["product"] = np.append(numbers, np.int32(NONE))[listing.columns["image"]]
-    texts = {}
+    texts = {name: sorted(table) for name, table in tables.items()}
     for name, table in tables.items():
-        texts[name], renumber = table.sort()
+        renumber = np.full(len(table) + 1, NONE, np.int32)  # the last entry maps NONE to NONE
+        renumber[[table[text] for text in texts[name]]] = np.arange(len(table))
         for listing in listings:
             listing.columns[name] = renumber[listing.columns[name]]
             if name == "product":
@@ -91,10 +82,9 @@ class SurveyedRow:
 
 @dataclasses.dataclass
 class Survey:
-    """The rows of one part. Line numbers count from the part's first line.
+    """The rows of one part, with line numbers that count from its first line.
 
-    A row at fault with a sound clip id is included, without an image. So the clips behind it have the ordinals that
-    they will have when the row is corrected, and their shards stay valid.
+    A row at fault with a sound clip id is included. So later clips keep their ordinals when the row is corrected.
     """
 
     rows: list[SurveyedRow] = dataclasses.field(default_factory=list)
@@ -104,10 +94,7 @@ class Survey:
 
 
 def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey:
-    """Returns the rows that start in the PART_BYTES from byte `begin` of file number `file` of a training list.
-
-    Runs in a worker.
-    """
+    """Returns the rows that start in the PART_BYTES from byte `begin` of a training list's file. Runs in a worker."""
     survey = Survey()
     for number, offset, content in read_lines(path, begin, begin + PART_BYTES):
         survey.num_lines = number
@@ -130,28 +117,22 @@ def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey
     return survey
 
 
-class ImageNumbers:
-    """Numbers shop images in the order in which they come, from 0. Images of one id and reference are one."""
+def _number(numbers: dict[str, int], text: str) -> int:
+    """Returns the number of a text, and adds a new text with the next number, from 0. Returns NONE for ""."""
+    return numbers.setdefault(text, len(numbers)) if text else NONE
 
-    def __init__(self) -> None:
-        self.images: dict[tuple[str, str], tuple[int, ShopImage]] = {}
 
-    def number(self, image: ShopImage | None) -> int:
-        """Returns the number of an image, a new one if it is new; NONE for None."""
-        if image is None:
-            return NONE
-        return self.images.setdefault((image.id, image.reference), (len(self.images), image))[0]
-
-    def list(self) -> list[ShopImage]:
-        return [image for _, image in self.images.values()]
+def _number_image(images: NumberedImages, image: ShopImage | None) -> int:
+    """Returns the number of a shop image as `_number` does; NONE for None. Images of one id and reference are one."""
+    return images.setdefault((image.id, image.reference), (len(images), image))[0] if image else NONE
 
 
 def list_training(
-    layout: TextLayout, split: str, tables: dict[str, TextNumbers], run: RunTasks, gallery: Iterable[ShopImage] = ()
+    layout: TextLayout, split: str, tables: Tables, run: RunTasks, gallery: Iterable[ShopImage] = ()
 ) -> Listing:
     """Returns the listing of a training or validation list. gallery: further shop images of validation's gallery."""
     paths = layout.training_lists(split)
-    images = ImageNumbers()
+    images: NumberedImages = {}
     faults: list[Fault] = []
     parts = [_arrays((), tables, images)]  # arrays of a part take less memory than objects of a clip
     nameless = 0
@@ -160,7 +141,7 @@ def list_training(
         nameless += survey.nameless
         parts.append(_arrays(survey.rows, tables, images))
     for image in gallery:
-        images.number(image)
+        _number_image(images, image)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     listing = Listing(
         split=split,
@@ -168,8 +149,8 @@ def list_training(
         lines=whole["lines"],
         files=[str(path.relative_to(layout.source)) for path in paths],
         columns={name: whole[name] for name in (*TABLES, "image")},
-        images=images.list(),
-        galleries={"": list(range(len(images.images)))} if split == "val" else {},
+        images=[image for _, image in images.values()],
+        galleries={"": list(range(len(images)))} if split == "val" else {},
         faults=faults,
         listed=len(whole["clip_ids"]) + nameless,
         frame_hashes=whole["frame_hashes"],
@@ -181,17 +162,17 @@ def list_training(
     return listing
 
 
-def _arrays(rows: Sequence[SurveyedRow], tables: dict[str, TextNumbers], images: ImageNumbers) -> dict[str, NDArray]:
+def _arrays(rows: Sequence[SurveyedRow], tables: Tables, images: NumberedImages) -> dict[str, NDArray]:
     arrays: dict[str, NDArray] = {
         "clip_ids": np.array([row.clip_id.encode() for row in rows], np.bytes_),
         "lines": np.array([row.line for row in rows], LINE),
         "columns": np.array([row.columns for row in rows], np.int32),
-        "image": np.array([images.number(row.image) for row in rows], np.int32),
+        "image": np.array([_number_image(images, row.image) for row in rows], np.int32),
         "frame_hashes": np.concatenate([*(row.frame_hashes for row in rows), hash_names(())]),
         "hash_counts": np.array([len(row.frame_hashes) for row in rows], np.int64),
     }
     for column, name in enumerate(TABLES):
-        arrays[name] = np.array([tables[name].number(row.texts[column]) for row in rows], np.int32)
+        arrays[name] = np.array([_number(tables[name], row.texts[column]) for row in rows], np.int32)
     return arrays
 
 
@@ -221,7 +202,7 @@ def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> None:
     """Makes rows with another number of columns than most rows of their file faults without an image."""
     for file in range(len(listing.files)):
         rows = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
-        usual = int(np.argmax(np.bincount(columns[rows]))) if len(rows) else 0
+        usual = np.argmax(np.bincount(columns[rows], minlength=1))
         for row in rows[columns[rows] != usual]:
             detail = f"found {columns[row]} columns between tabs, needs {usual} as the file's other lines"
             _refuse_row(listing, row, "wrong number of columns", f"{detail}; restore the line.")
@@ -258,13 +239,13 @@ def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
 # --- test, and own folders --------------------------------------------------------------------------------------------
 
 
-def list_clips(layout: Layout, split: str, tables: dict[str, TextNumbers]) -> Listing:
+def list_clips(layout: Layout, split: str, tables: Tables) -> Listing:
     """Returns the listing of a split without a training list. A clip at fault gets an entry without an image."""
     clips, faults = layout.listed_clips(split)
     galleries, gallery_faults = layout.galleries(split)
-    numbers = ImageNumbers()
-    rows = {livestream: [numbers.number(image) for image in images] for livestream, images in galleries.items()}
-    images = numbers.list()
+    numbered: NumberedImages = {}
+    rows = {name: [_number_image(numbered, image) for image in gallery] for name, gallery in galleries.items()}
+    images = [image for _, image in numbered.values()]
     listed = len(clips) + len(faults)
     faults += gallery_faults
     clips.sort(key=lambda clip: clip.clip_id.encode())
@@ -275,7 +256,7 @@ def list_clips(layout: Layout, split: str, tables: dict[str, TextNumbers]) -> Li
         except BadInputError as err:
             faults.append(err.at(clip.file, 0, f"clip {clip.clip_id}"))
             true_rows.append(NONE)
-    livestreams = [tables["livestream"].number(clip.livestream) for clip in clips]
+    livestreams = [_number(tables["livestream"], clip.livestream) for clip in clips]
     hashes = [hash_names(layout.frames_to_locate(clip)) for clip in clips]
     listing = Listing(
         split=split,

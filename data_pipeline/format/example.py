@@ -1,8 +1,7 @@
 """Encoding and decoding of `tf.train.Example` messages by protobuf, without TensorFlow.
 
-The messages' descriptor is built here and lives in a private pool. TensorFlow registers messages of the same names in
-protobuf's default pool, and a process may use both. All implementations of protobuf give the same bytes: upb, which its
-wheels contain, and pure Python, which is only slower.
+The messages' descriptor is in a private pool, since TensorFlow registers the same names in protobuf's default pool. All
+implementations of protobuf give the same bytes.
 """
 
 import math
@@ -17,8 +16,7 @@ Features = Mapping[str, Sequence[bytes] | Sequence[int] | Sequence[float]]
 
 PACKAGE = "tensorflow"
 # Message: its fields as (label, type, name), numbered from 1. The official `Features` has a map<string, Feature>, which
-# has the encoding of these repeated entries. Entries keep the order in which they are added. The order of a map is
-# protobuf's, and its implementations disagree where one key begins with another.
+# is encoded as these repeated entries, but in an order on which protobuf's implementations disagree.
 MESSAGES = {
     "BytesList": [("repeated", "bytes", "value")],
     "FloatList": [("repeated", "float", "value")],
@@ -64,9 +62,8 @@ EXAMPLE: Any = _message_class("Example")
 def encode_example(features: Features) -> bytes:
     """Returns the features as a serialized tf.train.Example, sorted by key: equal features give equal bytes.
 
-    A feature is a list of bytes, of ints (64 bits, signed) or of floats (stored in 32 bits). An empty list is stored
-    without a kind. Raises TypeError for a list of mixed or other kinds, ValueError for a number out of range; both name
-    the feature.
+    A feature is a list of bytes, of signed 64-bit ints or of floats (stored in 32 bits). Raises TypeError for other
+    kinds or a mixture, and ValueError for a number out of range; both name the feature.
     """
     example = EXAMPLE()
     example.features.SetInParent()
@@ -95,8 +92,7 @@ def _fill_feature(feature: Any, key: str, values: Sequence[Any]) -> None:
 def decode_example(data: bytes) -> dict[str, list]:
     """Returns the features of a serialized tf.train.Example. A feature that is empty or has no kind is an empty list.
 
-    Raises ValueError, and no other error, if the bytes are not an Example. protobuf keeps fields that it does not know,
-    and fields with the wrong wire type, apart as unknown. An Example with any of those is refused, as it is damaged.
+    Raises ValueError, and no other error, if the bytes are not an Example or contain an unknown field.
     """
     example = EXAMPLE()
     try:
@@ -108,19 +104,18 @@ def decode_example(data: bytes) -> dict[str, list]:
     features: dict[str, list] = {}
     for entry in example.features.feature:
         key = entry.key.decode()
-        feature = entry.value
         _check_fields(entry, key)
-        _check_fields(feature, key)
+        _check_fields(entry.value, key)
         features[key] = []
-        if name := feature.WhichOneof("kind"):
-            stored = getattr(feature, name)
+        if name := entry.value.WhichOneof("kind"):
+            stored = getattr(entry.value, name)
             _check_fields(stored, key)
             features[key] = list(stored.value)
     return features
 
 
 def _check_fields(message: Any, where: str) -> None:
-    for field in UnknownFieldSet(message):
+    for field in UnknownFieldSet(message):  # also those with the wrong wire type
         raise ValueError(
             f"found field {field.field_number} of wire type {field.wire_type} in {where!r}, needs a tf.train.Example"
         )

@@ -11,7 +11,6 @@ from data_pipeline.format.schema import SCHEMA_VERSION
 MANIFEST = "manifest.json"
 COLUMNS = "columns"  # the folder
 SPLITS = ("train", "val", "test")
-EVALUATION_SPLITS = ("val", "test")
 CLIP_COLUMNS = (
     "image", "product", "livestream", "category", "scale", "duration", "number", "frames", "original_frames", "ordinal",
 )  # fmt: skip
@@ -27,10 +26,7 @@ TABLE_FILES = {  # column: the file of its texts without .txt; a number in the c
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 (hex) of the data: names, sizes and checksums of shards, indices, columns and tables.
-
-    Source, options and converter version do not enter. Raises KeyError for a manifest without files or splits.
-    """
+    """Returns the SHA-256 (hex) of all data files' names, sizes and checksums. Raises KeyError if it lacks them."""
     content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -49,8 +45,7 @@ def shard_name(split: str, kind: str, number: int, count: int) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of the converted set in the folder `path`, after a check of its version and its hashes.
 
-    Raises FileNotFoundError if there is none, which means that the conversion is unfinished. Raises ValueError for a
-    manifest that is damaged, was edited, or has another schema version.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, was edited or has another schema version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))

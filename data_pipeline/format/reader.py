@@ -1,7 +1,6 @@
 """Reading a converted data set: records by row, columns, ids, galleries and truth.
 
-The folder has SPLIT-clips-NNNNN-of-MMMMM.tfrecord and SPLIT-images-... with their .idx, columns/ with an entry a row
-(memory-mapped), and manifest.json, which is written last. docs/data_formats.md describes all of them.
+docs/data_formats.md describes its files. Columns, and the texts of ids, are memory-mapped.
 """
 
 import collections
@@ -9,36 +8,28 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.format.manifest import (
-    CLIP_COLUMNS,
-    COLUMNS,
-    EVALUATION_SPLITS,
-    IMAGE_COLUMNS,
-    TABLE_FILES,
-    read_manifest,
-    shard_name,
-)
+from data_pipeline.format.manifest import CLIP_COLUMNS, COLUMNS, IMAGE_COLUMNS, TABLE_FILES, read_manifest, shard_name
 from data_pipeline.format.schema import ClipRecord, ImageRecord, decode_clip, decode_image
 from data_pipeline.format.tfrecord import file_crc, index_path, unframe_record
 
 MAX_OPEN_SHARDS = 256  # of thousands: many systems let a process open 1,024 files
+Record = TypeVar("Record", ClipRecord, ImageRecord)
 
 
 def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Dataset":
     """Opens the converted data set in the folder `path` and returns it. Its files are opened when they are needed.
 
-    The manifest is always checked against its own hashes. verify: also compare the size of every file and the checksums
-    of indices, columns and tables with the manifest. The checksums of a record are compared each time it is read.
-    Raises FileNotFoundError if the folder has no manifest: no conversion was finished there. Raises ValueError, which
-    names the file, for another schema version, a damaged manifest, and a file that is missing, short or damaged.
+    verify: compare the size of every file and the checksums of indices, columns and tables with the manifest. Hashes of
+    the manifest and checksums of a record are always compared. Raises FileNotFoundError if no conversion was finished
+    there, and ValueError, which names the file, for another schema version or a file that is missing or damaged.
 
     Example:
         from data_pipeline import open_dataset
@@ -61,16 +52,15 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
 class Dataset:
     """A converted data set; `open_dataset` returns one.
 
-    path: its folder. splits: names of its splits, of train, val and test. content_hash: SHA-256 (hex) of its data.
-    manifest: the content of manifest.json. tables: by name (livestream, category, product, scale, duration, number) the
-    sorted texts that the columns of this name number; a category is "ID<tab>NAME".
+    content_hash: SHA-256 (hex) of its data. tables: by name (livestream, category, product, scale, duration, number)
+    the sorted texts that the columns of this name number; a category is "ID<tab>NAME".
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
         self.content_hash: str = self.manifest["content_hash"]
-        self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
+        self.splits: tuple[str, ...] = tuple(self.manifest["splits"])  # their names
         self.tables: Mapping[str, Sequence[str]] = {name: _table(path, name) for name in TABLE_FILES}
 
     def split(self, name: str) -> "Split":
@@ -81,19 +71,13 @@ class Dataset:
             )
         return Split(self.path, self.manifest, name)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.path,)
-
     def verify(self) -> None:
         """Raises ValueError for the first of `disagreements`."""
         for name, detail in self.disagreements():
             raise ValueError(f"{self.path / name}: {detail}")
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """Yields name and fault of every file that is missing or whose size or checksum the manifest does not have.
-
-        Shards are compared by size alone.
-        """
+        """Yields name and fault of every file that is missing or has another size or checksum (shards: size alone)."""
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
@@ -143,9 +127,7 @@ def _table(dataset: Path, name: str) -> Texts:
 class Split:
     """One split of a data set: clips by row, 0 to num_clips - 1, and shop images by row, 0 to num_images - 1.
 
-    clip_ids, image_ids: sorted, by row; several images may have one id. num_truth: number of queries that Recall
-    divides by, those without a stored clip included. is_evaluation: whether its clips are queries with galleries (val,
-    test). Threads may share a split. It is picklable; its files are then opened again.
+    Threads may share a split. It is picklable; its files are then opened again.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], name: str) -> None:
@@ -155,10 +137,10 @@ class Split:
         self._counts = manifest["splits"][name]
         self.num_clips: int = self._counts["clips"]["records"]
         self.num_images: int = self._counts["images"]["records"]
-        self.num_truth: int = self._counts["truth"]
-        self.is_evaluation = name in EVALUATION_SPLITS
-        self.clip_ids: Sequence[str] = Texts(self._column_path("clips-id.txt"))
-        self.image_ids: Sequence[str] = Texts(self._column_path("images-id.txt"))
+        self.num_truth: int = self._counts["truth"]  # queries that Recall divides by, also those without a stored clip
+        self.is_evaluation = name in ("val", "test")  # its clips are queries with galleries
+        self.clip_ids: Sequence[str] = Texts(self._column_path("clips-id.txt"))  # sorted, by row
+        self.image_ids: Sequence[str] = Texts(self._column_path("images-id.txt"))  # also; several may be equal
         self._livestreams = _table(path, "livestream")
         self._clips = _Shards(path, name, "clips", self._counts["clips"])
         self._images = _Shards(path, name, "images", self._counts["images"])
@@ -172,19 +154,14 @@ class Split:
         Raises IndexError for a row outside the split, and ValueError, which names shard and record, for a record that
         cannot be read, is damaged or belongs to another row.
         """
-        record: ClipRecord = self._clips.read(row, self.columns["ordinal"], decode_clip)
-        return record
+        return self._clips.read(row, self.columns["ordinal"], decode_clip)
 
     def image(self, row: int) -> ImageRecord:
         """Returns the shop image in a row, read from its shard. Raises as `clip` does."""
-        record: ImageRecord = self._images.read(row, self.image_columns["ordinal"], decode_image)
-        return record
+        return self._images.read(row, self.image_columns["ordinal"], decode_image)
 
     def where(self, kind: str, row: int) -> str:
-        """Returns "SHARD record NUMBER", the place of a row for an error message. kind: "clip" or "image".
-
-        Raises IndexError for a row outside the split.
-        """
+        """Returns "SHARD record NUMBER" for a message. kind: "clip", "image". Raises IndexError for a row outside."""
         shards = self._clips if kind == "clip" else self._images
         shard, number = shards.place(row)
         return f"{shards.paths[shard]} record {number}"
@@ -198,9 +175,9 @@ class Split:
     def columns(self) -> dict[str, NDArray[np.int32]]:
         """Columns of the clips by name, each int32 [num_clips], memory-mapped and read-only.
 
-        image: row of this split's images; product, livestream, category, scale, duration, number: index into
-        `Dataset.tables`; -1: none. frames: number of stored frames. original_frames: number of all frames. ordinal:
-        index among the clips that the source lists. Raises ValueError for a missing or damaged file.
+        image: row of this split's images. frames, original_frames: number of stored and of all frames. ordinal: index
+        among the clips that the source lists. Others: index into `Dataset.tables`. -1: none. Raises ValueError for a
+        missing or damaged file.
         """
         return {name: self._column(f"clips-{name}.npy", self.num_clips) for name in CLIP_COLUMNS}
 
@@ -211,10 +188,7 @@ class Split:
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Rows of images by gallery, in the order of the source's file, repetitions kept; {} for training.
-
-        A gallery is named by its livestream; the single one for validation on a download is named "".
-        """
+        """Rows of images by livestream ("" if all share one), in the source's order, repetitions kept; {} for train."""
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
@@ -227,18 +201,10 @@ class Split:
         """Returns the rows of the images in clip `row`'s gallery. Raises KeyError if its livestream has none."""
         return self.galleries[self.gallery_name(row)]
 
-    @cached_property
-    def _truth(self) -> dict[str, list[str]]:
-        truth: dict[str, list[str]] = json.loads(self._column_path("truth.json").read_bytes())
-        return truth
-
     def truth(self, row: int) -> tuple[str, ...]:
-        """Returns the ids of the true images of clip `row`; () if it has none.
-
-        Recall compares ids, not rows: docs/official.md 10.2.
-        """
+        """Returns the ids of the true images of clip `row`; () if it has none. Recall compares ids, not rows."""
         if self.name == "test":
-            return tuple(self._truth[self.clip_ids[row]])
+            return self.truth_by_clip[self.clip_ids[row]]
         image = int(self.columns["image"][row])
         return (self.image_ids[image],) if image >= 0 else ()
 
@@ -246,7 +212,8 @@ class Split:
     def truth_by_clip(self) -> dict[str, tuple[str, ...]]:
         """Ids of the true images by clip id, for every query that Recall divides by, stored or not."""
         if self.name == "test":
-            return {clip: tuple(images) for clip, images in self._truth.items()}
+            truth = json.loads(self._column_path("truth.json").read_bytes())
+            return {clip: tuple(images) for clip, images in truth.items()}
         return {clip: self.truth(row) for row, clip in enumerate(self.clip_ids)}
 
     def _column_path(self, name: str) -> Path:
@@ -282,11 +249,8 @@ class _Shards:
         shard = int(np.searchsorted(self.ends, row, side="right"))
         return shard, int(row - (self.ends[shard - 1] if shard else 0))
 
-    def read(self, row: int, ordinals: NDArray[np.int32], decode: Any) -> Any:
-        """Returns decode(data) of the record in a row. ordinals: of all rows; the record must have its row's.
-
-        Raises IndexError for a row outside the split, and ValueError, which names shard and record, for a bad record.
-        """
+    def read(self, row: int, ordinals: NDArray[np.int32], decode: Callable[[bytes], Record]) -> Record:
+        """Returns decode(data) of the record in a row, which must have the row's of `ordinals`. Raises as `clip`."""
         shard, number = self.place(row)
         file, offsets = self._open(shard)
         begin, end = int(offsets[number]), int(offsets[number + 1])

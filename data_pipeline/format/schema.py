@@ -73,19 +73,16 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClipRecord:
-    """A clip read from its record. A text that the source does not give is "".
-
-    `image_index` is a row of the split's images, `product_index` a line of the data set's products; -1: none.
-    """
+    """A clip read from its record. A text that the source does not give is ""."""
 
     id: str
     ordinal: int  # index among the clips that the source lists for this split, sorted by id
     livestream: str
     frames: list[Frame]  # those that are stored, in order
     original_frames: int  # number of frames of the clip, stored or not
-    image_index: int
+    image_index: int  # row of the split's images; -1: none
     image_ids: list[str]  # training: the image of its pair; test: its true images
-    product_index: int
+    product_index: int  # line of the data set's products; -1: none
     product: str
     category: str
     category_name: str

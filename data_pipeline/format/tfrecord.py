@@ -32,10 +32,7 @@ def frame_record(data: bytes) -> bytes:
 
 
 def unframe_record(framed: bytes) -> bytes:
-    """Returns the data of a record, given its bytes in the shard: the inverse of `frame_record`.
-
-    Raises ValueError if the length or a checksum disagrees.
-    """
+    """Returns the data of a record, given its bytes in the shard. Raises ValueError if length or checksum disagree."""
     if len(framed) < OVERHEAD:
         raise ValueError(f"found {len(framed)} bytes, needs at least {OVERHEAD}")
     length, length_crc = HEADER.unpack_from(framed)
@@ -58,16 +55,10 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-# --- atomic writing ---------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that gets the name `path` when the `with` block ends; after an error it is deleted instead.
-
-    It is written under a temporary name in the same folder, since a rename is atomic only within a file system. The
-    name contains the process id, so that two processes which write one file do not share it.
-    """
+    """Yields a file that gets the name `path` when the `with` block ends; after an error it is deleted instead."""
+    # In the same folder, since a rename is atomic only within a file system. Each process has its own file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

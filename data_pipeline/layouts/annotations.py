@@ -1,7 +1,6 @@
 """The text files that LPR750K and LPR4M share: training lists, truth, galleries, titles, speech.
 
-docs/official.md 8.3 to 8.8 describe them. All of it is text from a download: it is parsed with limits, and never
-evaluated.
+docs/official.md 8.3 to 8.8 describe them. They come from a download, so they are parsed with limits, never evaluated.
 """
 
 import ast
@@ -19,6 +18,9 @@ from data_pipeline.layouts.pictures import SUFFIXES
 MAX_LINE_BYTES = 1 << 24  # a clip of one hour, one frame per second, takes 0.5 MB
 MAX_JSON_BYTES = 1 << 30
 MAX_ID_BYTES = 200  # LPR4M's clip ids have 64
+TYPES = ("scale", "duration", "number")  # the texts from column 4, as TrainingRow's fields
+LPR750K_TEXTS = ("image_path", "image_title", "category", "category_name", "product", "speech", *TYPES)
+LPR4M_TEXTS = ("image_title", "category", "category_name", "speech", *TYPES)
 LIST_OF_STRINGS = re.compile(  # possessive (+): matching a hostile cell takes time linear in its length
     r"""\[\s*+(?:STRING\s*+(?:,\s*+STRING\s*+)*+,?+\s*+)?+\]""".replace(
         "STRING", r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -30,10 +32,9 @@ LIST_OF_STRINGS = re.compile(  # possessive (+): matching a hostile cell takes t
 
 
 def parse_row(line: bytes) -> TrainingRow:
-    """Returns the row in a line, given without its line end, in LPR750K's or LPR4M's columns.
+    """Returns the row in a line, given without its line end but unstripped: the last cell may be empty.
 
-    Column 4 tells them apart: the picture's path in LPR750K, its title in LPR4M (docs/official.md 8.3, 8.4). The line
-    is not stripped before it is split, since the last cell may be empty. Raises BadInputError.
+    Column 4 is the picture's path in LPR750K, its title in LPR4M: docs/official.md 8.3, 8.4. Raises BadInputError.
     """
     try:
         cells = line.decode("utf-8").split("\t")
@@ -49,36 +50,21 @@ def parse_row(line: bytes) -> TrainingRow:
         )
     frames = parse_frames(cells[1])
     boxes = parse_boxes(cells[2], len(frames))
-    if has_path:
-        image_path, title, category, category_name, product, speech, *types = cells[4:]
-        scale, duration, number = (*types, "", "", "")[:3]
-    else:
-        title, category, category_name, speech, scale, duration, number = cells[4:]
-        image_path, product = None, cells[3]
+    texts = dict(zip(LPR750K_TEXTS if has_path else LPR4M_TEXTS, cells[4:], strict=False))
     return TrainingRow(
         clip_id=checked_id(cells[0], "clip"),
         livestream=livestream_of(cells[0]),
         frames=frames,
         boxes=boxes,
         image_id=checked_id(cells[3], "image"),
-        image_path=image_path,
-        image_title=title,
-        category=category,
-        category_name=category_name,
-        product=product or cells[3],
-        speech=speech,
-        scale=scale,
-        duration=duration,
-        number=number,
         columns=len(cells),
+        **texts | {"product": texts.get("product") or cells[3]},
     )
 
 
 def parse_frames(cell: str) -> tuple[str, ...]:
     """Returns the strings of a list written as JSON or Python writes it. Raises BadInputError for anything else."""
     frames = _parse_list(cell, "frame")
-    if not all(isinstance(frame, str) for frame in frames):
-        raise _not_a_list(cell, "frame")
     if not frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the line.")
     if not "".join(frames).isprintable():
@@ -98,14 +84,9 @@ def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | Non
 
 
 def parse_frame_boxes(value: Any) -> tuple[Box, ...]:
-    """Returns the boxes of one frame, given as [x1, y1, x2, y2] or a list of those. Raises BadInputError.
-
-    A box of zeros means that there is none: docs/official.md 8.5.
-    """
-    if not isinstance(value, list):
-        raise _bad_box(value)
-    boxes = value if all(isinstance(each, list) for each in value) else [value]
-    return tuple(box for box in map(_box, boxes) if any(box))
+    """Returns the boxes of one frame, given as [x1, y1, x2, y2] or a list of those. Raises BadInputError."""
+    boxes = value if isinstance(value, list) and all(isinstance(each, list) for each in value) else [value]
+    return tuple(box for box in map(_box, boxes) if any(box))  # zeros: there is no box (docs/official.md 8.5)
 
 
 def _box(value: Any) -> Box:
@@ -113,37 +94,27 @@ def _box(value: Any) -> Box:
         isinstance(side, int | float) and not isinstance(side, bool) and abs(side) < 1e9 for side in value
     )
     if not numbers or len(value) != 4:
-        raise _bad_box(value)
+        detail = f"found the box {value!r:.80}, needs four numbers [x1, y1, x2, y2]; correct it."
+        raise BadInputError("bad box", detail)
     left, top, right, bottom = map(float, value)
     return left, top, right, bottom
 
 
-def _bad_box(value: Any) -> BadInputError:
-    return BadInputError("bad box", f"found the box {value!r:.80}, needs four numbers [x1, y1, x2, y2]; correct it.")
-
-
 def _parse_list(cell: str, what: str) -> list:
-    """Returns the list in a cell: any JSON list, or a flat list of strings as Python's repr writes it.
-
-    literal_eval gets only cells that the pattern has shown to be flat lists of string literals, so it cannot recurse.
-    Raises BadInputError, which names the column by `what`.
-    """
+    """Returns the list in a cell of the column `what`, "frame" (a list of strings) or "box". Raises BadInputError."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
-        try:
+        try:  # literal_eval gets only flat lists of string literals, so it cannot recurse
             value = ast.literal_eval(cell.strip()) if LIST_OF_STRINGS.fullmatch(cell.strip()) else None
         except (ValueError, SyntaxError, MemoryError):
             value = None
-    if not isinstance(value, list):
-        raise _not_a_list(cell, what)
+    strings = what == "frame"
+    if not isinstance(value, list) or (strings and not all(isinstance(each, str) for each in value)):
+        needs = "strings" if strings else "boxes"
+        detail = f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
+        raise BadInputError("not a list", detail)
     return value
-
-
-def _not_a_list(cell: str, what: str) -> BadInputError:
-    needs = "strings" if what == "frame" else "boxes"
-    detail = f"found {cell!r:.80} in the {what} column, needs a list of {needs}; correct the cell."
-    return BadInputError("not a list", detail)
 
 
 def checked_id(text: str, what: str) -> str:
@@ -170,13 +141,9 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
         if begin:
             file.readline()  # the end of a line that starts before `begin`
         number, offset = 0, file.tell()
-        while end is None or offset < end:
-            line = file.readline(MAX_LINE_BYTES)
-            if not line:
-                return
+        while (end is None or offset < end) and (line := file.readline(MAX_LINE_BYTES)):
             number += 1
-            content = line.rstrip(b"\r\n")
-            if content:
+            if content := line.rstrip(b"\r\n"):
                 yield number, offset, content
             offset += len(line)
 
@@ -188,15 +155,14 @@ def read_row(source: Path, location: RowLocation) -> TrainingRow:
         return parse_row(file.read(location.length))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files: what a function cannot read of one (docs/official.md 8.6), it leaves out and adds to its list `faults` ----
 
 
 def training_lists(source: Path, chosen: str | None) -> list[Path]:
-    """Returns the files of the training list: the one that is not validation's, or the one with the `chosen` name.
+    """Returns the files of the training list: the `chosen` list or part, else the only list that is not validation's.
 
-    Files are parts of one list if their names differ only in a trailing _part_NN (docs/official.md 8.2, 8.4). A chosen
-    part is a list of its own. Returns [] if nothing is chosen and there is no list. Raises WrongUseError if there are
-    several, or none has the chosen name.
+    Files are parts of one list if their names differ only in a trailing _part_NN (docs/official.md 8.2, 8.4). Returns
+    [] if there is no list and none is chosen. Raises WrongUseError if there are several, or none has the chosen name.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted((source / "annotations").glob("training_videoinfo_*")):
@@ -219,11 +185,7 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
 
 
 def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
-    """Returns the JSON object in a file.
-
-    Repeated keys (the first counts) and bytes that are not UTF-8 are added to `faults`. Raises BadInputError if the
-    file is too large or no JSON object.
-    """
+    """Returns the JSON object in a file. Raises BadInputError if the file is too large or contains no JSON object."""
     file = _name_in_source(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
@@ -232,16 +194,14 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as err:
-        detail = f"found {err.reason} at byte {err.start}; convert its encoding."
-        faults.append(Fault("not UTF-8", file, detail))
+        faults.append(Fault("not UTF-8", file, f"found {err.reason} at byte {err.start}; convert its encoding."))
         text = data.decode("utf-8", "replace")
 
     def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
         for key, each in pairs:
             if key in value:
-                detail = f"found the id {key} twice, needs each once; remove one."
-                faults.append(Fault("duplicate id", file, detail))
+                faults.append(Fault("duplicate id", file, f"found the id {key} twice, needs each once; remove one."))
             value.setdefault(key, each)
         return value
 
@@ -260,10 +220,7 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
 
 
 def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]:
-    """Returns a JSON object of lists of ids, such as truth and galleries (docs/official.md 8.6).
-
-    Entries at fault are left out and added to `faults`. Raises BadInputError if the file is no JSON object.
-    """
+    """Returns lists of ids by id, such as truth, from a JSON object. Raises BadInputError if the file has none."""
     lists = {}
     for key, ids in load_json_object(path, faults).items():
         try:
@@ -277,19 +234,13 @@ def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]
 
 
 def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
-    """Returns texts by id, from lines ID<tab>TEXT of titles or speech (docs/official.md 8.6); {} without a file.
-
-    Lines at fault are left out and added to `faults`.
-    """
-    texts: dict[str, str] = {}
-    for line in decoded_lines(path, faults) if path else ():
-        key, _, text = line.partition("\t")
-        texts[key] = text
-    return texts
+    """Returns texts by id, from the lines ID<tab>TEXT of titles or speech; {} without a file."""
+    parts = (line.partition("\t") for line in decoded_lines(path, faults)) if path else ()
+    return {key: text for key, _, text in parts}
 
 
 def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
-    """Yields the lines of a small list. Those that are not UTF-8 are left out and added to `faults`."""
+    """Yields the lines of a small list. Those that are not UTF-8 become `faults`."""
     for number, _, line in read_lines(path):
         try:
             yield line.decode("utf-8")
@@ -299,21 +250,17 @@ def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
 
 
 def load_boxes(path: Path | None, faults: list[Fault]) -> dict[str, tuple[Box, ...]]:
-    """Returns boxes by frame id, from a JSON object (docs/official.md 8.6); {} without a file.
-
-    Entries at fault are left out and added to `faults`. Raises BadInputError if the file is no JSON object.
-    """
+    """Returns boxes by frame id, from a JSON object; {} without a file. Raises BadInputError if the file has none."""
     boxes: dict[str, tuple[Box, ...]] = {}
-    if path is None:
-        return boxes
-    for frame_id, value in load_json_object(path, faults).items():
-        try:
-            boxes[frame_id] = parse_frame_boxes(value)
-        except BadInputError as err:
-            faults.append(err.at(_name_in_source(path), 0, f"frame {frame_id:.{MAX_ID_BYTES}}"))
+    if path:
+        for frame_id, value in load_json_object(path, faults).items():
+            try:
+                boxes[frame_id] = parse_frame_boxes(value)
+            except BadInputError as err:
+                faults.append(err.at(_name_in_source(path), 0, f"frame {frame_id:.{MAX_ID_BYTES}}"))
     return boxes
 
 
 def _name_in_source(path: Path) -> str:
-    """Returns a list's path relative to its source: it is in annotations/, or is LPR4M's list of URLs at the top."""
+    # A list is in annotations/, except for LPR4M's list of URLs, which may be at the top of the source.
     return f"{path.parent.name}/{path.name}" if path.parent.name == "annotations" else path.name

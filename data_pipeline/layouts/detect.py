@@ -19,17 +19,16 @@ SAMPLED_FRAMES = 10  # the most frames of a clip that the official code samples:
 def open_source(
     name: str,
     source: Path,
+    stored_frames: int | None,
     *,
     wanted: tuple[str, ...] | None = None,
     train_annotation: str | None = None,
-    stored_frames: int | None = None,
 ) -> tuple[Layout, tuple[str, ...]]:
     """Returns a source folder as the layout `name`, and the splits to read in the order train, val, test.
 
-    wanted: splits to read; None: all that the source has, with a message on stderr about the others.
-    train_annotation, stored_frames: as in `TextLayout` and `Layout`.
-    Raises WrongUseError if the folder does not have the layout, a wanted split, or any split. Other faults of its lists
-    are in the layout's `faults`.
+    wanted: splits to read; None: all that the source has, with a message on stderr about the others. The others are as
+    in `TextLayout`. Raises WrongUseError if the folder does not have the layout, a wanted split, or any split. Other
+    faults of its lists are in the layout's `faults`.
     """
     kind = LAYOUTS[name]
     if absent := [f"{folder}/" for folder in kind.FOLDERS if not (source / folder).is_dir()]:

@@ -1,8 +1,8 @@
 """Downloads by img2dataset: which numbered picture is which frame, and which downloads failed (docs/official.md 8.7).
 
-A picture's file is named by shard and key. The picture's own name is only in the URL in the sidecar KEY.json or in the
-shard's table SHARD.parquet. LPR4M has 473 million pictures, so an index has only those that are looked up (40 million
-sampled frames), 42 bytes each, by a hash of the name, in a file that the workers map.
+A picture's file is named by shard and key. Its own name is only in the URL in the sidecar KEY.json or in the shard's
+table SHARD.parquet. LPR4M has 473 million pictures, so an index has only those that are looked up (40 million sampled
+frames), 42 bytes each, by a hash of the name, in a file that the workers map.
 """
 
 import hashlib
@@ -48,6 +48,7 @@ MAX_URL_BYTES = 1 << 14
 MAX_SIDE = 1 << 24  # px, of an original picture
 MAX_MEMBER_BYTES = (1 << 32) - 1  # PLACE's size
 TABLE_COLUMNS = ["url", "key", "status", "original_width", "original_height"]
+Entry = tuple[str, str, bool, tuple[int, int]]  # of a download: name, key, stored or not, size of the original in px
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class Download:
 
 
 def find_download(source: Path, kind: str) -> Download:
-    """Returns the download `kind` (training_frame, ...), a folder in the source or in its files/ or webdataset/.
-
-    Raises WrongUseError if there is none with numbered shards.
-    """
+    """Returns the download `kind`, such as training_frame. Raises WrongUseError if none has numbered shards."""
     for above in FOLDERS_ABOVE:
         folder = Path(above) / kind
         if not (source / folder).is_dir():
@@ -100,10 +98,7 @@ def name_of(text: str) -> str:
 
 
 def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
-    """Returns 64 bits of each name, uint64 [len(names)].
-
-    The probability that any of LPR4M's 473 million names is confused with one of the 40 million looked up is 1e-3.
-    """
+    """Returns 64 bits of each name, uint64 [len(names)]. The probability of a confusion in LPR4M is 1e-3."""
     digests = b"".join(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in names)
     return np.frombuffer(digests, "<u8")
 
@@ -158,10 +153,8 @@ def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int,
     """
     pictures: dict[str, tuple[int, int, int]] = {}
     sidecars: dict[str, tuple[int, int]] = {}
-    if download.tars:
-        members = _tar_members(download, number)
-    else:
-        members = ((name, 0, 0) for name in os.listdir(download.source / download.folder / download.shards[number]))
+    shard = download.source / download.folder / download.shards[number]
+    members = _tar_members(shard) if download.tars else ((name, 0, 0) for name in os.listdir(shard))
     for name, offset, size in members:
         key, suffix = os.path.splitext(name)
         if not re.fullmatch(r"\d{1,18}", key):
@@ -173,10 +166,9 @@ def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int,
     return pictures, sidecars
 
 
-def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, int]]:
-    path = download.source / download.folder / f"{download.shards[number]}.tar"
+def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(f"{shard}.tar", "r:") as tar:
             for member in tar:
                 if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
                     yield member.name, member.offset_data, member.size
@@ -185,8 +177,8 @@ def _tar_members(download: Download, number: int) -> Iterator[tuple[str, int, in
         raise BadInputError("unreadable archive", detail) from err
 
 
-def _read_table(download: Download, number: int) -> list[tuple[str, str, bool, tuple[int, int]]] | None:
-    """Returns (name, key, stored, original size) of every download in a shard, failed ones included.
+def _read_table(download: Download, number: int) -> list[Entry] | None:
+    """Returns the entry of every download in a shard, failed ones included.
 
     Returns None if the shard has no table or pyarrow is not installed. Raises BadInputError if it cannot be read.
     """
@@ -220,21 +212,16 @@ def _refuse_long_texts(table: Any) -> None:
             raise ValueError(f"found a text of {longest:,} bytes, needs at most {MAX_URL_BYTES:,}")
 
 
-def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> tuple[str, str, bool, tuple[int, int]]:
-    """Returns (name, key, stored, original size) of one download.
-
-    Raises ValueError, TypeError or OverflowError for values that no download has.
-    """
+def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> Entry:
+    """Returns the entry of a download. Raises ValueError, TypeError or OverflowError for values that none has."""
     size = int(width or 0), int(height or 0)
     if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
     return name_of(url), key, status == "success", size
 
 
-def _read_sidecars(
-    download: Download, number: int, sidecars: dict[str, tuple[int, int]]
-) -> Iterator[tuple[str, str, bool, tuple[int, int]]]:
-    """Yields (name, key, stored, original size) of each download in a shard that has a sidecar; failed ones have none.
+def _read_sidecars(download: Download, number: int, sidecars: dict[str, tuple[int, int]]) -> Iterator[Entry]:
+    """Yields the entry of each download in a shard that has a sidecar; failed ones have none.
 
     Raises WrongUseError if there are no sidecars but a table, and BadInputError if a sidecar cannot be read.
     """
@@ -257,14 +244,11 @@ def _read_sidecars(
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Yields the name of every download, shard by shard.
-
-    Raises BadInputError for a shard that cannot be read, and WrongUseError as `_read_sidecars` does.
-    """
+    """Yields the name of every download, shard by shard. Raises BadInputError and WrongUseError as `_read_sidecars`."""
     for number in range(len(download.shards)):
         table = _read_table(download, number)
-        for name, *_ in table if table is not None else _read_sidecars(download, number, _members(download, number)[1]):
-            yield name
+        entries = table if table is not None else _read_sidecars(download, number, _members(download, number)[1])
+        yield from (name for name, *_ in entries)
 
 
 def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault]:
@@ -289,20 +273,15 @@ def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault
 
 
 class Index:
-    """An index of the wanted names of one download. Picklable, since hashes and places are mapped from files.
-
-    folder: for these files; old ones are overwritten. complete: every shard's table was read, so that a name which is
-    not listed was never downloaded. listed, failed: numbers of all downloads. faults: of shards.
-    """
+    """An index of the wanted names of one download. Picklable, since it maps its arrays from files in `folder`."""
 
     def __init__(self, download: Download, folder: Path) -> None:
         self.download = download
         name = download.folder.replace("/", "-")
         self.hashes_file, self.places_file = folder / f"{name}.hashes.npy", folder / f"{name}.places.npy"
-        self.complete = True
-        self.listed = 0
-        self.failed = 0
-        self.faults: list[Fault] = []
+        self.complete = True  # every shard's table was read, so that a name which is not listed was never downloaded
+        self.listed = self.failed = 0  # numbers of all downloads
+        self.faults: list[Fault] = []  # of shards
         self._save(np.zeros(0, np.uint64), np.zeros(0, PLACE))
 
     def __getstate__(self) -> dict[str, Any]:

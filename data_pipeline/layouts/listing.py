@@ -1,9 +1,8 @@
 """Layouts of a source, and the clips and shop images that they list before any picture is opened.
 
 LPR4M has 4 million clips with 473 million frame names in 50 GB of text. So the workers read the text in parts, and the
-memory keeps of each clip its id (71 bytes), the place of its line (18), seven int32 columns (28) and, where pictures
-must be looked up, ten hashes (80), but no frame. The workers that write the shards read the lines again by their
-offsets. Shop images (332 thousand) and test clips (20 thousand) are kept as objects.
+memory keeps of each clip its id, the place of its line, seven int32 columns and, where pictures must be looked up, ten
+hashes (200 bytes in all). The workers that write the shards read the lines again by their offsets.
 """
 
 import abc
@@ -35,16 +34,16 @@ class TrainingRow:
     frames: tuple[str, ...]  # paths (LPR750K) or frame ids (LPR4M)
     boxes: tuple[tuple[Box, ...], ...] | None  # of each frame; None: not given
     image_id: str
-    image_path: str | None  # LPR750K only
+    columns: int  # how many the line has
     image_title: str
     category: str
     category_name: str
     product: str  # spu id where the list has one, else the image id
     speech: str
-    scale: str
-    duration: str
-    number: str
-    columns: int  # how many the line has
+    image_path: str | None = None  # LPR750K only
+    scale: str = ""
+    duration: str = ""
+    number: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,27 +77,20 @@ ClipSource = RowLocation | ClipListing  # from which a clip can be read again
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundFrame:
-    """A listed frame and its picture."""
-
     position: int  # in the clip's list
     picture: Picture | BadInputError | None  # None: its download failed
 
 
 class Layout(abc.ABC):
-    """A layout of a source on disk. Picklable and small, as each worker gets a copy.
-
-    source: the folder. stored_frames: how many evenly spaced frames of a clip are stored at most; None: all.
-    faults: of lists and names as a whole, which cannot be assigned to clips, so that no conversion may skip them.
-    copies: paths of listed pictures that are not stored, since another picture of that name has the same bytes.
-    """
+    """A layout of a source folder on disk. Picklable and small, as each worker gets a copy."""
 
     FOLDERS: ClassVar[tuple[str, ...]]  # that a source must have; the first contains the lists or clips
 
     def __init__(self, source: Path, stored_frames: int | None) -> None:
         self.source = source
-        self.stored_frames = stored_frames
-        self.faults: list[Fault] = []
-        self.copies: list[str] = []
+        self.stored_frames = stored_frames  # how many evenly spaced frames of a clip are stored at most; None: all
+        self.faults: list[Fault] = []  # of lists and names as a whole: no conversion may skip them
+        self.copies: list[str] = []  # paths of listed pictures that are not stored, as one of that name has their bytes
 
     def stored_positions(self, count: int) -> list[int]:
         """Returns the positions of the frames to store of a clip of `count`: sampled (docs/official.md 9.1), or all."""
@@ -113,10 +105,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
-        """Returns [size, CRC32C] of each list or table that the splits are read from, by its name.
-
-        A conversion whose checksums differ is another conversion.
-        """
+        """Returns [size, CRC32C] of each list or table that the splits are read from, by its name."""
 
     @abc.abstractmethod
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
@@ -136,43 +125,20 @@ class Layout(abc.ABC):
         return ()
 
     def locate(self, listings: Sequence["Listing"], run: RunTasks, work: Path) -> list[str]:
-        """Looks up the pictures of all listings, before the first is read. Returns remarks for the report.
-
-        work: a folder for its files. Faults are added to the listings.
-        """
+        """Looks up the pictures of all listings, adds faults to them, and returns remarks. work: a folder for files."""
         return []
 
     @abc.abstractmethod
     def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
-        """Returns a clip as it is listed, and its frames to store with their pictures, sorted by position.
+        """Returns a clip as it is listed, and its frames at `stored_positions` with their pictures, sorted by position.
 
-        These are the frames at `stored_positions`. If a download misses one of them, they are sampled again from the
-        frames that it has. All frames that it misses are then returned too, with None if their download failed, else
-        with the error. Raises BadInputError for a line that cannot be parsed.
+        If a download misses one of them, they are sampled again from the frames that it has. All frames that it misses
+        are then returned too, with None (failed) or the error. Raises BadInputError for a line that cannot be parsed.
         """
 
     @abc.abstractmethod
     def find_image(self, image: ShopImage, split: str) -> Picture:
         """Returns the location of a shop image's picture. Raises BadInputError if it has none."""
-
-
-class TextNumbers:
-    """Numbers texts in the order in which they come, from 0. `sort` renumbers them at the end."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, text: str) -> int:
-        """Returns the number of a text, a new one if it is new; NONE for ""."""
-        return self.numbers.setdefault(text, len(self.numbers)) if text else NONE
-
-    def sort(self) -> tuple[list[str], NDArray[np.int32]]:
-        """Returns the texts sorted, and an array of the new number by old number. Its last entry maps NONE to NONE."""
-        texts = sorted(self.numbers)
-        renumber = np.full(len(texts) + 1, NONE, np.int32)
-        for new, text in enumerate(texts):
-            renumber[self.numbers[text]] = new
-        return texts, renumber
 
 
 @dataclasses.dataclass
@@ -213,8 +179,6 @@ def sort_images(listing: Listing) -> None:
     renumber[order] = np.arange(len(order))
     listing.images = [listing.images[row] for row in order]
     listing.columns["image"] = renumber[listing.columns["image"]]
-    # No file orders the gallery "" of validation, so it gets the order of the sorted images.
-    listing.galleries = {
-        name: sorted(renumber[rows].tolist()) if name == "" else renumber[rows].tolist()
-        for name, rows in listing.galleries.items()
-    }
+    for name, rows in listing.galleries.items():
+        renumbered = renumber[rows].tolist()
+        listing.galleries[name] = renumbered if name else sorted(renumbered)  # no file orders validation's gallery, ""

@@ -1,7 +1,4 @@
-"""The layout of LPR4M as its authors' download creates it: lists of ids, and pictures that img2dataset has numbered.
-
-docs/official.md 8.4 to 8.7 describe it.
-"""
+"""LPR4M as downloaded: lists of ids, and pictures that img2dataset has numbered (docs/official.md 8.4 to 8.7)."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +23,6 @@ from data_pipeline.layouts.listing import (
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
-KINDS = ("image", "frame")
 LINES_A_TASK = 1000
 
 
@@ -52,10 +48,10 @@ class Lpr4m(TextLayout):
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
         """Returns the test clips, grouped from frame ids (CLIP-NUMBER), since LPR4M has no list of its queries."""
         urls = self._frame_urls()
-        if urls:
-            names = [name_of(line) for line in decoded_lines(urls, self.faults)]
+        if urls is None:
+            names = list_names(find_download(self.source, "test_frame"))
         else:
-            names = list(list_names(find_download(self.source, "test_frame")))
+            names = map(name_of, decoded_lines(urls, self.faults))
         frames: dict[str, set[str]] = {}
         for name in names:
             frames.setdefault(name.rpartition("-")[0], set()).add(name)
@@ -77,23 +73,17 @@ class Lpr4m(TextLayout):
             raise WrongUseError(f"{self.source}: found {len(found)} files {FRAME_URLS}, needs one; remove the others.")
         return found[0] if found else None
 
-    # --- pictures -----------------------------------------------------------------------------------------------------
-
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
-        """Looks up the pictures of all listings in the downloads. Returns remarks for the report.
-
-        Frames are looked up in two steps: those to store, then all frames of the clips that miss one of them, since
-        `find_frames` samples such a clip again.
-        """
-        images, frames = ({_download_of(listing.split, kind) for listing in listings} for kind in KINDS)
-        for folder in sorted(images | frames):
-            users = [each for each in listings if folder in (_download_of(each.split, kind) for kind in KINDS)]
+        for folder in sorted({_download_of(each.split, kind) for each in listings for kind in ("image", "frame")}):
+            kind = folder.rpartition("_")[2]
+            users = [listing for listing in listings if _download_of(listing.split, kind) == folder]
             index = self.indices[folder] = Index(find_download(self.source, folder), work)
-            if folder in images:
+            if kind == "image":
                 names = [image.reference for listing in users for image in listing.images]
                 index.add(np.unique(hash_names(names)), run)
             else:
                 index.add(_unique(listing.frame_hashes for listing in users), run)
+                # All frames of the clips that miss one to store, since `find_frames` samples such a clip again.
                 gaps = [each for user in users for each in _hash_frames(user, _clips_with_gaps(user, index), run)]
                 index.add(_unique(gaps), run)
             users[0].faults += index.faults
@@ -151,7 +141,6 @@ def _clips_with_gaps(listing: Listing, index: Index) -> NDArray[np.int64]:
 
 
 def _hash_frames(listing: Listing, ordinals: NDArray[np.int64], run: RunTasks) -> list[NDArray[np.uint64]]:
-    """Returns hashes of all frames of the given clips, which the workers read."""
     parts = [ordinals[begin : begin + LINES_A_TASK].tolist() for begin in range(0, len(ordinals), LINES_A_TASK)]
     tasks = ([[listing.source(ordinal) for ordinal in part]] for part in parts)
     return list(run(hash_frames, tasks, f"{listing.split}: clips with failed downloads", total=len(parts)))

@@ -1,7 +1,4 @@
-"""The layout of LPR750K as downloaded: pictures in folders, and lists that name them by path.
-
-docs/official.md 8.1 to 8.3, 8.8 and 8.9 describe it.
-"""
+"""LPR750K as downloaded: pictures in folders, and lists of their paths (docs/official.md 8.1 to 8.3, 8.8, 8.9)."""
 
 import os
 from pathlib import Path
@@ -37,11 +34,7 @@ class Lpr750k(TextLayout):
         return self.read_queries(path, annotations.load_json_object(path, self.faults), _query_frames)
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Returns the gallery of each livestream, and faults of its rows. A picture in several galleries is one image.
-
-        The official code reads the file that each row names. So a file whose bytes differ from those of the first of
-        its name is an image of its own.
-        """
+        """Returns the gallery of each livestream, and faults of its rows. Files of one name and bytes are one image."""
         path = self.find_list(GALLERY)
         titles = annotations.load_texts(self.find_optional(TITLES), self.faults)
         galleries: dict[str, list[ShopImage]] = {}
@@ -54,6 +47,7 @@ class Lpr750k(TextLayout):
                 reference = f"gallery/{livestream}/{name}"
                 picture = self.pictures.find(reference, missing=NO_IMAGE)
                 known, known_reference = first.setdefault(name, (picture, reference))
+                # The official code reads the file that each row names, so that other bytes are another image.
                 if known is not picture and self.pictures.read(known) == self.pictures.read(picture):
                     reference = known_reference
                     self.copies.append(picture.path)
@@ -100,11 +94,7 @@ def _gallery_row(line: bytes) -> tuple[str, str]:
 
 
 def _image_id(name: str) -> str:
-    """Returns the image id of a gallery file: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError.
-
-    The official parser leaves the suffix in the id of the second form, which then matches no entry of the truth
-    (docs/official.md 8.8).
-    """
-    stem, suffix = os.path.splitext(name)
+    """Returns the image id of a gallery file: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError."""
+    stem, suffix = os.path.splitext(name)  # the official parser leaves the second's suffix: docs/official.md 8.8
     stem = stem if suffix.lower() in SUFFIXES else name
     return annotations.checked_id("-".join(stem.split("-")[:5]), "image")

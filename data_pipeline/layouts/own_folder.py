@@ -4,8 +4,8 @@
     shop/<product>.*            the product's shop image
     products.csv, clips.csv     titles and livestreams; splits
 
-A product's name is the id of its shop image, and <product>/<clip> the id of a clip. --on-error=skip leaves out clips
-and shop images at fault. Faults of tables and names cannot be skipped, since nobody knows which clips they affect.
+A product's name is the id of its shop image, and <product>/<clip> the id of a clip. Faults of tables and names cannot
+be skipped, since nobody knows which clips they affect.
 """
 
 import collections
@@ -58,14 +58,12 @@ class FolderEntry:
 
 @dataclasses.dataclass(slots=True)
 class ClipFolder:
-    """A folder of frames."""
-
     id: str
     path: str
     product: str
     frames: tuple[str, ...]
     others: tuple[str, ...]  # names of its entries that are no pictures
-    split: str = ""
+    split: str = "train"
 
 
 class OwnFolder(Layout):
@@ -173,30 +171,26 @@ class OwnFolder(Layout):
                 self.faults.append(err.at("products.csv", line))
 
     def _read_splits(self) -> None:
-        """Sets each clip's split: from clips.csv, else train; without clips.csv by `default_splits`."""
-        if not (self.source / "clips.csv").exists():
-            of_product = collections.defaultdict(list)
-            for clip in self.clips.values():
-                clip.split = "train"  # also of a clip without pictures, which does not count as its product's last clip
-                if clip.frames:
-                    of_product[clip.product].append(clip)
-            for clips in of_product.values():
-                for clip, split in zip(clips, default_splits(len(clips)), strict=True):
-                    clip.split = split
-            return
-        for clip in self.clips.values():
-            clip.split = "train"
+        """Sets each clip's split as clips.csv names it (clips that it does not name are for training).
+
+        Without clips.csv `default_splits` decides. A clip without pictures does not count as its product's last clip.
+        """
         for line, clip_id, cells in self._rows("clips.csv", self.clips.keys()):
             self.clips[clip_id].split = cells["split"]
             if cells["split"] not in SPLITS:
                 detail = f"found the split {cells['split']!r}, needs one of {', '.join(SPLITS)}; correct it."
                 self.faults.append(Fault("unknown split", "clips.csv", detail, line))
+        if not (self.source / "clips.csv").exists():
+            of_product = collections.defaultdict(list)
+            for clip in self.clips.values():
+                if clip.frames:
+                    of_product[clip.product].append(clip)
+            for clips in of_product.values():
+                for clip, split in zip(clips, default_splits(len(clips)), strict=True):
+                    clip.split = split
 
     def _rows(self, file: str, known: Set[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
-        """Yields (line, id, cells by column) of each row of a table, nothing if it does not exist.
-
-        Rows with an id that is not `known`, or that an earlier row has, become faults instead.
-        """
+        """Yields (line, id, cells by column) of each row of a table with a `known`, new id, if the table exists."""
         if not (self.source / file).exists():
             return
         first: dict[str, int] = {}
@@ -248,10 +242,8 @@ class OwnFolder(Layout):
             return BadInputError("clip without pictures", detail)
         images = self.shop.get(clip.product, ())
         if not images:
-            name = f"shop/{clip.product}.jpg (or .jpeg, .png, .webp)"
-            return BadInputError(
-                "product without shop image", f"found no {name}, needs one; add it, or remove the clip."
-            )
+            detail = f"found no shop/{clip.product}.jpg (or .jpeg, .png, .webp), needs one; add it, or remove the clip."
+            return BadInputError("product without shop image", detail)
         return _two_images(images) if len(images) > 1 else None
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
@@ -276,11 +268,8 @@ class OwnFolder(Layout):
 
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
         """Warns of oddities of the folder, once, and returns the same remarks for the report."""
-        remarks = [
-            f"{' and '.join(paths)}: found the same picture for several products, needs one that tells them apart; "
-            "replace one."
-            for paths in self._same_pictures(listings)
-        ]
+        same = "found the same picture for several products, needs one that tells them apart; replace one."
+        remarks = [f"{' and '.join(paths)}: {same}" for paths in self._same_pictures(listings)]
         if self.left_out:
             more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             shown = ", ".join(map(_printable, self.left_out[:SHOWN]))
@@ -327,19 +316,13 @@ def natural(name: str) -> tuple[list[str | int], str]:
 
 
 def default_splits(count: int) -> list[str]:
-    """Returns the splits of a product's clips, in order: train, then test for the last one.
-
-    With four clips or more the one before the last is for validation.
-    """
+    """Returns the splits of a product's clips, in order: train, then one val if `count` is 4 or more, then one test."""
     held_out = ["val", "test"] if count >= 4 else ["test"]
     return ["train"] * (count - len(held_out)) + held_out
 
 
 def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line, cells by column) of each row of a CSV file. Its first line names the columns.
-
-    Rows at fault become faults instead. If the text or the columns cannot be read there are no more rows.
-    """
+    """Yields (line, cells by column) of each row of a CSV file, below its line of columns. Others become `faults`."""
     try:
         text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as err:
@@ -375,5 +358,5 @@ def _two_images(images: Sequence[str]) -> BadInputError:
 
 
 def _printable(path: str) -> str:
-    """Returns a path with its unprintable characters escaped."""
+    # Unprintable characters become escapes.
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in path)

@@ -35,16 +35,15 @@ class PictureReader:
         self._real_root = os.path.realpath(root)
 
     def find(self, path: str, *, missing: str) -> Picture:
-        """Returns the picture that `path`, relative to the source folder, refers to.
+        """Returns the picture at `path`, relative to the source folder, with the first of SUFFIXES that exists there.
 
-        Its suffix is replaced by the first of SUFFIXES for which a file exists, else it is kept: docs/official.md 8.9.
-        Raises BadInputError if the path leads out of the folder, or, with the reason `missing`, if no file exists.
+        If none exists, the suffix is kept: docs/official.md 8.9. Raises BadInputError if the path leads out of the
+        folder, or, with the reason `missing`, if no file exists.
         """
         self._refuse_leaving(path)
         stem, given = os.path.splitext(path)
         for suffix in (*SUFFIXES, given):
-            candidate = os.path.join(self.root, stem + suffix)
-            if os.path.isfile(candidate):
+            if os.path.isfile(os.path.join(self.root, stem + suffix)):
                 return Picture(os.path.basename(stem), stem + suffix)
         detail = f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
         raise BadInputError(missing, f"{detail}or leave the clip out with --on-error=skip.", path)
@@ -98,18 +97,10 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def check_picture(data: bytes, path: str) -> tuple[int, int]:
-    """Returns width and height of a picture after decoding all of it. Every stored picture is checked here once.
-
-    Raises BadInputError if it cannot be decoded, is too large, or has another format than the suffix of `path`.
-    """
-    return decode_picture(data, path).size
-
-
 def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image:
-    """Returns the first picture of a file, decoded. Raises BadInputError as `check_picture` does.
+    """Returns the first picture of a file, decoded. Raises BadInputError if that fails or the picture is too large.
 
-    named: compare the format with the suffix of `path`, which is otherwise only for messages.
+    named: also if its format is not that of the suffix of `path`, which is otherwise only for messages.
     """
     if not data:
         raise BadInputError("empty picture", "found 0 bytes, needs a picture; restore the file.", path)

@@ -4,7 +4,7 @@ import abc
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.manifest import SPLITS
@@ -18,21 +18,17 @@ TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
 VALIDATION = "training_videoinfo_val*"
 NO_IMAGE = "image id without an image"
-T = TypeVar("T")
 
 
 class TextLayout(Layout):
-    """A layout with a folder annotations/, whose training and validation clips are lines of text files.
-
-    train_annotation: name of the training list where there are several; None: there is one.
-    """
+    """A layout with a folder annotations/. Its training and validation clips are lines of text files."""
 
     FOLDERS: ClassVar[tuple[str, ...]] = ("annotations",)
     TEST_LISTS: ClassVar[tuple[str, ...]]  # patterns of the files of a test split; without the first there is none
 
     def __init__(self, source: Path, train_annotation: str | None, stored_frames: int | None) -> None:
         super().__init__(source, stored_frames)
-        self.train_annotation = train_annotation
+        self.train_annotation = train_annotation  # name of the training list if there are several; None: there is one
 
     @abc.abstractmethod
     def shop_image(self, row: TrainingRow) -> ShopImage:
@@ -90,14 +86,13 @@ class TextLayout(Layout):
         return source if isinstance(source, ClipListing) else annotations.read_row(self.source, source)
 
     def read_queries(
-        self, file: Path, entries: Mapping[str, T], frames_of: Callable[[T], tuple[str, ...]]
+        self, file: Path, entries: Mapping[str, Any], frames_of: Callable[[Any], tuple[str, ...]]
     ) -> tuple[list[ClipListing], list[Fault]]:
         """Returns the test clips of `file` with their truth, boxes and speech, and a fault for each that is unusable.
 
         entries: the content of the file by clip id. frames_of: returns the frames of an entry or raises BadInputError.
-        Faults of the files with boxes and speech are added to the layout's.
         """
-        truth = self.truth
+        truth = self.truth  # loaded first, for the order of the faults
         boxes = annotations.load_boxes(self.find_optional(BOXES), self.faults)
         speech = annotations.load_texts(self.find_optional(SPEECH), self.faults)
         name = str(file.relative_to(self.source))

@@ -16,12 +16,8 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
     """Returns a parser for the command `prog` with `doc` as its help. Options cannot be abbreviated."""
-    return argparse.ArgumentParser(
-        prog,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog, description=doc, formatter_class=formatter, allow_abbrev=False)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +58,8 @@ def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; to continue, {again}", file=sys.stderr)
     except concurrent.futures.process.BrokenProcessPool:
-        print(
-            f"A worker process was killed, perhaps for lack of memory; use fewer --workers if so, and {again}",
-            file=sys.stderr,
-        )
+        cause = "A worker process was killed, perhaps for lack of memory"
+        print(f"{cause}; use fewer --workers if so, and {again}", file=sys.stderr)
     except OSError as err:
         if err.errno in NO_SPACE:
             print(f"{output}: no space left on the device ({err}); free some and {again}", file=sys.stderr)

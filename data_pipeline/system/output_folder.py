@@ -1,7 +1,4 @@
-"""Output folders: locked against a second writer, bound to one job, refused if they contain anything else.
-
-`new_folder` makes one that appears under its name only when it is complete.
-"""
+"""Output folders: locked against a second writer, bound to one job, refused if they contain anything else."""
 
 import json
 import os
@@ -20,11 +17,8 @@ WORK = ".work"  # folder in an output folder for notes of unfinished work
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Locks a folder against other processes of this machine for the `with` block. WrongUseError: it is locked.
-
-    The system unlocks it when this process ends, even by SIGKILL.
-    """
-    import fcntl  # here, since Windows has none and `new_folder` does not need it
+    """Locks a folder against this machine's other processes for the `with` block. Raises WrongUseError if locked."""
+    import fcntl  # here, since Windows has none and `new_folder` does not need it. SIGKILL unlocks, too.
 
     folder = os.open(output, os.O_RDONLY)
     try:
@@ -43,9 +37,8 @@ def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change:
     """Marks the folder as this job's. Returns True if the job is done, False if work remains.
 
     identity: the options and inputs that define the job, as JSON. finished: the file that the job writes last, a JSON
-    object with the identity. may_change: keys of the identity that may differ from an earlier run's while the job is
-    unfinished. Temporary files that a killed writer left are deleted.
-    Raises WrongUseError if the folder has another job's identity, or none and any other file.
+    object with the identity. may_change: keys of the identity that may differ in an unfinished run. Temporary files are
+    deleted. Raises WrongUseError if the folder has another job's identity, or none and any other file.
     """
     mark = output / WORK / "identity.json"
     if finished.exists():
@@ -72,13 +65,11 @@ def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change:
 
 
 def _refuse_difference(output: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:
-    names = [name for name in sorted({*found, *needed}) if found.get(name) != needed.get(name)]
-    if names:
-        first = names[0]
+    if names := [name for name in sorted({*found, *needed}) if found.get(name) != needed.get(name)]:
+        values = [json.dumps(identity.get(names[0]))[:200] for identity in (found, needed)]
         raise WrongUseError(
             f"{output}: found other work, which differs in {', '.join(names)} "
-            f"({first} {json.dumps(found.get(first))[:200]}, needs {json.dumps(needed.get(first))[:200]}); "
-            "use another --output, or delete it."
+            f"({names[0]} {values[0]}, needs {values[1]}); use another --output, or delete it."
         )
 
 
@@ -88,7 +79,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises ValueError if `output` is a file or a folder that is not empty.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: found content there, needs an empty or new folder; choose another.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as around:

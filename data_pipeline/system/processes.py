@@ -14,10 +14,7 @@ def cores() -> int:
 
 
 def end_with_parent() -> None:
-    """Starts a thread that ends this process when its parent ends. This process was started by multiprocessing.
-
-    After kill -9 of the parent its workers would otherwise wait for tasks, and keep shared memory, for ever.
-    """
+    """Starts a thread that ends this process, a child of multiprocessing, when its parent ends, also by kill -9."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import tqdm
@@ -21,8 +20,7 @@ _context: Any = None  # in a worker process: the context of all its tasks
 class Workers:
     """A pool of `count` processes, used in a `with` block. Each gets a copy of `context`, such as a layout.
 
-    The processes start with the first `run` of two tasks or more. With a count of 1 the tasks run in this process,
-    where a debugger can follow them.
+    They start with the first `run` of two tasks or more. A single task, or a count of 1, runs in this process.
     """
 
     def __init__(self, count: int, context: Any) -> None:
@@ -33,9 +31,7 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -54,17 +50,16 @@ class Workers:
         total: units of the whole bar. weigh: the units of one task. An error of a task is raised in its turn.
         """
         interval = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file keeps every line
-        with tqdm.tqdm(
-            total=total, desc=label, unit=f" {unit}", file=sys.stdout, mininterval=interval, disable=not total
-        ) as bar:
+        options: dict[str, Any] = {"file": sys.stdout, "mininterval": interval, "disable": not total}
+        with tqdm.tqdm(total=total, desc=label, unit=f" {unit}", **options) as bar:
             for task, result in self._results(function, tasks):
                 bar.update(weigh(task))
                 yield result
 
     def _results(self, function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
-        waiting = iter(tasks)
-        first = list(itertools.islice(waiting, 2))
-        waiting = itertools.chain(first, waiting)
+        remaining = iter(tasks)
+        first = list(itertools.islice(remaining, 2))
+        waiting = itertools.chain(first, remaining)
         if self.count == 1 or len(first) < 2:
             for task in waiting:
                 yield task, function(self.context, *task)

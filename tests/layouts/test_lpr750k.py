@@ -16,7 +16,7 @@ from data_pipeline.format.reader import open_dataset
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import parse_boxes, parse_frames, parse_row, read_lines, training_lists
 from data_pipeline.layouts.lpr750k import Lpr750k
-from data_pipeline.layouts.pictures import PictureReader, check_picture
+from data_pipeline.layouts.pictures import PictureReader, decode_picture
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,
@@ -206,7 +206,7 @@ def test_a_link_that_stays_is_followed(tmp_path: Path) -> None:
 def test_a_picture_that_declares_too_many_pixels_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.layouts.pictures.MAX_PIXELS", 128 * 128 - 1)
     with pytest.raises(BadInputError, match=r"found over 16,383 pixels"):
-        check_picture(FRAMES[0].read_bytes(), "x.jpg")
+        decode_picture(FRAMES[0].read_bytes(), "x.jpg")
 
 
 @given(st.data())
@@ -215,7 +215,7 @@ def test_a_damaged_picture_is_a_fault_or_a_picture(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(BadInputError):
-        check_picture(bytes(picture[: data.draw(st.integers(0, len(picture)))]), "x.jpg")
+        decode_picture(bytes(picture[: data.draw(st.integers(0, len(picture)))]), "x.jpg")
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
