@@ -61,7 +61,8 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
             write_lists(shop, output, _draw(Studio(shop, output), workers))
             summary = summarize(shop)
             write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
-            _print(summary)
+            for name, value in summary.items():
+                print(f"{name.replace('_', ' '):<18}{value:>12,}")
             shutil.rmtree(output / WORK, ignore_errors=True)
     return shop
 
@@ -256,11 +257,6 @@ def summarize(shop: Shop) -> dict[str, Any]:
         "gallery_images": sum(len(live.shelf) for live in shop.galleries),
         "chance": round(100 * sum(1 / images for images in shelf) / len(shelf), 2),
     }
-
-
-def _print(summary: dict[str, Any]) -> None:
-    for name, value in summary.items():
-        print(f"{name.replace('_', ' '):<18}{value:>12,}")
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

@@ -35,8 +35,7 @@ PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per 
 def shipped_path(name: str) -> str:
     """Returns the path of an existing file for a path or a shipped config's name, with its ':ARG' if it has one.
 
-    Raises:
-      FileNotFoundError: neither a file nor a shipped config; lists the shipped ones.
+    Raises FileNotFoundError, which lists the shipped configs, if it is neither.
     """
     file, colon, argument = name.partition(":")
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
@@ -77,8 +76,7 @@ def check_field(config: Config, dotted: str) -> None:
 def load_config(name: str) -> Config:
     """Returns the config of FILE[:ARG], where FILE is a path or the name of a shipped config.
 
-    Raises:
-      FileNotFoundError, ValueError: no such file, no config in it, or an argument that it does not take.
+    Raises FileNotFoundError if there is none, ValueError if it has no config or does not take the argument.
     """
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
@@ -96,8 +94,7 @@ def load_config(name: str) -> Config:
 def override(config: Config, dotted: str, text: str) -> None:
     """Sets the field `dotted` to `text`, read as a value of the field's type; a tuple is written with commas.
 
-    Raises:
-      ValueError: no such field, or a text that its type cannot be read from.
+    Raises ValueError if there is no such field, or its type cannot be read from the text.
     """
     check_field(config, dotted)
     old = flatten(config)[dotted]
@@ -137,12 +134,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
 
     Wrong use prints one line on stderr and exits with status 2.
     """
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:ARG]",
-        help="a path or the name of a shipped config; --config.field=value sets a field",
-    )
+    about = "a path or the name of a shipped config; --config.field=value sets a field"
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help=about)
     arguments, rest = parser.parse_known_args(argv)
     try:
         arguments.config = load_config(arguments.config)
@@ -158,19 +151,14 @@ def validate(config: Config) -> None:
     """Raises ValueError with all values that the table does not allow, or else all that do not fit each other."""
     f = flatten(config)
     faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
-    if not faults:
-        faults = _misfits(config)
-    if faults:
+    if faults := faults or _misfits(config):
         raise ValueError("config: " + "; ".join(faults) + ".")
 
 
 def _misfits(config: Config) -> list[str]:
     faults, f, model, optimizer = [], flatten(config), config.model, config.optimizer
-    for whole, part in (
-        ("data.image_size", "model.patch_size"),
-        ("model.width", "model.heads"),
-        ("model.width", "model.decoder_heads"),
-    ):
+    parts = {"model.patch_size": "data.image_size", "model.heads": "model.width", "model.decoder_heads": "model.width"}
+    for part, whole in parts.items():
         if f[whole] % f[part]:
             faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
     stem, blocks, size = model.stem_channels, model.stem_blocks, model.patch_size
@@ -194,10 +182,8 @@ def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: i
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
     An epoch of `clips` training clips is split into as few equal batches of at most FITTED_BATCH as possible, so that
-    it leaves few clips out; the batch is then rounded down to a multiple of `devices`.
-
-    Raises:
-      ValueError: fewer clips than devices.
+    it leaves few clips out; the batch is then rounded down to a multiple of `devices`. Raises ValueError if there are
+    fewer clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:
@@ -230,8 +216,7 @@ def to_json(config: Config | dict[str, Any]) -> str:
 def from_json(text: str) -> Config:
     """Returns the config of a text by to_json. A field that is newer than the text has its default.
 
-    Raises:
-      ValueError: the text is no JSON, or has fields that the defaults lack.
+    Raises ValueError if the text is no JSON, or has fields that the defaults lack.
     """
 
     def tuples(node: Any) -> Any:  # JSON has lists only

@@ -141,8 +141,8 @@ class Run(NamedTuple):
 def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     """Returns the run, the number of updates done, and the state after them: the newest checkpoint's, or a new one.
 
-    Raises:
-      ValueError: a config that contradicts itself or the data, a workdir of another run, or only damaged checkpoints.
+    Raises ValueError if the config contradicts itself or the data, `workdir` has another run or only damaged
+    checkpoints.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -190,19 +190,19 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
         workers=config.data.workers,
         cache_bytes=config.data.cache_bytes,
     )
+    for note in notes:
+        log.say(note)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
-    notes.append(
+    log.say(
         f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}, "
         f"{jax.process_count()} process(es)"
     )
     if mesh.size > 1:
-        notes.append(parameter_table(abstract, abstract.params))
-    notes.append(
+        log.say(parameter_table(abstract, abstract.params))
+    log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
         f"from update {start} to {config.num_updates}"
     )
-    for note in notes:
-        log.say(note)
     return Run(config, model, mesh, train, held_out, plan, abstract, checkpoints, meta, log, batches), start, state
 
 
@@ -248,8 +248,7 @@ def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None
     held = read_config(workdir)
     if saved is None or held is None:
         return  # nothing was trained here, so nothing can be lost
-    changed = differences(from_json(held), config, free=FREE)
-    if changed:
+    if changed := differences(from_json(held), config, free=FREE):
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
         )
@@ -276,9 +275,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
-    )
+    about = "folder of the run: checkpoints, metrics, TensorBoard"
+    parser.add_argument("--workdir", type=Path, required=True, help=about)
     hosts.add_flags(parser)
     return parse_arguments(parser, argv)
 

@@ -42,7 +42,10 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
         except ValueError:
             pass  # simplejpeg is stricter than Pillow, which then decides and has the better message
     try:
-        return _decode_with_pillow(data, apply_exif, max_pixels)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise Image.DecompressionBombError
+            return np.asarray(convert_rgb(ImageOps.exif_transpose(opened) if apply_exif else opened))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"declares more than {max_pixels} pixels, which no frame or shop image has") from err
     except Image.UnidentifiedImageError as err:
@@ -51,15 +54,7 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
         raise ValueError(f"cannot be decoded ({err}), needs a whole picture") from err
 
 
-def _decode_with_pillow(data: bytes, apply_exif: bool, max_pixels: int) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        if opened.width * opened.height > max_pixels:
-            raise Image.DecompressionBombError
-        return np.asarray(convert_rgb(ImageOps.exif_transpose(opened) if apply_exif else opened))
-
-
 def convert_rgb(picture: Image.Image) -> Image.Image:
-    """Returns the picture in mode RGB."""
     if picture.mode == "P":
         picture.load()
         picture.info.pop("transparency", None)  # convert() drops it anyway, with a warning

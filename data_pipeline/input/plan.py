@@ -26,13 +26,11 @@ class Plan:
       batch_size: size of a global batch, over all hosts, G.
       seed: 0 to 2**64 - 1.
       keep: int64, the rows to train on, ascending and distinct (see `rows_without`). None keeps all n rows.
-      product: int32 [n], the product of every row, as in the split's columns. If given, each product's clips are spread
-        evenly over an epoch, so that a batch of a small set shows as many products as it can. None: not spread.
+      product: int32 [n], the product of every row. If given, each product's clips are spread evenly over an epoch, so
+        that a batch of a small set shows as many products as it can.
       content_hash: of the converted data set. It enters the fingerprint only.
 
-    Raises:
-      ValueError: seed or batch_size is out of range, keep is not ascending, distinct rows of 0 to n - 1, or fewer rows
-        are kept than one batch needs.
+    Raises ValueError if seed, batch_size or keep is out of range, or fewer rows are kept than one batch needs.
 
     Example:
         from data_pipeline import Plan, open_dataset
@@ -94,10 +92,7 @@ class Plan:
         return step // self.batches_per_epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Returns the rows of the split that make global batch `step`, int64 [G], in the batch's order.
-
-        Raises ValueError if step is negative.
-        """
+        """Returns the rows of global batch `step`, int64 [G], in its order. Raises ValueError if step is negative."""
         if step < 0:
             raise ValueError(f"step: found {step}, needs 0 or more.")
         epoch, position = divmod(step, self.batches_per_epoch)

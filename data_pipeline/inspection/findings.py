@@ -106,7 +106,7 @@ def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[st
         "shop_images": len(summary.image_ids),
         "sound_shop_images": len(sound_images),
         "galleries": {"count": len(sizes), "smallest": min(sizes, default=0), "largest": max(sizes, default=0)},
-        "frames_a_clip": _histogram(summary.frame_counts),
+        "frames_a_clip": {str(n): clips for n, clips in sorted(collections.Counter(summary.frame_counts).items())},
         "clips_by": {name: values for name, values in spread.items() if values["values"]},
         "frame_sizes": _sizes(sound),
         "shop_image_sizes": _sizes(sound_images),
@@ -128,11 +128,6 @@ def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
         "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:MAX_VALUES]},
         "ranked": ranked[np.unique(np.geomspace(1, len(ranked), 40).astype(int)) - 1].tolist() if len(ranked) else [],
     }
-
-
-def _histogram(values: Sequence[int]) -> dict[str, int]:
-    numbers, counts = np.unique(values, return_counts=True)
-    return {str(number): int(count) for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
 
 
 def _sizes(pictures: Fingerprints) -> dict[str, int]:

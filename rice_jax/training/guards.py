@@ -58,8 +58,7 @@ class Stop:
     def interruptible(self) -> Iterator[None]:
         """Context in which a signal, also an earlier one, raises StoppedError: for long work that changes no state.
 
-        With several processes nothing is raised, since each would stop at another place: the run then stops at the end
-        of the next step.
+        Several processes raise nothing, since each would stop at another place: the run stops after the next step.
         """
         self._raises = jax.process_count() == 1
         try:
@@ -77,12 +76,9 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Context in which this object handles SIGTERM and SIGINT; it yields itself.
-
-        Outside the main thread Python cannot handle signals, so nothing changes there.
-        """
+        """Context in which this object handles SIGTERM and SIGINT; it yields itself."""
         if threading.current_thread() is not threading.main_thread():
-            yield self
+            yield self  # Python handles signals in the main thread only
             return
         # Python runs handlers in the main thread only, which XLA may block. The wake-up socket lets a thread react.
         reading, writing = socket.socketpair()
@@ -169,10 +165,9 @@ class Watch:
 
     def _report(self, wait: tuple[str, int, float], waited: float) -> None:
         subject, step, _ = wait
-        advice = {
-            "input": "check the disk of data.path, and data.workers",
-            "device": "one process that is gone or slow makes all others wait in a collective; check every host",
-        }[subject]
+        advice = "check the disk of data.path, and data.workers"
+        if subject == "device":
+            advice = "one process that is gone or slow makes all others wait in a collective; check every host"
         then = f"ends in {self._seconds:.0f} s" if self._ends else "keeps waiting (stall_ends would end it)"
         warn(
             f"process {jax.process_index()} has waited {waited:.0f} s for the {subject}, after update {step}: "

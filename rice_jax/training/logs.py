@@ -34,8 +34,7 @@ class Log:
     def __init__(self, workdir: Path, *, step: int) -> None:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._path = workdir / "metrics.jsonl"
-        first = hosts.is_first()
-        if first:
+        if first := hosts.is_first():
             self._cut(step)
         self._lines = (self._path if first else Path(os.devnull)).open("a")
         # TensorBoard ignores events of earlier runs at or after the purge step.
@@ -96,10 +95,7 @@ class Log:
 
     def _evaluations(self, split: str) -> list[dict[str, Any]]:
         self._lines.flush()
-        found: list[dict[str, Any]] = hosts.ask_first(
-            lambda: [line for line in self._read() if f"{split}/queries" in line]
-        )
-        return found
+        return list(hosts.ask_first(lambda: [line for line in self._read() if f"{split}/queries" in line]))
 
     def __enter__(self) -> "Log":
         return self
@@ -119,10 +115,9 @@ class Progress:
 
     def start(self, step: int) -> str:
         """Starts the clock after the first update; returns the time since the object was created, as text."""
-        took = duration(time.monotonic() - self._since)
-        self.started = True
+        self.started, since = True, self._since
         self.pause(step)
-        return took
+        return duration(self._since - since)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
         """Returns 'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'."""
