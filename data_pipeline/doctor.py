@@ -144,7 +144,7 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namesp
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Sets options.layout where it was not given. Raises WrongUseError for a PATH or an output that cannot be used."""
+    """Sets a missing options.layout. Raises WrongUseError for a PATH of no known layout, or an output inside it."""
     if not options.path.is_dir():
         raise WrongUseError(f"{options.path}: found no folder, needs a source or a converted set; correct the path.")
     options.layout = options.layout or (CONVERTED if _is_converted(options.path) else layout_of(options.path))

@@ -46,8 +46,7 @@ Boxes = list[Box | None]  # of a clip's frames; None: the product is not shown
 def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: int) -> Shop:
     """Draws the shop into `output`, unless it is there already, and returns its plan.
 
-    Raises WrongUseError if such a shop cannot be planned (see `plan_shop`), or if `output` has other files, another
-    shop, or is in use by another run.
+    Raises WrongUseError if it cannot be planned (see `plan_shop`), or `output` has other files or is in use.
     """
     shop = plan_shop(products=products, clips=clips, seed=seed)
     identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}

@@ -40,8 +40,7 @@ def usage(prog: str) -> str:
 def main(argv: Sequence[str] | None = None, prog: str = "rice-jax") -> int:
     """Runs the subcommand that the first word names; returns its exit status, 2 if there is none of that name.
 
-    argv: the words after the program's name; None takes those of sys.argv. prog: what the user typed, for help texts.
-    Raises SystemExit if the subcommand ends itself, as for --help.
+    argv: None takes sys.argv's. prog: what the user typed, for help texts. Raises SystemExit, as for --help.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("", "-h", "--help"):

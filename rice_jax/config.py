@@ -33,10 +33,7 @@ PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per 
 
 
 def shipped_path(name: str) -> str:
-    """Returns the path of an existing file for a path or a shipped config's name, with its ':ARG' if it has one.
-
-    Raises FileNotFoundError, which lists the shipped configs, if it is neither.
-    """
+    """Returns a path, or a shipped config's name, as the path of a file, with its ':ARG'. Raises FileNotFoundError."""
     file, colon, argument = name.partition(":")
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
     if file and "/" in file and Path(file).parts[0] != "configs":
@@ -74,10 +71,7 @@ def check_field(config: Config, dotted: str) -> None:
 
 
 def load_config(name: str) -> Config:
-    """Returns the config of FILE[:ARG], where FILE is a path or the name of a shipped config.
-
-    Raises FileNotFoundError if there is none, ValueError if it has no config or does not take the argument.
-    """
+    """Returns the config of FILE[:ARG]. Raises FileNotFoundError, or ValueError if it has no config or takes no ARG."""
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
@@ -92,10 +86,7 @@ def load_config(name: str) -> Config:
 
 
 def override(config: Config, dotted: str, text: str) -> None:
-    """Sets the field `dotted` to `text`, read as a value of the field's type; a tuple is written with commas.
-
-    Raises ValueError if there is no such field, or its type cannot be read from the text.
-    """
+    """Sets a field to `text`, read as its type; tuples are written with commas. Raises ValueError if it cannot be."""
     check_field(config, dotted)
     old = flatten(config)[dotted]
     # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
@@ -130,10 +121,7 @@ def split_override(word: str) -> tuple[str, str]:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command that takes --config and --config.field=value. Its `config` is the locked config.
-
-    Wrong use prints one line on stderr and exits with status 2.
-    """
+    """Parses --config and --config.field=value into a locked `config`. Wrong use exits with status 2 and one line."""
     about = "a path or the name of a shipped config; --config.field=value sets a field"
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help=about)
     arguments, rest = parser.parse_known_args(argv)
@@ -214,10 +202,7 @@ def to_json(config: Config | dict[str, Any]) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the config of a text by to_json. A field that is newer than the text has its default.
-
-    Raises ValueError if the text is no JSON, or has fields that the defaults lack.
-    """
+    """Returns the config of a to_json text, with defaults for new fields. Raises ValueError if one is unknown."""
 
     def tuples(node: Any) -> Any:  # JSON has lists only
         if isinstance(node, dict):

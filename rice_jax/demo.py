@@ -26,10 +26,7 @@ SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to le
 
 
 def demo(output: Path, overrides: list[str]) -> None:
-    """Runs the demo in the folder `output`. `overrides` are --config.field=value words for the training.
-
-    Raises SystemExit with the status of a command that failed.
-    """
+    """Runs the demo in `output`; `overrides` are --config.field=value words. Raises SystemExit if a command failed."""
     start = time.monotonic()
     shop, records, run, evaluation = (output / name for name in ("shop", "records", "run", "evaluation"))
     run_command("data_pipeline.synthetic", "--output", shop, *SHOP)

@@ -70,10 +70,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Returns the clip ids in a text file, one a line, without empty lines.
-
-    Raises ValueError if it is no UTF-8 text or has no id, OSError if it cannot be read.
-    """
+    """Returns the clip ids of a text file, one a line. Raises ValueError if it has none or is no UTF-8, or OSError."""
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:

@@ -27,10 +27,7 @@ SHOWN = 5  # ids or numbers in a message
 
 
 def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
-    """Returns a picture of an update's first `examples` pairs, one a line: the shop image, then the clip's frames.
-
-    plan: the run's plan, with which `split` is read. update: number of the update, counted from 1.
-    """
+    """Returns a picture of the first `examples` pairs of an update, from 1, one a line: shop image, then frames."""
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:

@@ -87,10 +87,7 @@ def _thumbnail(encoded: bytes) -> Image.Image:
 
 
 def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
-    """Returns the lines of the folder's rankings.jsonl as {"clip", "rank", "top"}.
-
-    Raises FileNotFoundError if the folder has no such file, ValueError if a line is no ranking.
-    """
+    """Returns the lines of rankings.jsonl: clip, rank and top. Raises FileNotFoundError, or ValueError for a bad one."""
     path, lines = evaluation / "rankings.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run rice_jax.evaluate --output {evaluation} first.")

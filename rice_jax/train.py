@@ -141,8 +141,7 @@ class Run(NamedTuple):
 def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     """Returns the run, the number of updates done, and the state after them: the newest checkpoint's, or a new one.
 
-    Raises ValueError if the config contradicts itself or the data, `workdir` has another run or only damaged
-    checkpoints.
+    Raises ValueError if the config misfits itself or the data, or `workdir` has another run or no sound checkpoint.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -228,10 +227,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 
 
 def saved_init_from(workdir: Path, start: int | None) -> str:
-    """Returns the init_from of the run in `workdir`, which need not be given again; "" if nothing was trained there.
-
-    Raises ValueError if the workdir contains imported weights (start 0) and no run.
-    """
+    """Returns init_from of the workdir's run, or "". Raises ValueError if it has imported weights (start 0), no run."""
     held = read_config(workdir)
     if start == 0:
         raise ValueError(

@@ -90,10 +90,7 @@ def balance(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
 
 
 def erase(pixels: Pixels, chance: float, words: RandomWords) -> Pixels:
-    """Returns, with probability `chance`, a copy with one square painted ERASED; otherwise `pixels` itself.
-
-    The square's side is 0.2 to 0.5 of the picture's. Its centre is anywhere in the picture, which cuts it at the edge.
-    """
+    """Returns, with probability `chance`, a copy with a square of 0.2 to 0.5 of its side ERASED; else `pixels`."""
     if uniform(words[ERASE], 0.0, 1.0) >= chance:
         return pixels
     height, width = pixels.shape[:2]

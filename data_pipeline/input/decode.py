@@ -62,10 +62,7 @@ def convert_rgb(picture: Image.Image) -> Image.Image:
 
 
 def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
-    """Returns a decoded picture, ready for the crop: resized, or only shrunk if a training crop will resize it.
-
-    Raises ValueError as `decode` and `resize` do.
-    """
+    """Returns the picture decoded and resized, or only shrunk if a training crop resizes it. Raises ValueError."""
     pixels = decode(data, apply_exif=options.apply_exif)
     return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
 
@@ -89,13 +86,10 @@ def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
 
 
 def shrink(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """Returns the pixels with their shorter side reduced to shrink_to, or as they are if it is no longer or that is 0.
-
-    A photograph of 12 million pixels would take 36 MB of the cache.
-    """
+    """Returns the pixels with a shorter side of shrink_to, or as they are if it is no longer or shrink_to is 0."""
     height, width = pixels.shape[:2]
     short = min(height, width)
-    if not 0 < options.shrink_to < short:
+    if not 0 < options.shrink_to < short:  # a photograph of 12 million pixels would take 36 MB of the cache
         return pixels
     size = (options.shrink_to * width // short, options.shrink_to * height // short)
     return np.asarray(Image.fromarray(pixels).resize(size, resampling(options)))

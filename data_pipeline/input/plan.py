@@ -112,10 +112,7 @@ class Plan:
 
 
 def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[np.int64]:
-    """Returns the rows of `clip_ids` that are not in `skip_clips`, int64, ascending.
-
-    Raises ValueError for an id in skip_clips that clip_ids does not have: a mistyped one would leave the bad clip in.
-    """
+    """Returns the rows of clip_ids that are not in skip_clips, int64, ascending. Raises ValueError for unknown ids."""
     skip = frozenset(skip_clips)
     rows = np.fromiter((i for i, clip_id in enumerate(clip_ids) if clip_id not in skip), np.int64)
     if len(clip_ids) - len(rows) != len(skip):

@@ -40,10 +40,7 @@ class InspectedSet(InspectedData):
         self.splits: dict[str, Split] = {}
 
     def inspect(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
-        """Inspects the set, as far as its manifest, tables and columns are sound.
-
-        on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
-        """
+        """Inspects the set as far as it is sound. Calls on_new after each task with the new fingerprints."""
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:

@@ -63,10 +63,7 @@ def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumm
 
 
 def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame in clips of two products, which are negatives of each other in a batch.
-
-    A livestream may well show both.
-    """
+    """Yields a fault for each frame in clips of two products: in a batch they are negatives of each other."""
     for one, two in same_bytes(summary.frame_fingerprints):
         (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
         image, other_image = (summary.clip_images[row] for row in (clip, other_clip))

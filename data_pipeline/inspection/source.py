@@ -79,10 +79,7 @@ class InspectedSource(InspectedData):
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """Reads all items together. If that raises, reads each alone: one that raises becomes a fault.
-
-        The others are then read together, and an error of that is raised.
-        """
+        """Reads all items together. If that raises, reads each alone, adds faults of bad ones, and reads the others."""
         try:
             read(items)
             return

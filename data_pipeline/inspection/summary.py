@@ -43,10 +43,7 @@ class SplitSummary:
 
 
 class InspectedData(Protocol):
-    """A source folder or a converted set: the results of its inspection, and access to its pictures.
-
-    Access to a picture raises ValueError if it cannot be read any more.
-    """
+    """Results of an inspection, and access to the pictures, which raises ValueError if one cannot be read any more."""
 
     summaries: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns

@@ -104,10 +104,7 @@ def run(
 
 
 def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> None:
-    """Runs the start-up check and starts jax's coordination service.
-
-    Raises ValueError if a process is missing or cannot start, or they were not started alike. All raise the same.
-    """
+    """Runs the start-up check and starts jax's service. If a process is missing or differs, all raise ValueError."""
     global _channel
     file, known, failed = arguments.secret_file, code(), None
     secret = (os.environ.get("RICE_JAX_SECRET") or (file.read_text() if file else "")).strip().encode()
@@ -161,10 +158,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values (JSON) of all processes in their order. All must call it; it waits for the slowest.
-
-    Raises ValueError on all processes when they call it at different places, which is for different decisions.
-    """
+    """Returns the values (JSON) of all processes in order. All must call it, at one place, or all raise ValueError."""
     if _channel is None and jax.process_count() > 1:
         raise ValueError("several processes that rice_jax did not join; start them as docs/training.md says.")
     caller = sys._getframe()

@@ -33,8 +33,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with axes (data, fsdp) of the given sizes; one may be -1, which takes the remaining devices.
 
-    devices: None takes jax.devices(). Raises ValueError if the product of the sizes is not the number of devices, or a
-    size is neither positive nor -1.
+    devices: None takes jax.devices(). Raises ValueError for other sizes, or a product that is not their number.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp}
@@ -61,10 +60,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec of a parameter, or of a moment: the path of a moment ends in that of its parameter.
-
-    Raises ValueError if no rule matches, it has more axes than the array, or an axis does not divide by its mesh axis.
-    """
+    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits its shape and the mesh."""
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"parameter {name} of shape {shape} matches no rule; add one to RULES in parallel/mesh.py.")
@@ -192,8 +188,7 @@ def first_row(local_rows: int) -> jax.Array:
 def all_gather_parameter(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Returns the whole parameter of which `shard` is this device's part, as a value that varies over the mesh.
 
-    Call it once a step, outside loops: its transpose is one reduce-scatter. A value that did not vary would be reduced
-    in each micro-batch.
+    Call it once a step, outside loops: its transpose is one reduce-scatter, else each micro-batch would have one.
     """
     split = [axis for axis, name in enumerate(spec) if name == "fsdp"]
     if not split:

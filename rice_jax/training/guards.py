@@ -120,8 +120,7 @@ class Stop:
 class Watch:
     """A thread that warns when the loop waits too long, and when memory comes near its limit.
 
-    A wait of `stall_seconds` (0: no wait) is reported with the stacks of all threads; if `ends`, a wait of twice that
-    ends the process with status 1.
+    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it ends the process after twice that.
     """
 
     def __init__(self, stall_seconds: float, *, ends: bool) -> None:
@@ -243,10 +242,7 @@ class NotFinite:
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Checks the metrics of update number `step`, on the host. Warns at the first of a row.
-
-        Raises ValueError when more than `patience` updates in a row are not finite.
-        """
+        """Checks update `step`: warns at the first of a row, raises ValueError after more than `patience` in a row."""
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:
             self._in_a_row, self._last = 0, (step, norms)

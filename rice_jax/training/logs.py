@@ -63,8 +63,7 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [], so that
-        the caller can clear its list.
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [].
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
