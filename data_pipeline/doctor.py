@@ -97,9 +97,6 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def print_report(report: dict[str, Any], output: Path) -> None:
     for kind, each in report["counts"].items():
         print(f"{each['severity']:<8} {kind:<40} {each['count']:>9,}")

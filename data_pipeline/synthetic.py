@@ -238,9 +238,6 @@ def duration_of(clip: Clip) -> str:
     return next(name for name, most in DURATIONS if seconds <= most)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def summarize(shop: Shop) -> dict[str, Any]:
     """Returns the shop's counts by name, and as "chance" the Recall@1 of a random guess, in per cent."""
     test = shop.clips_of("test")

@@ -204,14 +204,12 @@ def to_json(config: Config | dict[str, Any]) -> str:
 def from_json(text: str) -> Config:
     """Returns the config of a to_json text, with defaults for new fields. Raises ValueError if one is unknown."""
 
-    def tuples(node: Any) -> Any:  # JSON has lists only
-        if isinstance(node, dict):
-            return {name: tuples(value) for name, value in node.items()}
-        return tuple(node) if isinstance(node, list) else node
+    def tuples(section: dict[str, Any]) -> dict[str, Any]:  # JSON has lists only
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
     config = default.get_config()
     try:
-        saved = tuples(json.loads(text))
+        saved = json.loads(text, object_hook=tuples)
     except json.JSONDecodeError as error:
         raise ValueError(f"the run's config is no JSON ({error}); restore config.json or train anew.") from error
     unknown = sorted(flatten(saved).keys() - flatten(config).keys())

@@ -48,7 +48,6 @@ def draw_update(split: Split, plan: Plan, config: Config, update: int, *, exampl
 
 
 def _image_of(split: Split, row: int) -> str:
-    """Returns the id of the shop image of the clip at `row`."""
     return split.image_ids[int(split.columns["image"][row])]
 
 
@@ -123,13 +122,10 @@ def _report(
         + (f"{len(epoch.twice)} MORE THAN ONCE" if epoch.twice else "none twice")
     )
     names = [split.clip_ids[row] for row in epoch.left_out]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    out.append(
-        f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {', '.join(names[:SHOWN])}{more}"
-        if names
-        else "it leaves out no clip"
-    )
-    return out
+    if not names:
+        return [*out, "it leaves out no clip"]
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return [*out, f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {shown}"]
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> argparse.Namespace:

@@ -87,7 +87,7 @@ def _thumbnail(encoded: bytes) -> Image.Image:
 
 
 def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
-    """Returns the lines of rankings.jsonl: clip, rank and top. Raises FileNotFoundError, or ValueError for a bad one."""
+    """Returns the lines of rankings.jsonl: clip, rank, top. Raises FileNotFoundError, or ValueError for a bad one."""
     path, lines = evaluation / "rankings.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run rice_jax.evaluate --output {evaluation} first.")

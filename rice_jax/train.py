@@ -158,11 +158,9 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     abstract = abstract_state(model, config, mesh)
     hosts.check_shared(workdir)
     checkpoints = Checkpoints(
-        workdir,
-        kept=config.checkpoints_kept,
-        kept_every=config.checkpoints_kept_every,
-        kept_best=config.checkpoints_kept_best,
-    )
+        workdir, kept=config.checkpoints_kept,
+        kept_every=config.checkpoints_kept_every, kept_best=config.checkpoints_kept_best,
+    )  # fmt: skip
     start = hosts.ask_first(checkpoints.latest)
     config.init_from = config.init_from or hosts.ask_first(lambda: saved_init_from(workdir, start))
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": to_json(config)}
@@ -180,15 +178,9 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     if held_out is not None:
         checkpoints.recall = log.recalls(held_out.name)
     batches = train_batches(
-        train,
-        plan,
-        process_rows(config.batch_size, mesh),
-        frame_options(config.data, train=True),
-        start_step=start,
-        threads=config.data.threads,
-        workers=config.data.workers,
-        cache_bytes=config.data.cache_bytes,
-    )
+        train, plan, process_rows(config.batch_size, mesh), frame_options(config.data, train=True), start_step=start,
+        threads=config.data.threads, workers=config.data.workers, cache_bytes=config.data.cache_bytes,
+    )  # fmt: skip
     for note in notes:
         log.say(note)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))

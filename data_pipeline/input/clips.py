@@ -61,9 +61,7 @@ class ClipLoader:
             "frames": ((slots, side, side, 3), np.uint8),
             "mask": ((slots,), np.int32),
             "image": ((side, side, 3), np.uint8),
-            "product": ((), np.int32),
-            "index": ((), np.int32),
-            "row": ((), np.int32),
+            **dict.fromkeys(("product", "index", "row"), ((), np.int32)),
             "valid": ((), np.bool_),
         }
         return {name: np.zeros((count, *shapes[name][0]), shapes[name][1]) for name in names}

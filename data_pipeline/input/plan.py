@@ -71,7 +71,6 @@ class Plan:
 
     @property
     def num_kept(self) -> int:
-        """Number of rows to train on."""
         return self.num_examples if self.keep is None else len(self.keep)
 
     @property

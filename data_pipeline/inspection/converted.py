@@ -204,8 +204,8 @@ def _disagreements(
     """Yields an error for each value in which a record differs from the columns."""
     pairs: dict[str, tuple[str | int, str | int]]
     if isinstance(record, ImageRecord):
-        pairs = {"id": (record.id, split.image_ids[row])}
-        pairs["product"] = record.product_index, int(split.image_columns["product"][row])
+        product = int(split.image_columns["product"][row])
+        pairs = {"id": (record.id, split.image_ids[row]), "product": (record.product_index, product)}
     else:
         pairs = {"id": (record.id, split.clip_ids[row])}
         texts = {name: getattr(record, name) for name in TABLES if name != "category"}

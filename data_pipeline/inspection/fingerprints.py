@@ -109,9 +109,11 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
             found.append(("turned by EXIF", detail))
     if picture.format == "JPEG" and picture.mode == "RGB":
         found += _damage(rgb, data)
-    if picture.format != "MPO" and _has_second(picture):
-        detail = "is animated or has several pages, and training takes only the first; split it."
-        found.append(("several pictures in a file", detail))
+    if picture.format != "MPO":
+        with contextlib.suppress(*UNREADABLE):
+            picture.seek(1)
+            detail = "is animated or has several pages, and training takes only the first; split it."
+            found.append(("several pictures in a file", detail))
     return found
 
 
@@ -127,14 +129,6 @@ def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
     elif rgb.height > GREY_ROWS and rgb.crop((0, rgb.height - GREY_ROWS, *rgb.size)).getextrema() == 3 * ((128, 128),):
         return [("damaged picture", f"has only grey in its lowest rows, like a JPEG without its end; {remedy}")]
     return []
-
-
-def _has_second(picture: Image.Image) -> bool:
-    try:
-        picture.seek(1)
-    except UNREADABLE:
-        return False
-    return True
 
 
 # --- from run to run --------------------------------------------------------------------------------------------------

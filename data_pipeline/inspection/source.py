@@ -1,5 +1,6 @@
 """Inspects a source folder: its lists, by the readers that a conversion uses, and every picture."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -153,10 +154,9 @@ class InspectedSource(InspectedData):
     def faulty_picture(self, file: str) -> bytes | None:
         if not file.lower().endswith(tuple(SUFFIXES)) or not os.path.isfile(self.layout.source / file):
             return None  # a member of a tar, or no picture
-        try:
+        with contextlib.suppress(BadInputError):
             return self.folder.read(Picture("", file))
-        except BadInputError:
-            return None
+        return None
 
     def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
         source = self._listing(summary).source(clip)

@@ -60,7 +60,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits its shape and the mesh."""
+    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits its shape and mesh."""
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"parameter {name} of shape {shape} matches no rule; add one to RULES in parallel/mesh.py.")

@@ -35,17 +35,14 @@ class Log:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._path = workdir / "metrics.jsonl"
         if first := hosts.is_first():
-            self._cut(step)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._read() if line["step"] <= step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self._path)
         self._lines = (self._path if first else Path(os.devnull)).open("a")
         # TensorBoard ignores events of earlier runs at or after the purge step.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
-
-    def _cut(self, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._read() if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self._path)
 
     def _read(self) -> list[dict[str, Any]]:
         return read_metrics(self._path) if self._path.exists() else []
