@@ -169,9 +169,8 @@ def _misfits(config: Config) -> list[str]:
 def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
-    An epoch of `clips` training clips is split into as few equal batches of at most FITTED_BATCH as possible, so that
-    it leaves few clips out; the batch is then rounded down to a multiple of `devices`. Raises ValueError if there are
-    fewer clips than devices.
+    `clips`, the training clips, make as few equal batches of at most FITTED_BATCH as possible, so that few are left
+    out; the size is then rounded down to a multiple of `devices`. Raises ValueError for fewer clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:

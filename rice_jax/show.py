@@ -24,9 +24,8 @@ INK, PAPER, RIGHT, WRONG = "#30343b", "#ffffff", "#1a9850", "#d73027"
 def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int = 8, top: int = 3) -> Image.Image:
     """Returns a picture of some queries, two a row: frames, the shop images ranked first, and a missed true image.
 
-    At most `queries` are drawn, evenly spaced from the best ranked to the worst, so wrong ones appear in their
-    proportion. rankings: the lines of rankings.jsonl. top: the number of shop images a query. Raises ValueError if
-    `rankings` is empty, or a drawn query names a clip or shop image that the split does not have.
+    Draws at most `queries`, evenly spaced from best to worst ranked, with `top` shop images each. rankings: the lines
+    of rankings.jsonl. Raises ValueError if there are none, or one names a clip or image that the split does not have.
     """
     if not rankings:
         raise ValueError("rankings.jsonl has no query; evaluate a split that has some.")

@@ -70,8 +70,7 @@ def random_scale_crop(pixels: Pixels, options: FrameOptions, words: RandomWords)
     left = uniform(words[CROP_X], 0.0, width - crop_width)
     top = uniform(words[CROP_Y], 0.0, height - crop_height)
     box = (left, top, min(width, left + crop_width), min(height, top + crop_height))
-    size = (options.image_size, options.image_size)
-    return np.asarray(Image.fromarray(pixels).resize(size, resampling(options), box=box))
+    return np.asarray(Image.fromarray(pixels).resize((options.image_size,) * 2, resampling(options), box=box))
 
 
 def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:

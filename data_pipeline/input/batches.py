@@ -266,18 +266,16 @@ def clip_batches(
     Args:
       split: a split of a converted data set.
       rows: rows of its clips. -1 means no clip: a host with too few clips for its part of a batch fills it up with -1.
-      options: how pictures become arrays; N = options.num_frames, px = options.image_size.
+      options, threads, workers: as for `train_batches`.
       batch_size: examples of a batch, b.
       seed: of the random tail cut, used only with options.test_tail_cut.
-      threads, workers: as for `train_batches`.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
         frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
         mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
         row: int32 [b], the clip's row in the split.
-        valid: bool [b], False for examples that fill up a batch: their row is -1, and they have one black frame, so
-          that no mean over frames is 0 / 0.
+        valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0).
 
     Raises:
       ValueError: a row outside -1 to num_clips - 1; batch_size below 1; a clip with fewer than N stored frames where
@@ -312,9 +310,7 @@ def image_batches(
         valid: bool [b], False for black images that fill up a batch: their row is -1.
 
     Raises:
-      ValueError: a row outside -1 to num_images - 1; batch_size below 1; threads or workers below 0. From next(): a
-        record or picture that cannot be read (the message names it), or batches that were closed before their end.
-      RuntimeError: from next(), a worker process died.
+      ValueError, RuntimeError: as `clip_batches`.
 
     Example:
         from data_pipeline import FrameOptions, image_batches, open_dataset

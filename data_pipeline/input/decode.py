@@ -73,9 +73,8 @@ def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
     Pixels of that size are returned as they are. Raises ValueError if the result would have more than MAX_PIXELS.
     """
     height, width = pixels.shape[:2]
-    if options.resize_mode == "stretch":
-        size = (options.resize, options.resize)
-    else:
+    size = (options.resize, options.resize)
+    if options.resize_mode == "keep_ratio":
         short = min(height, width)
         size = (options.resize * width // short, options.resize * height // short)
         if size[0] * size[1] > MAX_PIXELS:

@@ -106,7 +106,7 @@ class Plan:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self.product is None:
             return epoch_permutation(self.seed, epoch, self.num_kept)
-        with _spread_lock:
+        with _lock:
             return _spread_order(self, epoch)
 
 
@@ -120,8 +120,7 @@ def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[
     return rows
 
 
-_permutation_lock = threading.Lock()  # threads that reach a new epoch together compute its order once
-_spread_lock = threading.Lock()
+_lock = threading.RLock()  # threads that reach a new epoch together compute its order once
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
@@ -129,7 +128,7 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
     Sorts one random word per example, ties by index. 4 M examples take half a second, once per epoch.
     """
-    with _permutation_lock:
+    with _lock:
         return _epoch_permutation(seed, epoch, count)
 
 

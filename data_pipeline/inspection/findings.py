@@ -50,16 +50,12 @@ class Findings:
         harmless = fault.reason in WARNINGS or fault.reason in self.accepted or fault.subject == UNLISTED
         return "warning" if harmless else "error"
 
-    @property
-    def safe(self) -> bool:
-        return not self.errors
-
     def as_json(self) -> dict[str, Any]:
         """Returns "safe" (bool), "counts" by kind and the list of "faults": kinds with errors first, then by count."""
         worst = {kind: "error" if kind in self.errors else "warning" for kind in self.counts}
         order = sorted(self.counts, key=lambda kind: (worst[kind], -self.counts[kind], kind))
         return {
-            "safe": self.safe,
+            "safe": not self.errors,
             "counts": {kind: {"severity": worst[kind], "count": self.counts[kind]} for kind in order},
             "faults": [
                 {

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -72,10 +73,8 @@ def _table(rows: Iterable[str]) -> str:
 
 
 def _faults(report: dict[str, Any], data: InspectedData) -> Iterator[str]:
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for fault in report["faults"]:
-        by_kind.setdefault(fault["kind"], []).append(fault)
-    for kind, faults in by_kind.items():
+    for kind, group in itertools.groupby(report["faults"], key=lambda fault: fault["kind"]):
+        faults = list(group)
         table = _table(
             f"<tr><td><code>{_text(fault['file'])}</code>{' line ' + str(fault['line']) if fault['line'] else ''}</td>"
             f"<td>{_text(fault['subject'] or '')}</td><td>{_text(fault['detail'])}</td></tr>"

@@ -135,8 +135,7 @@ def check_batches(mesh: Mesh, **sizes: int) -> None:
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Returns the positions in the global batch that this process provides, ascending: int64 [b].
 
-    They need not be contiguous: on a torus, neighbouring devices of a process need not be neighbours in the batch.
-    Raises ValueError if batch_size does not divide by the number of devices.
+    They may have gaps, as on a torus. Raises ValueError if batch_size does not divide by the number of devices.
     """
     check_batches(mesh, batch_size=batch_size)
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
