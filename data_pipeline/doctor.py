@@ -8,6 +8,7 @@ goes on where it stopped. Exit status: 0 training is safe (there may be warnings
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ from data_pipeline.inspection.findings import Findings, distributions
 from data_pipeline.inspection.fingerprints import KnownFingerprints, append_fingerprints, load_fingerprints
 from data_pipeline.inspection.page import make_page
 from data_pipeline.inspection.source import InspectedSource
-from data_pipeline.inspection.summary import Fingerprints, InspectedData
+from data_pipeline.inspection.summary import InspectedData
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
 from data_pipeline.system.output_folder import WORK, locked
@@ -73,10 +74,7 @@ def _inspect_data(options: argparse.Namespace, work: Path) -> InspectedData:
     if len(fingerprints):
         print(f"{options.output}: found {len(fingerprints):,} pictures inspected by an earlier run; those of unchanged "
               "files are not decoded again.")  # fmt: skip
-
-    def on_new(fingerprints: Fingerprints) -> None:
-        append_fingerprints(store, fingerprints)
-
+    on_new = functools.partial(append_fingerprints, store)
     if options.layout == CONVERTED:
         converted = InspectedSet(options.path, options.workers)
         converted.inspect(known, on_new)
@@ -99,20 +97,16 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def print_report(report: dict[str, Any], output: Path) -> None:
     for kind, each in report["counts"].items():
         print(f"{each['severity']:<8} {kind:<40} {each['count']:>9,}")
     shown: collections.Counter[str] = collections.Counter()
     for fault in report["faults"]:
         shown[fault["kind"]] += 1
-        if shown[fault["kind"]] > SHOWN:
-            continue
-        line = f" line {fault['line']}" if fault["line"] else ""
-        subject = f" ({fault['subject']})" if fault["subject"] else ""
-        print(_printable(f"{fault['severity']}: {fault['file']:.300}{line}{subject}: {fault['detail']}"))
+        if shown[fault["kind"]] <= SHOWN:
+            line = f" line {fault['line']}" if fault["line"] else ""
+            subject = f" ({fault['subject']})" if fault["subject"] else ""
+            print(_printable(f"{fault['severity']}: {fault['file']:.300}{line}{subject}: {fault['detail']}"))
     if more := sum(max(0, each["count"] - SHOWN) for each in report["counts"].values()):
         print(f"... and {more:,} more")
     for remark in report["remarks"]:
@@ -147,10 +141,7 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namesp
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Sets options.layout where it was not given.
-
-    Raises WrongUseError if PATH is no folder or of no known layout, or if the output is inside PATH.
-    """
+    """Sets a missing options.layout. Raises WrongUseError for a PATH of no known layout, or an output inside it."""
     if not options.path.is_dir():
         raise WrongUseError(f"{options.path}: found no folder, needs a source or a converted set; correct the path.")
     options.layout = options.layout or (CONVERTED if _is_converted(options.path) else layout_of(options.path))

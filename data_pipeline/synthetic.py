@@ -46,8 +46,7 @@ Boxes = list[Box | None]  # of a clip's frames; None: the product is not shown
 def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: int) -> Shop:
     """Draws the shop into `output`, unless it is there already, and returns its plan.
 
-    Raises WrongUseError if such a shop cannot be planned (see `plan_shop`), or if `output` has other files, another
-    shop, or is in use by another run.
+    Raises WrongUseError if it cannot be planned (see `plan_shop`), or `output` has other files or is in use.
     """
     shop = plan_shop(products=products, clips=clips, seed=seed)
     identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}
@@ -61,7 +60,8 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
             write_lists(shop, output, _draw(Studio(shop, output), workers))
             summary = summarize(shop)
             write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
-            _print(summary)
+            for name, value in summary.items():
+                print(f"{name.replace('_', ' '):<18}{value:>12,}")
             shutil.rmtree(output / WORK, ignore_errors=True)
     return shop
 
@@ -238,9 +238,6 @@ def duration_of(clip: Clip) -> str:
     return next(name for name, most in DURATIONS if seconds <= most)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def summarize(shop: Shop) -> dict[str, Any]:
     """Returns the shop's counts by name, and as "chance" the Recall@1 of a random guess, in per cent."""
     test = shop.clips_of("test")
@@ -256,11 +253,6 @@ def summarize(shop: Shop) -> dict[str, Any]:
         "gallery_images": sum(len(live.shelf) for live in shop.galleries),
         "chance": round(100 * sum(1 / images for images in shelf) / len(shelf), 2),
     }
-
-
-def _print(summary: dict[str, Any]) -> None:
-    for name, value in summary.items():
-        print(f"{name.replace('_', ' '):<18}{value:>12,}")
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 # For each subcommand the function that runs it, called with the rest of the words and `prog`; and a line of help.
 GROUPS = {
     "data": {
-        "convert": (
-            "data_pipeline.convert:main",
-            "turn a download or a folder of your own clips into a converted set",
-        ),
+        "convert": ("data_pipeline.convert:main", "turn a download or a folder of your own clips into a converted set"),
         "doctor": ("data_pipeline.doctor:main", "examine a source or a converted set, and report its faults"),
         "synthetic": ("data_pipeline.synthetic:main", "draw a livestream shop to try things on without a download"),
     },
@@ -41,17 +38,9 @@ def usage(prog: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "rice-jax") -> int:
-    """Runs the subcommand that the first word names, with the other words.
+    """Runs the subcommand that the first word names; returns its exit status, 2 if there is none of that name.
 
-    Args:
-      argv: the words after the program's name; None takes those of sys.argv.
-      prog: what the user typed to start this program, for help texts.
-
-    Returns:
-      The exit status: 2 without a subcommand or with an unknown one, else the subcommand's.
-
-    Raises:
-      SystemExit: the subcommand ends itself, as for --help.
+    argv: None takes sys.argv's. prog: what the user typed, for help texts. Raises SystemExit, as for --help.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("", "-h", "--help"):

@@ -33,11 +33,7 @@ PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per 
 
 
 def shipped_path(name: str) -> str:
-    """Returns the path of an existing file for a path or a shipped config's name, with its ':ARG' if it has one.
-
-    Raises:
-      FileNotFoundError: neither a file nor a shipped config; lists the shipped ones.
-    """
+    """Returns a path, or a shipped config's name, as the path of a file, with its ':ARG'. Raises FileNotFoundError."""
     file, colon, argument = name.partition(":")
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
     if file and "/" in file and Path(file).parts[0] != "configs":
@@ -75,11 +71,7 @@ def check_field(config: Config, dotted: str) -> None:
 
 
 def load_config(name: str) -> Config:
-    """Returns the config of FILE[:ARG], where FILE is a path or the name of a shipped config.
-
-    Raises:
-      FileNotFoundError, ValueError: no such file, no config in it, or an argument that it does not take.
-    """
+    """Returns the config of FILE[:ARG]. Raises FileNotFoundError, or ValueError if it has no config or takes no ARG."""
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
@@ -94,11 +86,7 @@ def load_config(name: str) -> Config:
 
 
 def override(config: Config, dotted: str, text: str) -> None:
-    """Sets the field `dotted` to `text`, read as a value of the field's type; a tuple is written with commas.
-
-    Raises:
-      ValueError: no such field, or a text that its type cannot be read from.
-    """
+    """Sets a field to `text`, read as its type; tuples are written with commas. Raises ValueError if it cannot be."""
     check_field(config, dotted)
     old = flatten(config)[dotted]
     # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
@@ -133,16 +121,9 @@ def split_override(word: str) -> tuple[str, str]:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command that takes --config and --config.field=value. Its `config` is the locked config.
-
-    Wrong use prints one line on stderr and exits with status 2.
-    """
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:ARG]",
-        help="a path or the name of a shipped config; --config.field=value sets a field",
-    )
+    """Parses --config and --config.field=value into a locked `config`. Wrong use exits with status 2 and one line."""
+    about = "a path or the name of a shipped config; --config.field=value sets a field"
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help=about)
     arguments, rest = parser.parse_known_args(argv)
     try:
         arguments.config = load_config(arguments.config)
@@ -158,19 +139,14 @@ def validate(config: Config) -> None:
     """Raises ValueError with all values that the table does not allow, or else all that do not fit each other."""
     f = flatten(config)
     faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
-    if not faults:
-        faults = _misfits(config)
-    if faults:
+    if faults := faults or _misfits(config):
         raise ValueError("config: " + "; ".join(faults) + ".")
 
 
 def _misfits(config: Config) -> list[str]:
     faults, f, model, optimizer = [], flatten(config), config.model, config.optimizer
-    for whole, part in (
-        ("data.image_size", "model.patch_size"),
-        ("model.width", "model.heads"),
-        ("model.width", "model.decoder_heads"),
-    ):
+    parts = {"model.patch_size": "data.image_size", "model.heads": "model.width", "model.decoder_heads": "model.width"}
+    for part, whole in parts.items():
         if f[whole] % f[part]:
             faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
     stem, blocks, size = model.stem_channels, model.stem_blocks, model.patch_size
@@ -193,11 +169,8 @@ def _misfits(config: Config) -> list[str]:
 def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
-    An epoch of `clips` training clips is split into as few equal batches of at most FITTED_BATCH as possible, so that
-    it leaves few clips out; the batch is then rounded down to a multiple of `devices`.
-
-    Raises:
-      ValueError: fewer clips than devices.
+    `clips`, the training clips, make as few equal batches of at most FITTED_BATCH as possible, so that few are left
+    out; the size is then rounded down to a multiple of `devices`. Raises ValueError for fewer clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:
@@ -228,20 +201,14 @@ def to_json(config: Config | dict[str, Any]) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the config of a text by to_json. A field that is newer than the text has its default.
+    """Returns the config of a to_json text, with defaults for new fields. Raises ValueError if one is unknown."""
 
-    Raises:
-      ValueError: the text is no JSON, or has fields that the defaults lack.
-    """
-
-    def tuples(node: Any) -> Any:  # JSON has lists only
-        if isinstance(node, dict):
-            return {name: tuples(value) for name, value in node.items()}
-        return tuple(node) if isinstance(node, list) else node
+    def tuples(section: dict[str, Any]) -> dict[str, Any]:  # JSON has lists only
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
     config = default.get_config()
     try:
-        saved = tuples(json.loads(text))
+        saved = json.loads(text, object_hook=tuples)
     except json.JSONDecodeError as error:
         raise ValueError(f"the run's config is no JSON ({error}); restore config.json or train anew.") from error
     unknown = sorted(flatten(saved).keys() - flatten(config).keys())

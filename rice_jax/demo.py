@@ -26,11 +26,7 @@ SHOP = ("--products", "120", "--clips", "960")  # drawn in seconds, enough to le
 
 
 def demo(output: Path, overrides: list[str]) -> None:
-    """Runs the demo in the folder `output`. `overrides` are --config.field=value words for the training.
-
-    Raises:
-      SystemExit: a command failed; the status is the command's.
-    """
+    """Runs the demo in `output`; `overrides` are --config.field=value words. Raises SystemExit if a command failed."""
     start = time.monotonic()
     shop, records, run, evaluation = (output / name for name in ("shop", "records", "run", "evaluation"))
     run_command("data_pipeline.synthetic", "--output", shop, *SHOP)
@@ -73,22 +69,16 @@ def run_command(module: str, *words: str | Path) -> None:
     """Prints and runs `python -m MODULE WORDS`. Raises SystemExit with its status if that is not 0."""
     line = [module, *map(str, words)]
     print("\n$ python -m " + " ".join(line), flush=True)
-    status = subprocess.run([sys.executable, "-m", *line], check=False).returncode
-    if status:
+    if status := subprocess.run([sys.executable, "-m", *line], check=False).returncode:
         raise SystemExit(status)
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--config.field=value changes the training's config, configs/demo.py.",
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "--config.field=value changes the training's config, configs/demo.py."
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder (default: build/demo)")
     arguments, rest = parser.parse_known_args(argv)
-    wrong = [word for word in rest if not word.startswith("--config.")]
-    if wrong:
+    if wrong := [word for word in rest if not word.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     return arguments, rest
 

@@ -20,7 +20,6 @@ from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
-from rice_jax.retrieval.evaluation import SCORES, rankings, table
 from rice_jax.retrieval.model import load
 from rice_jax.version import __version__
 
@@ -52,11 +51,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     if not hosts.is_first():
         return
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rankings(result, split))
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))
     write_file(output / "rankings.jsonl", "".join(lines).encode())
     text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
     write_file(output / "metrics.json", text.encode())
-    print(json.dumps(result.figures) if arguments.json else f"{table(result.figures)}\nwritten to {output}")
+    print(json.dumps(result.figures) if arguments.json else f"{evaluation.table(result.figures)}\nwritten to {output}")
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,40 +70,27 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Returns the clip ids in a text file, one a line, without empty lines.
-
-    Raises:
-      ValueError: the file is no UTF-8 text, or has no id.
-      OSError: it cannot be read.
-    """
+    """Returns the clip ids of a text file, one a line. Raises ValueError if it has none or is no UTF-8, or OSError."""
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is not UTF-8; give a text file with one clip id a line."
-        ) from error
+        place = f"{path}: byte {error.start}"
+        raise ValueError(f"{place} is not UTF-8; give a text file with one clip id a line.") from error
     if not any(ids):
         raise ValueError(f"{path}: found no clip id; give a text file with one a line.")
     return [clip for clip in ids if clip]
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluate") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--config.field=value sets fields that do not concern the weights: eval_flip, data.test_tail_cut, ...",
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = "fields that do not concern the weights: eval_flip, data.test_tail_cut, ..."
+    parser.epilog = f"--config.field=value sets {fields}"
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
     parser.add_argument("--data", type=Path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--subset", type=Path, help="text file of clip ids, one a line: evaluate only these queries")
-    parser.add_argument(
-        "--score",
-        choices=SCORES,
-        default="embedding",
-        help="rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both",
-    )
+    score = "rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both"
+    parser.add_argument("--score", choices=evaluation.SCORES, default="embedding", help=score)
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="number of updates of the checkpoint (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")

@@ -27,12 +27,7 @@ SHOWN = 5  # ids or numbers in a message
 
 
 def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
-    """Returns a picture of an update's first `examples` pairs, one a line: the shop image, then the clip's frames.
-
-    Args:
-      plan: the run's plan, with which `split` is read.
-      update: number of the update, counted from 1.
-    """
+    """Returns a picture of the first `examples` pairs of an update, from 1, one a line: shop image, then frames."""
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
@@ -53,14 +48,12 @@ def draw_update(split: Split, plan: Plan, config: Config, update: int, *, exampl
 
 
 def _image_of(split: Split, row: int) -> str:
-    """Returns the id of the shop image of the clip at `row`."""
     return split.image_ids[int(split.columns["image"][row])]
 
 
 def explain(arguments: argparse.Namespace) -> None:
     workdir, update = arguments.workdir, arguments.step
-    text = read_config(workdir)
-    if text is None:
+    if (text := read_config(workdir)) is None:
         raise FileNotFoundError(f"{workdir}: found no config.json; give the --workdir of a training run.")
     config = from_json(text)
     dataset = _open(arguments.data, config, workdir)
@@ -68,12 +61,12 @@ def explain(arguments: argparse.Namespace) -> None:
     if not 1 <= update <= config.num_updates:
         raise ValueError(f"--step {update}: this run has updates 1 to {config.num_updates}; give one of them.")
     epoch = check_epoch(plan, ledger, plan.epoch(update - 1), last_update=config.num_updates)
-    rows = plan.batch(update - 1)
+    rows = plan.batch(update - 1).tolist()
 
     output = arguments.output or workdir / f"update-{update}.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_update(split, plan, config, update, examples=arguments.examples).save(output)
-    pairs = [{"clip": split.clip_ids[row], "image": _image_of(split, row)} for row in rows.tolist()]
+    pairs = [{"clip": split.clip_ids[row], "image": _image_of(split, row)} for row in rows]
     if arguments.json:
         found = epoch._asdict() | {"updates": [epoch.updates.start, epoch.updates.stop - 1]}
         found |= {name: [split.clip_ids[row] for row in found[name]] for name in ("twice", "left_out")}
@@ -89,11 +82,9 @@ def explain(arguments: argparse.Namespace) -> None:
 
 
 def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
-    """Returns the data set at `data`, or else at the config's path.
+    """Returns the data set at `data`, or else at the config's path. Raises FileNotFoundError if there is none.
 
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is not the one that the newest checkpoint names. The ledger has only rows, so it cannot notice.
+    Raises ValueError if the newest checkpoint names another. The ledger has only rows, so it cannot notice.
     """
     try:
         dataset = open_dataset(data or config.data.path)
@@ -131,21 +122,17 @@ def _report(
         + (f"{len(epoch.twice)} MORE THAN ONCE" if epoch.twice else "none twice")
     )
     names = [split.clip_ids[row] for row in epoch.left_out]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    out.append(
-        f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {', '.join(names[:SHOWN])}{more}"
-        if names
-        else "it leaves out no clip"
-    )
-    return out
+    if not names:
+        return [*out, "it leaves out no clip"]
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return [*out, f"it leaves out {len(names)} of {plan.num_kept} clips, which fill no batch: {shown}"]
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="the training run")
-    parser.add_argument(
-        "--step", type=int, required=True, help="number of the update, as in metrics.jsonl: 1 is the first"
-    )
+    step = "number of the update, as in metrics.jsonl: 1 is the first"
+    parser.add_argument("--step", type=int, required=True, help=step)
     parser.add_argument("--data", type=Path, help="the converted set (default: its path in the run's config)")
     parser.add_argument("--output", type=Path, help="the picture, .png (default: RUN/update-N.png)")
     parser.add_argument("--examples", type=int, default=16, help="number of pairs to draw (default: 16)")

@@ -24,16 +24,8 @@ INK, PAPER, RIGHT, WRONG = "#30343b", "#ffffff", "#1a9850", "#d73027"
 def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int = 8, top: int = 3) -> Image.Image:
     """Returns a picture of some queries, two a row: frames, the shop images ranked first, and a missed true image.
 
-    The queries are evenly spaced from the best ranked to the worst, so wrong ones appear in their proportion.
-
-    Args:
-      split: the split that was ranked.
-      rankings: the lines of rankings.jsonl.
-      queries: the number of queries to draw, at most.
-      top: the number of shop images a query.
-
-    Raises:
-      ValueError: `rankings` is empty, or a drawn query names a clip or shop image that the split does not have.
+    Draws at most `queries`, evenly spaced from best to worst ranked, with `top` shop images each. rankings: the lines
+    of rankings.jsonl. Raises ValueError if there are none, or one names a clip or image that the split does not have.
     """
     if not rankings:
         raise ValueError("rankings.jsonl has no query; evaluate a split that has some.")
@@ -41,8 +33,7 @@ def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int 
     chosen = [by_rank[i] for i in np.unique(np.linspace(0, len(by_rank) - 1, queries).astype(int))]
     clips = {name: row for row, name in enumerate(split.clip_ids)}
     images = {name: row for row, name in enumerate(split.image_ids)}
-    known = all(line["clip"] in clips and all(image in images for image, _ in line["top"]) for line in chosen)
-    if not known:
+    if not all(line["clip"] in clips and all(image in images for image, _ in line["top"]) for line in chosen):
         raise ValueError(
             f"split {split.name} of {split.path} lacks a clip or shop image of rankings.jsonl; give the --data and "
             "--split that were evaluated."
@@ -55,27 +46,21 @@ def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int 
             x = side * width + 2 * GAP + column * (SIDE + GAP) + (2 * GAP if column >= FRAMES else 0)
             pen.text((x, GAP), title, INK, ImageFont.load_default(13))
     for i, line in enumerate(chosen):
-        corner = (i % 2 * width + 2 * GAP, TEXT + 2 * GAP + i // 2 * height)
-        _draw_query(sheet, corner, split, clips[line["clip"]], line, images, top)
+        x, y = i % 2 * width + 2 * GAP, TEXT + 2 * GAP + i // 2 * height
+        _draw_query(sheet, x, y, split, clips[line["clip"]], line, images, top)
     return sheet
 
 
 def _draw_query(
-    sheet: Image.Image,
-    corner: tuple[int, int],
-    split: Split,
-    row: int,
-    line: dict[str, Any],
-    images: dict[str, int],
-    top: int,
+    sheet: Image.Image, x: int, y: int, split: Split, row: int, line: dict[str, Any], images: dict[str, int], top: int
 ) -> None:
-    """Draws one query; `corner` is the upper left one, `line` its line of rankings.jsonl."""
-    pen, (x, y), font = ImageDraw.Draw(sheet), corner, ImageFont.load_default(13)
+    """Draws one query; (x, y) is its upper left corner, `line` its line of rankings.jsonl."""
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     frames, truth = split.clip(row).frames, set(split.truth(row))
+    pen.text((x, y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
     for k in np.linspace(0, len(frames) - 1, FRAMES).astype(int):
         sheet.paste(_thumbnail(frames[k].encoded), (x, y))
         x += SIDE + GAP
-    pen.text((corner[0], y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
     x += 2 * GAP
     for image, score in line["top"][:top]:
         colour, mark = (RIGHT, "right") if image in truth else (WRONG, "wrong")
@@ -101,19 +86,14 @@ def _thumbnail(encoded: bytes) -> Image.Image:
 
 
 def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
-    """Returns the lines of the folder's rankings.jsonl as {"clip", "rank", "top"}.
-
-    Raises:
-      FileNotFoundError: the folder has no such file.
-      ValueError: a line is no ranking.
-    """
+    """Returns the lines of rankings.jsonl: clip, rank, top. Raises FileNotFoundError, or ValueError for a bad one."""
     path, lines = evaluation / "rankings.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run rice_jax.evaluate --output {evaluation} first.")
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
-            lines.append({"clip": line["clip"], "rank": line["rank"], "top": line["top"]})
+            lines.append({name: line[name] for name in ("clip", "rank", "top")})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number}: is no ranking ({error!r}); evaluate anew.") from error
     return lines
@@ -133,9 +113,8 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.show") 
     parser.add_argument("--data", type=Path, required=True, help="the converted set that was evaluated")
     parser.add_argument("--split", default="test", help="the split that was evaluated (default: test)")
     parser.add_argument("--output", type=Path, required=True, help="the picture: .png, .jpg or .webp")
-    parser.add_argument(
-        "--queries", type=int, default=8, help="queries, from the best ranked to the worst (default: 8)"
-    )
+    queries = "queries, from the best ranked to the worst (default: 8)"
+    parser.add_argument("--queries", type=int, default=8, help=queries)
     parser.add_argument("--top", type=int, default=3, help="shop images a query (default: 3)")
     arguments = parser.parse_args(argv)
     if arguments.queries < 1 or arguments.top < 1:

@@ -141,8 +141,7 @@ class Run(NamedTuple):
 def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     """Returns the run, the number of updates done, and the state after them: the newest checkpoint's, or a new one.
 
-    Raises:
-      ValueError: a config that contradicts itself or the data, a workdir of another run, or only damaged checkpoints.
+    Raises ValueError if the config misfits itself or the data, or `workdir` has another run or no sound checkpoint.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -159,11 +158,9 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     abstract = abstract_state(model, config, mesh)
     hosts.check_shared(workdir)
     checkpoints = Checkpoints(
-        workdir,
-        kept=config.checkpoints_kept,
-        kept_every=config.checkpoints_kept_every,
-        kept_best=config.checkpoints_kept_best,
-    )
+        workdir, kept=config.checkpoints_kept,
+        kept_every=config.checkpoints_kept_every, kept_best=config.checkpoints_kept_best,
+    )  # fmt: skip
     start = hosts.ask_first(checkpoints.latest)
     config.init_from = config.init_from or hosts.ask_first(lambda: saved_init_from(workdir, start))
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": to_json(config)}
@@ -181,28 +178,22 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     if held_out is not None:
         checkpoints.recall = log.recalls(held_out.name)
     batches = train_batches(
-        train,
-        plan,
-        process_rows(config.batch_size, mesh),
-        frame_options(config.data, train=True),
-        start_step=start,
-        threads=config.data.threads,
-        workers=config.data.workers,
-        cache_bytes=config.data.cache_bytes,
-    )
+        train, plan, process_rows(config.batch_size, mesh), frame_options(config.data, train=True), start_step=start,
+        threads=config.data.threads, workers=config.data.workers, cache_bytes=config.data.cache_bytes,
+    )  # fmt: skip
+    for note in notes:
+        log.say(note)
     size = sum(x.size for x in jax.tree.leaves(abstract.params))
-    notes.append(
+    log.say(
         f"{size:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}, "
         f"{jax.process_count()} process(es)"
     )
     if mesh.size > 1:
-        notes.append(parameter_table(abstract, abstract.params))
-    notes.append(
+        log.say(parameter_table(abstract, abstract.params))
+    log.say(
         f"{plan.num_kept} clips, {plan.batches_per_epoch} batches of {config.batch_size} an epoch; "
         f"from update {start} to {config.num_updates}"
     )
-    for note in notes:
-        log.say(note)
     return Run(config, model, mesh, train, held_out, plan, abstract, checkpoints, meta, log, batches), start, state
 
 
@@ -228,10 +219,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 
 
 def saved_init_from(workdir: Path, start: int | None) -> str:
-    """Returns the init_from of the run in `workdir`, which need not be given again; "" if nothing was trained there.
-
-    Raises ValueError if the workdir contains imported weights (start 0) and no run.
-    """
+    """Returns init_from of the workdir's run, or "". Raises ValueError if it has imported weights (start 0), no run."""
     held = read_config(workdir)
     if start == 0:
         raise ValueError(
@@ -248,8 +236,7 @@ def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None
     held = read_config(workdir)
     if saved is None or held is None:
         return  # nothing was trained here, so nothing can be lost
-    changed = differences(from_json(held), config, free=FREE)
-    if changed:
+    if changed := differences(from_json(held), config, free=FREE):
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
         )
@@ -276,9 +263,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="folder of the run: checkpoints, metrics, TensorBoard"
-    )
+    about = "folder of the run: checkpoints, metrics, TensorBoard"
+    parser.add_argument("--workdir", type=Path, required=True, help=about)
     hosts.add_flags(parser)
     return parse_arguments(parser, argv)
 

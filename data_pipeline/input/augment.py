@@ -13,7 +13,8 @@ from data_pipeline.input.decode import Pixels, resampling
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.random_words import AUGMENT_STREAM, RandomWords, below, random_words, uniform
 
-SHOP_IMAGE, FIRST_FRAME, WHOLE_CLIP = 0, 1, 2**32  # `picture` of augment_words; slot k of the clip is FIRST_FRAME + k
+# `picture` of augment_words. Slot k of the clip is FIRST_FRAME + k; WHOLE_CLIP is for frame sampling.
+SHOP_IMAGE, FIRST_FRAME, WHOLE_CLIP = 0, 1, 2**32
 PICTURE_WORDS = 15  # random words of a picture, by position:
 CROP_Y, CROP_X, FLIP, AREA, ASPECT, BRIGHTNESS, CONTRAST, SATURATION = range(8)
 RED, GREEN, BLUE, ERASE, ERASE_Y, ERASE_X, ERASE_SIDE = range(8, PICTURE_WORDS)
@@ -21,18 +22,12 @@ ERASED = (123, 117, 104)  # CLIP's mean colour (docs/official.md 9.5): zero afte
 
 
 def augment_words(seed: int, epoch: int, example: int, picture: int, count: int = PICTURE_WORDS) -> RandomWords:
-    """Returns the random words, uint64 [count], of one picture in one epoch.
-
-    example: row of the clip in its split. picture: SHOP_IMAGE, FIRST_FRAME + slot, or WHOLE_CLIP for frame sampling.
-    """
+    """Returns the random words, uint64 [count], of one picture in one epoch. example: row of the clip in its split."""
     return random_words(seed, AUGMENT_STREAM, count, epoch=epoch, example=example, picture=picture)
 
 
 def augment(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
-    """Returns a loaded picture after the random changes of `options`: uint8 [image_size, image_size, 3].
-
-    words: PICTURE_WORDS random words of the picture.
-    """
+    """Returns a loaded picture after the random changes of `options`: uint8 [image_size, image_size, 3]."""
     crop = random_scale_crop if options.crops_at_random_scale else random_crop
     pixels = crop(pixels, options, words)
     if options.flip and below(words[FLIP], 2):
@@ -75,8 +70,7 @@ def random_scale_crop(pixels: Pixels, options: FrameOptions, words: RandomWords)
     left = uniform(words[CROP_X], 0.0, width - crop_width)
     top = uniform(words[CROP_Y], 0.0, height - crop_height)
     box = (left, top, min(width, left + crop_width), min(height, top + crop_height))
-    size = (options.image_size, options.image_size)
-    return np.asarray(Image.fromarray(pixels).resize(size, resampling(options), box=box))
+    return np.asarray(Image.fromarray(pixels).resize((options.image_size,) * 2, resampling(options), box=box))
 
 
 def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
@@ -95,10 +89,7 @@ def balance(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
 
 
 def erase(pixels: Pixels, chance: float, words: RandomWords) -> Pixels:
-    """Returns, with probability `chance`, a copy with one square painted ERASED; otherwise `pixels` itself.
-
-    The square's side is 0.2 to 0.5 of the picture's. Its centre is anywhere in the picture, which cuts it at the edge.
-    """
+    """Returns, with probability `chance`, a copy with a square of 0.2 to 0.5 of its side ERASED; else `pixels`."""
     if uniform(words[ERASE], 0.0, 1.0) >= chance:
         return pixels
     height, width = pixels.shape[:2]

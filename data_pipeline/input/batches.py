@@ -5,6 +5,7 @@ is a pure function of its number, so threads and workers cannot change a batch, 
 Importing grain imports jax; neither this process nor a worker initialises a jax backend here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -12,7 +13,6 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
 
 import grain.python as grain
 import numpy as np
@@ -95,7 +95,7 @@ def _fill_evaluation(
 # --- threads and workers ----------------------------------------------------------------------------------------------
 
 
-class Batches(Iterator[Arrays]):
+class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
     """An iterator of batches (dicts of arrays by name) that owns threads and processes; num_batches is their number.
 
     Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
@@ -153,9 +153,6 @@ class Batches(Iterator[Arrays]):
                 batch[name][within] = part
         return batch
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -201,14 +198,14 @@ def train_batches(
     Args:
       split: a split of a converted data set.
       plan: the order of its examples. Global batch i has the G = plan.batch_size rows `plan.batch(i)`.
-      positions: the positions of the global batch that this process loads, each 0 to G - 1, in any order; b of them.
+      positions: the b positions, 0 to G - 1 in any order, of the global batch that this process loads.
       options: how pictures become arrays; N = options.num_frames, px = options.image_size.
       start_step: number of the first global batch, 0 or more.
       threads: decoding threads of this process, or of each worker. 0 decodes in the calling thread.
       workers: worker processes, of 200 MB each. 0 starts none.
       prefetch_batches: batches prepared ahead, at least 1.
-      cache_bytes: memory for decoded and resized pictures, shared out evenly to the workers. From the second epoch on,
-        cached pictures are not decoded again; the pixels are the same. Useful only for a set that fits.
+      cache_bytes: memory, shared evenly by the workers, for decoded and resized pictures, so that later epochs do not
+        decode them again; the pixels are the same. Useful only for a set that fits.
 
     Returns:
       Batches, which yield dicts of arrays:
@@ -269,19 +266,16 @@ def clip_batches(
     Args:
       split: a split of a converted data set.
       rows: rows of its clips. -1 means no clip: a host with too few clips for its part of a batch fills it up with -1.
-      options: how pictures become arrays; N = options.num_frames, px = options.image_size.
+      options, threads, workers: as for `train_batches`.
       batch_size: examples of a batch, b.
       seed: of the random tail cut, used only with options.test_tail_cut.
-      threads: decoding threads of this process, or of each worker. 0 decodes in the calling thread.
-      workers: worker processes, of 200 MB each. 0 starts none.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
         frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
         mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
         row: int32 [b], the clip's row in the split.
-        valid: bool [b], False for examples that fill up a batch: their row is -1, and they have one black frame, so
-          that no mean over frames is 0 / 0.
+        valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0).
 
     Raises:
       ValueError: a row outside -1 to num_clips - 1; batch_size below 1; a clip with fewer than N stored frames where
@@ -303,18 +297,11 @@ def clip_batches(
 
 
 def image_batches(
-    split: Split,
-    rows: Rows,
-    options: FrameOptions,
-    batch_size: int,
-    *,
-    threads: int = 2,
-    workers: int = 0,
+    split: Split, rows: Rows, options: FrameOptions, batch_size: int, *, threads: int = 2, workers: int = 0
 ) -> Batches:
     """Returns an iterator of evaluation batches: the shop images `rows`, in this order, each exactly once.
 
-    Args:
-      split, rows, options, batch_size, threads, workers: as for `clip_batches`, with rows of shop images.
+    The arguments are those of `clip_batches`, with rows of shop images.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
@@ -323,9 +310,7 @@ def image_batches(
         valid: bool [b], False for black images that fill up a batch: their row is -1.
 
     Raises:
-      ValueError: a row outside -1 to num_images - 1; batch_size below 1; threads or workers below 0. From next(): a
-        record or picture that cannot be read (the message names it), or batches that were closed before their end.
-      RuntimeError: from next(), a worker process died.
+      ValueError, RuntimeError: as `clip_batches`.
 
     Example:
         from data_pipeline import FrameOptions, image_batches, open_dataset
@@ -351,10 +336,6 @@ def _evaluation_batches(
 
 
 def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDArray[np.int32]:
-    """Returns the rows as int32 [batches, batch_size], filled up with PADDING.
-
-    Raises ValueError for rows outside PADDING to num_rows - 1, or a batch_size below 1.
-    """
     wanted = np.asarray(rows, np.int64)
     if wanted.ndim != 1 or np.any((wanted < PADDING) | (wanted >= num_rows)):
         raise ValueError(f"rows: found some outside split {split_name}, needs 0 to {num_rows - 1}.")

@@ -61,18 +61,15 @@ class ClipLoader:
             "frames": ((slots, side, side, 3), np.uint8),
             "mask": ((slots,), np.int32),
             "image": ((side, side, 3), np.uint8),
-            "product": ((), np.int32),
-            "index": ((), np.int32),
-            "row": ((), np.int32),
+            **dict.fromkeys(("product", "index", "row"), ((), np.int32)),
             "valid": ((), np.bool_),
         }
         return {name: np.zeros((count, *shapes[name][0]), shapes[name][1]) for name in names}
 
     def fill_clips(self, arrays: Arrays, rows: NDArray[np.integer], epoch: int) -> None:
-        """Writes the clips `rows` into "frames" and "mask", which must be zero.
+        """Writes the clips `rows` into "frames" and "mask", which must be zero. PADDING gets one black frame.
 
-        A PADDING row gets one black frame, so that no mean over its frames is 0 / 0. Raises ValueError for a record or
-        picture that cannot be read; the message names it.
+        Raises ValueError for a record or picture that cannot be read; the message names it.
         """
         for position, row in enumerate(rows.tolist()):
             shown = 1 if row == PADDING else self._fill_slots(arrays["frames"][position], row, epoch)

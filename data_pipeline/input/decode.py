@@ -42,7 +42,10 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
         except ValueError:
             pass  # simplejpeg is stricter than Pillow, which then decides and has the better message
     try:
-        return _decode_with_pillow(data, apply_exif, max_pixels)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise Image.DecompressionBombError
+            return np.asarray(convert_rgb(ImageOps.exif_transpose(opened) if apply_exif else opened))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"declares more than {max_pixels} pixels, which no frame or shop image has") from err
     except Image.UnidentifiedImageError as err:
@@ -51,15 +54,7 @@ def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXEL
         raise ValueError(f"cannot be decoded ({err}), needs a whole picture") from err
 
 
-def _decode_with_pillow(data: bytes, apply_exif: bool, max_pixels: int) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        if opened.width * opened.height > max_pixels:
-            raise Image.DecompressionBombError
-        return np.asarray(convert_rgb(ImageOps.exif_transpose(opened) if apply_exif else opened))
-
-
 def convert_rgb(picture: Image.Image) -> Image.Image:
-    """Returns the picture in mode RGB."""
     if picture.mode == "P":
         picture.load()
         picture.info.pop("transparency", None)  # convert() drops it anyway, with a warning
@@ -67,10 +62,7 @@ def convert_rgb(picture: Image.Image) -> Image.Image:
 
 
 def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
-    """Returns a decoded picture, ready for the crop: resized, or only shrunk if a training crop will resize it.
-
-    Raises ValueError as `decode` and `resize` do.
-    """
+    """Returns the picture decoded and resized, or only shrunk if a training crop resizes it. Raises ValueError."""
     pixels = decode(data, apply_exif=options.apply_exif)
     return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
 
@@ -81,9 +73,8 @@ def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
     Pixels of that size are returned as they are. Raises ValueError if the result would have more than MAX_PIXELS.
     """
     height, width = pixels.shape[:2]
-    if options.resize_mode == "stretch":
-        size = (options.resize, options.resize)
-    else:
+    size = (options.resize, options.resize)
+    if options.resize_mode == "keep_ratio":
         short = min(height, width)
         size = (options.resize * width // short, options.resize * height // short)
         if size[0] * size[1] > MAX_PIXELS:
@@ -94,13 +85,10 @@ def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
 
 
 def shrink(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """Returns the pixels with their shorter side reduced to shrink_to, or as they are if it is no longer or that is 0.
-
-    A photograph of 12 million pixels would take 36 MB of the cache.
-    """
+    """Returns the pixels with a shorter side of shrink_to, or as they are if it is no longer or shrink_to is 0."""
     height, width = pixels.shape[:2]
     short = min(height, width)
-    if not 0 < options.shrink_to < short:
+    if not 0 < options.shrink_to < short:  # a photograph of 12 million pixels would take 36 MB of the cache
         return pixels
     size = (options.shrink_to * width // short, options.shrink_to * height // short)
     return np.asarray(Image.fromarray(pixels).resize(size, resampling(options)))

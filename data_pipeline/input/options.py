@@ -14,8 +14,8 @@ class FrameOptions:
     Attributes:
       image_size: side of the square picture that the network sees, in pixels.
       resize: pixels before the crop: of both sides ("stretch"), or of the shorter side ("keep_ratio").
-      resize_mode: "stretch" makes a square by bilinear resizing, as RICE does. "keep_ratio" keeps the aspect ratio by
-        bicubic resizing, as CLIP does (docs/official.md 11, row 17).
+      resize_mode: "stretch" makes a square, bilinearly, as RICE does. "keep_ratio" keeps the aspect ratio, bicubically,
+        as CLIP does (docs/official.md 11, row 17).
       num_frames: slots of a clip, N.
       frame_sampling: "uniform" takes evenly spaced frames. "random" draws any num_frames frames, in their order.
       tail_cut: with probability 0.5, a clip that fills every slot keeps only its first 1 to num_frames frames
@@ -23,8 +23,8 @@ class FrameOptions:
       test_tail_cut: the same cut in evaluation, as the official code does (docs/official.md 11, row 15).
       flip: mirror a picture with probability 0.5.
       consistent_augment: all frames of a clip share one crop, flip and colour change (docs/official.md 11, row 16).
-      min_scale: least share of the area that a crop has. Below 1, the crop has a random share and is resized to
-        image_size, in place of resize and crop.
+      min_scale: below 1, a crop has a random share of the area, at least this, and is resized to image_size, in place
+        of resize and crop.
       max_aspect: largest factor by which such a crop's width : height differs from 1, either way. Above 1, crops are
         made in this way even if min_scale is 1.
       shrink_to: longest shorter side, in pixels, of the picture that such a crop is taken from; 0 never shrinks it.
@@ -33,8 +33,7 @@ class FrameOptions:
       erase: probability that a square of 0.2 to 0.5 of the side is painted over.
       apply_exif: rotate pictures by their EXIF orientation, which the official code does not do.
 
-    Raises:
-      ValueError: a field is outside its range. The message names the field, the value and the range.
+    Raises ValueError if a field is outside its range. The message names the field, the value and the range.
 
     Example:
         from data_pipeline import FrameOptions

@@ -26,13 +26,11 @@ class Plan:
       batch_size: size of a global batch, over all hosts, G.
       seed: 0 to 2**64 - 1.
       keep: int64, the rows to train on, ascending and distinct (see `rows_without`). None keeps all n rows.
-      product: int32 [n], the product of every row, as in the split's columns. If given, each product's clips are spread
-        evenly over an epoch, so that a batch of a small set shows as many products as it can. None: not spread.
+      product: int32 [n], the product of every row. If given, each product's clips are spread evenly over an epoch, so
+        that a batch of a small set shows as many products as it can.
       content_hash: of the converted data set. It enters the fingerprint only.
 
-    Raises:
-      ValueError: seed or batch_size is out of range, keep is not ascending, distinct rows of 0 to n - 1, or fewer rows
-        are kept than one batch needs.
+    Raises ValueError if seed, batch_size or keep is out of range, or fewer rows are kept than one batch needs.
 
     Example:
         from data_pipeline import Plan, open_dataset
@@ -73,7 +71,6 @@ class Plan:
 
     @property
     def num_kept(self) -> int:
-        """Number of rows to train on."""
         return self.num_examples if self.keep is None else len(self.keep)
 
     @property
@@ -94,10 +91,7 @@ class Plan:
         return step // self.batches_per_epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Returns the rows of the split that make global batch `step`, int64 [G], in the batch's order.
-
-        Raises ValueError if step is negative.
-        """
+        """Returns the rows of global batch `step`, int64 [G], in its order. Raises ValueError if step is negative."""
         if step < 0:
             raise ValueError(f"step: found {step}, needs 0 or more.")
         epoch, position = divmod(step, self.batches_per_epoch)
@@ -112,15 +106,12 @@ class Plan:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self.product is None:
             return epoch_permutation(self.seed, epoch, self.num_kept)
-        with _spread_lock:
+        with _lock:
             return _spread_order(self, epoch)
 
 
 def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[np.int64]:
-    """Returns the rows of `clip_ids` that are not in `skip_clips`, int64, ascending.
-
-    Raises ValueError for an id in skip_clips that clip_ids does not have: a mistyped one would leave the bad clip in.
-    """
+    """Returns the rows of clip_ids that are not in skip_clips, int64, ascending. Raises ValueError for unknown ids."""
     skip = frozenset(skip_clips)
     rows = np.fromiter((i for i, clip_id in enumerate(clip_ids) if clip_id not in skip), np.int64)
     if len(clip_ids) - len(rows) != len(skip):
@@ -129,8 +120,7 @@ def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[
     return rows
 
 
-_permutation_lock = threading.Lock()  # threads that reach a new epoch together compute its order once
-_spread_lock = threading.Lock()
+_lock = threading.RLock()  # threads that reach a new epoch together compute its order once
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
@@ -138,7 +128,7 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
     Sorts one random word per example, ties by index. 4 M examples take half a second, once per epoch.
     """
-    with _permutation_lock:
+    with _lock:
         return _epoch_permutation(seed, epoch, count)
 
 

@@ -11,26 +11,17 @@ from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
-from data_pipeline.inspection.fingerprints import (
-    FINGERPRINT,
-    NO_FINGERPRINT,
-    VERSION,
-    Fingerprints,
-    KnownFingerprints,
-    inspect_picture,
-    key_of,
-)
+from data_pipeline.inspection import fingerprints
+from data_pipeline.inspection.fingerprints import Fingerprints, KnownFingerprints
 from data_pipeline.inspection.source import box_faults
-from data_pipeline.inspection.summary import OnNewFingerprints, PartResult, SplitSummary, join_parts
+from data_pipeline.inspection.summary import InspectedData, OnNewFingerprints, PartResult, SplitSummary, join_parts
 from data_pipeline.layouts.listing import NONE, TABLES
 from data_pipeline.system.workers import Workers
-
-REMEDY = "restore the shard from a copy, or convert again."
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedContext:
-    """What the workers share."""
+    """The set, as the workers share it."""
 
     path: Path
     splits: Mapping[str, Split]
@@ -38,24 +29,18 @@ class ConvertedContext:
     known: KnownFingerprints
 
 
-class InspectedSet:
+class InspectedSet(InspectedData):
     """A converted set. `inspect` fills in the results."""
 
     knows_products = True
 
     def __init__(self, path: Path, workers: int) -> None:
+        super().__init__()
         self.path, self.workers = path, workers
-        self.summaries: list[SplitSummary] = []
-        self.tables: Mapping[str, Sequence[str]] = {}
-        self.faults: list[Fault] = []
-        self.remarks: list[str] = []
         self.splits: dict[str, Split] = {}
 
     def inspect(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
-        """Inspects the set, as far as its manifest, tables and columns are sound.
-
-        on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
-        """
+        """Inspects the set as far as it is sound. Calls on_new after each task with the new fingerprints."""
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:
@@ -83,18 +68,14 @@ class InspectedSet:
                 self.summaries.append(_summary(split, images, clips))
 
     def _check_shards(self, dataset: Dataset, workers: Workers, wrong: set[str]) -> set[str]:
-        """Compares the checksums of whole shards, which also cover bytes between records and exchanged shards.
-
-        Returns the names of the files that are not sound: `wrong` and the shards with another checksum.
-        """
+        """Returns the files that are not sound: `wrong`, and the shards that as a whole have another checksum."""
         shards = [name for name in dataset.manifest["files"] if name.endswith(".tfrecord") and name not in wrong]
         tasks = ((name,) for name in shards)
         crcs = workers.run(shard_crc, tasks, "shards: checksums", total=len(shards), unit="shard")
-        sound = {name for name, crc in zip(shards, crcs, strict=True) if crc == dataset.manifest["files"][name][1]}
-        for name in shards:
-            if name not in sound:
-                self.faults.append(Fault("damaged file", name, f"found a checksum (CRC32C) that disagrees; {REMEDY}"))
-        return {*wrong, *shards} - sound
+        unsound = [name for name, crc in zip(shards, crcs, strict=True) if crc != dataset.manifest["files"][name][1]]
+        detail = "found a checksum (CRC32C) that disagrees; restore the shard from a copy, or convert again."
+        self.faults += [Fault("damaged file", name, detail) for name in unsound]
+        return {*wrong, *unsound}
 
     def _inspect(
         self, workers: Workers, split: Split, kind: str, damaged: set[str], on_new: OnNewFingerprints
@@ -159,7 +140,7 @@ def inspect_shard(
     checksum; otherwise its known fingerprints are not used.
     """
     split = context.splits[split_name]
-    fingerprints: list[Fingerprints] = []
+    inspected: list[Fingerprints] = []
     new: list[Fingerprints] = []
     faults: list[Fault] = []
     counts = []
@@ -169,15 +150,15 @@ def inspect_shard(
         counts.append(count)
         known = [each for key in keys if sound and (each := context.known.find(key)) is not None]
         if sound and len(known) == count:
-            fingerprints += known
+            inspected += known
             continue
         found, wrong = _inspect_record(context, split, kind, row, keys)
-        fingerprints += found
+        inspected += found
         new += found if not wrong else []
         faults += wrong
     faults = list(dict.fromkeys(faults))  # a fault of the whole shard comes once for each record
-    no_names = np.zeros(0, np.uint64)
-    return PartResult(np.array(fingerprints, FINGERPRINT), np.array(new, FINGERPRINT), faults, counts, no_names)
+    of_all, of_new = (np.array(each, fingerprints.FINGERPRINT) for each in (inspected, new))
+    return PartResult(of_all, of_new, faults, counts, np.zeros(0, np.uint64))
 
 
 def _inspect_record(
@@ -186,36 +167,35 @@ def _inspect_record(
     """Returns one fingerprint per key, NO_FINGERPRINT where no picture is sound, and the faults of the record."""
     place, where = split.where(kind, row), _where(split, kind, row)
     subject = f"{kind} {(split.clip_ids if kind == 'clip' else split.image_ids)[row]}"
-    fingerprints: list[Fingerprints] = len(keys) * [NO_FINGERPRINT]
+    found: list[Fingerprints] = len(keys) * [fingerprints.NO_FINGERPRINT]
     try:
         record: ClipRecord | ImageRecord = split.clip(row) if kind == "clip" else split.image(row)
     except ValueError as err:
         if str(err).startswith(place):
-            return fingerprints, [Fault("damaged record", where, _without(err, place), subject=subject)]
+            return found, [Fault("damaged record", where, _without(err, place), subject=subject)]
         detail = str(err).removeprefix(f"{split.path}/")
-        return fingerprints, [Fault("damaged file", _shard(split, kind, row), detail)]
+        return found, [Fault("damaged file", _shard(split, kind, row), detail)]
     errors = list(_disagreements(context, split, row, record))
     frames = record.frames if isinstance(record, ClipRecord) else []
     pictures = [frame.encoded for frame in frames] if isinstance(record, ClipRecord) else [record.encoded]
     for frame, (data, key) in enumerate(zip(pictures, keys, strict=False)):
         name = f"{where} frame {frame}" if kind == "clip" else where
         try:
-            inspected = inspect_picture(data, name, key, named=False)
+            inspected = fingerprints.inspect_picture(data, name, key, named=False)
         except BadInputError as err:
             errors.append(err)
             continue
-        fingerprints[frame] = inspected.fingerprint
+        found[frame] = inspected.fingerprint
         errors += inspected.problems
         if frames and (boxes := frames[frame].boxes):
             errors += box_faults(boxes, Picture(name, name), inspected.fingerprint, name)
-    return fingerprints, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
+    return found, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
 
 
 def _key(split: Split, kind: str, row: int, frame: int) -> int:
     """Returns the key of a picture, which changes with its shard's checksum; that is verified at every start."""
-    place = _where(split, kind, row)
     size, crc = split.manifest["files"][_shard(split, kind, row)]
-    return key_of(f"{VERSION}\0{place}\0{size}\0{crc}\0{frame}")
+    return fingerprints.key_of(f"{fingerprints.VERSION}\0{_where(split, kind, row)}\0{size}\0{crc}\0{frame}")
 
 
 def _disagreements(
@@ -224,8 +204,8 @@ def _disagreements(
     """Yields an error for each value in which a record differs from the columns."""
     pairs: dict[str, tuple[str | int, str | int]]
     if isinstance(record, ImageRecord):
-        pairs = {"id": (record.id, split.image_ids[row])}
-        pairs["product"] = record.product_index, int(split.image_columns["product"][row])
+        product = int(split.image_columns["product"][row])
+        pairs = {"id": (record.id, split.image_ids[row]), "product": (record.product_index, product)}
     else:
         pairs = {"id": (record.id, split.clip_ids[row])}
         texts = {name: getattr(record, name) for name in TABLES if name != "category"}

@@ -63,10 +63,7 @@ def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumm
 
 
 def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame in clips of two products, which are negatives of each other in a batch.
-
-    A livestream may well show both.
-    """
+    """Yields a fault for each frame in clips of two products: in a batch they are negatives of each other."""
     for one, two in same_bytes(summary.frame_fingerprints):
         (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
         image, other_image = (summary.clip_images[row] for row in (clip, other_clip))
@@ -104,7 +101,10 @@ def _shop_images(data: InspectedData) -> Iterator[Fault]:
         by_id[ids[number]].append(number)
     for same_id in by_id.values():
         for number in same_id[1:]:
-            yield _two_pictures(data, images[same_id[0]], images[number])
+            detail = f"found another picture than {data.image_name(*images[same_id[0]])} under the same id, needs one "
+            detail += "an id; see which is right."
+            file, subject = data.image_name(*images[number]), f"image {ids[number]}"
+            yield Fault("two shop images under one id", file, detail, 0, subject)
     shown_in = _galleries_by_image(data.summaries)
     chosen = fingerprints[np.array(distinct, np.int64)]
     read = lambda row: data.image(*images[distinct[row]])
@@ -142,12 +142,6 @@ def _two_products(data: InspectedData, one: ImageRow, two: ImageRow, what: str, 
     certain = (shared or named) and not same
     reason = "shop image under two products" if certain else "shop image under two ids"
     return Fault(reason, file, detail, 0, f"image {ids[1]}")
-
-
-def _two_pictures(data: InspectedData, one: ImageRow, two: ImageRow) -> Fault:
-    file, image_id = data.image_name(*two), two[0].image_ids[two[1]]
-    detail = f"found another picture than {data.image_name(*one)} under the same id, needs one an id; "
-    return Fault("two shop images under one id", file, f"{detail}see which is right.", 0, f"image {image_id}")
 
 
 # --- galleries, truth and ids -----------------------------------------------------------------------------------------

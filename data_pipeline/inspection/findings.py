@@ -14,23 +14,11 @@ from data_pipeline.inspection.summary import UNLISTED, InspectedData, SplitSumma
 from data_pipeline.layouts.listing import NONE
 
 # Kinds that a conversion accepts and that make neither training nor its figures wrong. Every other kind is an error.
-WARNINGS = frozenset(
-    {
-        "control characters",
-        "damaged picture",
-        "file of no manifest",
-        "frame listed twice",
-        "frame of two products",
-        "ids alike",
-        "image twice in a gallery",
-        "several pictures in a file",
-        "shop image under two ids",
-        "truth without query",
-        "turned by EXIF",
-        "two shop images under one id",
-        "unusual colours",
-    }
-)
+WARNINGS = (
+    "control characters", "damaged picture", "file of no manifest", "frame listed twice", "frame of two products",
+    "ids alike", "image twice in a gallery", "several pictures in a file", "shop image under two ids",
+    "truth without query", "turned by EXIF", "two shop images under one id", "unusual colours",
+)  # fmt: skip
 MAX_LISTED = 10_000  # faults of a kind in the report; all are counted
 MAX_VALUES = 20  # most frequent values that are listed with their counts
 
@@ -62,16 +50,12 @@ class Findings:
         harmless = fault.reason in WARNINGS or fault.reason in self.accepted or fault.subject == UNLISTED
         return "warning" if harmless else "error"
 
-    @property
-    def safe(self) -> bool:
-        return not self.errors
-
     def as_json(self) -> dict[str, Any]:
         """Returns "safe" (bool), "counts" by kind and the list of "faults": kinds with errors first, then by count."""
         worst = {kind: "error" if kind in self.errors else "warning" for kind in self.counts}
         order = sorted(self.counts, key=lambda kind: (worst[kind], -self.counts[kind], kind))
         return {
-            "safe": self.safe,
+            "safe": not self.errors,
             "counts": {kind: {"severity": worst[kind], "count": self.counts[kind]} for kind in order},
             "faults": [
                 {
@@ -106,7 +90,7 @@ def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[st
         "shop_images": len(summary.image_ids),
         "sound_shop_images": len(sound_images),
         "galleries": {"count": len(sizes), "smallest": min(sizes, default=0), "largest": max(sizes, default=0)},
-        "frames_a_clip": _histogram(summary.frame_counts),
+        "frames_a_clip": {str(n): clips for n, clips in sorted(collections.Counter(summary.frame_counts).items())},
         "clips_by": {name: values for name, values in spread.items() if values["values"]},
         "frame_sizes": _sizes(sound),
         "shop_image_sizes": _sizes(sound_images),
@@ -128,11 +112,6 @@ def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
         "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:MAX_VALUES]},
         "ranked": ranked[np.unique(np.geomspace(1, len(ranked), 40).astype(int)) - 1].tolist() if len(ranked) else [],
     }
-
-
-def _histogram(values: Sequence[int]) -> dict[str, int]:
-    numbers, counts = np.unique(values, return_counts=True)
-    return {str(number): int(count) for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
 
 
 def _sizes(pictures: Fingerprints) -> dict[str, int]:

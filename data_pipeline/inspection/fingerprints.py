@@ -109,9 +109,11 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
             found.append(("turned by EXIF", detail))
     if picture.format == "JPEG" and picture.mode == "RGB":
         found += _damage(rgb, data)
-    if picture.format != "MPO" and _has_second(picture):
-        detail = "is animated or has several pages, and training takes only the first; split it."
-        found.append(("several pictures in a file", detail))
+    if picture.format != "MPO":
+        with contextlib.suppress(*UNREADABLE):
+            picture.seek(1)
+            detail = "is animated or has several pages, and training takes only the first; split it."
+            found.append(("several pictures in a file", detail))
     return found
 
 
@@ -129,14 +131,6 @@ def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
     return []
 
 
-def _has_second(picture: Image.Image) -> bool:
-    try:
-        picture.seek(1)
-    except UNREADABLE:
-        return False
-    return True
-
-
 # --- from run to run --------------------------------------------------------------------------------------------------
 
 
@@ -147,10 +141,7 @@ def key_of(text: str) -> int:
 
 
 def load_fingerprints(path: Path) -> Fingerprints:
-    """Returns the fingerprints that earlier runs appended, sorted by key, each key once; none if there is no file.
-
-    Cuts the file off where damage begins, as a kill leaves it at the end.
-    """
+    """Returns what earlier runs appended, sorted by key, each key once; cuts the file off where damage begins."""
     data = path.read_bytes() if path.exists() else b""
     blocks, end = [np.zeros(0, FINGERPRINT)], 0
     while end + OVERHEAD <= len(data):
@@ -196,10 +187,7 @@ class KnownFingerprints:
 
 
 def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprints) -> InspectedPicture:
-    """Returns a picture of a source folder as `inspect_picture` does, or as an earlier run found it.
-
-    Raises BadInputError if it cannot be read or a conversion would refuse it.
-    """
+    """Returns a source's picture as inspect_picture does, or as an earlier run did. Raises BadInputError likewise."""
     try:
         stat = os.stat(folder.root / picture.path)
         place = f"{VERSION}\0{picture.path}\0{picture.offset}\0{picture.size}"

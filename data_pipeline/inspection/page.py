@@ -7,6 +7,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -60,41 +61,33 @@ def _text(value: object) -> str:
 def _counts(report: dict[str, Any]) -> str:
     if not report["counts"]:
         return "<p>Nothing.</p>"
-    rows = (
+    return _table(
         f'<tr><td class="{each["severity"]}">{each["severity"]}</td><td>{_text(kind)}</td>'
         f'<td class="n">{each["count"]:,}</td></tr>'
         for kind, each in report["counts"].items()
     )
+
+
+def _table(rows: Iterable[str]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
 def _faults(report: dict[str, Any], data: InspectedData) -> Iterator[str]:
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for fault in report["faults"]:
-        by_kind.setdefault(fault["kind"], []).append(fault)
-    for kind, faults in by_kind.items():
-        rows = "".join(
-            f"<tr><td><code>{_text(fault['file'])}</code>{_line(fault['line'])}</td><td>{_text(fault['subject'] or '')}"
-            f"</td><td>{_text(fault['detail'])}</td></tr>"
+    for kind, group in itertools.groupby(report["faults"], key=lambda fault: fault["kind"]):
+        faults = list(group)
+        table = _table(
+            f"<tr><td><code>{_text(fault['file'])}</code>{' line ' + str(fault['line']) if fault['line'] else ''}</td>"
+            f"<td>{_text(fault['subject'] or '')}</td><td>{_text(fault['detail'])}</td></tr>"
             for fault in faults[:SHOWN_FAULTS]
         )
         more = report["counts"][kind]["count"] - SHOWN_FAULTS
         rest = f"<p>... and {more:,} more, in report.json</p>" if more > 0 else ""
-        shown = f"<table>{rows}</table>{rest}{_thumbs(data, faults)}"
-        yield f"<details open><summary>{_text(kind)}</summary>{shown}</details>"
-
-
-def _line(line: int | None) -> str:
-    return f" line {line}" if line else ""
+        yield f"<details open><summary>{_text(kind)}</summary>{table}{rest}{_thumbs(data, faults)}</details>"
 
 
 def _numbers(numbers: dict[str, Any]) -> Iterator[str]:
     plain = ("clips", "frames", "sound_frames", "shop_images", "sound_shop_images")
-    yield (
-        "<table>"
-        + "".join(f'<tr><td>{name.replace("_", " ")}</td><td class="n">{numbers[name]:,}</td></tr>' for name in plain)
-        + "</table>"
-    )
+    yield _table(f'<tr><td>{name.replace("_", " ")}</td><td class="n">{numbers[name]:,}</td></tr>' for name in plain)
     for name in ("frames_a_clip", "frame_sizes", "shop_image_sizes"):
         yield f"<details><summary>{name.replace('_', ' ')}</summary>{_bars(numbers[name].items())}</details>"
     for name, spread in numbers["clips_by"].items():
@@ -112,14 +105,10 @@ def _numbers(numbers: dict[str, Any]) -> Iterator[str]:
 def _bars(items: Iterable[tuple[str, int]]) -> str:
     pairs = list(items)
     longest = max((count for _, count in pairs), default=1)
-    return (
-        "<table>"
-        + "".join(
-            f'<tr><td>{_text(name)}</td><td class="n">{count:,}</td><td><span class="bar" '
-            f'style="width:{20 * count / longest:.2f}rem"></span></td></tr>'
-            for name, count in pairs
-        )
-        + "</table>"
+    return _table(
+        f'<tr><td>{_text(name)}</td><td class="n">{count:,}</td><td><span class="bar" '
+        f'style="width:{20 * count / longest:.2f}rem"></span></td></tr>'
+        for name, count in pairs
     )
 
 
@@ -127,8 +116,7 @@ def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
     """Returns the HTML of those pictures named by faults that can be decoded."""
     shown = []
     for fault in faults[:SHOWN_PICTURES]:
-        encoded = data.faulty_picture(fault["file"])
-        if encoded is not None:
+        if (encoded := data.faulty_picture(fault["file"])) is not None:
             with contextlib.suppress(ValueError):
                 shown.append(f'<img alt="" title="{_text(fault["file"])}" src="{_source(_thumb(encoded))}">')
     return "".join(shown)

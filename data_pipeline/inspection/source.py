@@ -1,9 +1,10 @@
 """Inspects a source folder: its lists, by the readers that a conversion uses, and every picture."""
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,15 +15,9 @@ from data_pipeline.conversion.shards import scale_boxes
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box, Picture, ShopImage
-from data_pipeline.inspection.fingerprints import (
-    FINGERPRINT,
-    NO_FINGERPRINT,
-    Fingerprints,
-    KnownFingerprints,
-    inspect_file,
-    picture_name,
-)
-from data_pipeline.inspection.summary import UNLISTED, OnNewFingerprints, PartResult, SplitSummary, join_parts
+from data_pipeline.inspection import fingerprints
+from data_pipeline.inspection.fingerprints import Fingerprints, KnownFingerprints, picture_name
+from data_pipeline.inspection.summary import UNLISTED, InspectedData, PartResult, SplitSummary, join_parts
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
 from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
@@ -46,18 +41,14 @@ class SourceContext:
     known: KnownFingerprints
 
 
-class InspectedSource:
+class InspectedSource(InspectedData):
     """A source folder. `read_lists`, then `inspect_pictures` fill in the results."""
 
     def __init__(self, layout: Layout, splits: Sequence[str], workers: int) -> None:
+        super().__init__()
         self.layout, self.splits, self.workers = layout, splits, workers
         self.folder = PictureReader(layout.source)
-        self.summaries: list[SplitSummary] = []
         self.listings: list[Listing] = []
-        self.tables: Mapping[str, Sequence[str]] = {}
-        self.faults: list[Fault] = []
-        self.remarks: list[str] = []
-        self.knows_products = False
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
@@ -89,10 +80,7 @@ class InspectedSource:
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """Reads all items together. If that raises, reads each alone: one that raises becomes a fault.
-
-        The others are then read together, and an error of that is raised.
-        """
+        """Reads all items together. If that raises, reads each alone, adds faults of bad ones, and reads the others."""
         try:
             read(items)
             return
@@ -103,15 +91,19 @@ class InspectedSource:
                 read([item])
                 sound.append(item)
             except (BadInputError, WrongUseError) as err:
-                split = item.split if isinstance(item, Listing) else str(item)
-                self.faults.append(_split_fault(err, self.layout, split))
+                subject = f"split {item.split if isinstance(item, Listing) else item}"
+                folder = self.layout.FOLDERS[0]
+                if isinstance(err, BadInputError):
+                    self.faults.append(err.at(folder, 0, subject))
+                else:
+                    self.faults.append(Fault("split cannot be read", folder, str(err), 0, subject))
         self.listings = []
         if sound:
             read(sound)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def inspect_pictures(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
+    def inspect_pictures(self, known: KnownFingerprints, on_new: Callable[[Fingerprints], None]) -> None:
         """Inspects the pictures of all lists, then, if every frame is inspected, the pictures that no list names.
 
         on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
@@ -127,14 +119,15 @@ class InspectedSource:
                 return joined
 
             for listing in self.listings:
-                split, num_images = listing.split, len(listing.images)
-                images = run(inspect_images, _image_tasks(listing), f"{split}: images", num_images, "image")
+                split, shown = listing.split, listing.images
+                tasks = ((split, shown[at : at + PICTURES_A_TASK]) for at in range(0, len(shown), PICTURES_A_TASK))
+                images = run(inspect_images, tasks, f"{split}: images", len(shown), "image")
                 clips = run(inspect_clips, _clip_tasks(listing), f"{split}: clips", len(listing), "clip")
                 self.summaries.append(_summary(listing, images, clips))
             if self.layout.stored_frames is None:
                 others = self._unlisted(np.unique(np.concatenate(name_hashes)))
-                tasks = ((others[at : at + PICTURES_A_TASK],) for at in range(0, len(others), PICTURES_A_TASK))
-                run(inspect_unlisted, tasks, "not listed", len(others), "picture")
+                parts = ((others[at : at + PICTURES_A_TASK],) for at in range(0, len(others), PICTURES_A_TASK))
+                run(inspect_unlisted, parts, "not listed", len(others), "picture")
 
     def _unlisted(self, listed: NDArray[np.uint64]) -> list[str]:
         """Returns the paths of pictures that no list names: training does not use them, so bad ones are warnings."""
@@ -161,10 +154,9 @@ class InspectedSource:
     def faulty_picture(self, file: str) -> bytes | None:
         if not file.lower().endswith(tuple(SUFFIXES)) or not os.path.isfile(self.layout.source / file):
             return None  # a member of a tar, or no picture
-        try:
+        with contextlib.suppress(BadInputError):
             return self.folder.read(Picture("", file))
-        except BadInputError:
-            return None
+        return None
 
     def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
         source = self._listing(summary).source(clip)
@@ -189,12 +181,6 @@ def _empty_lists(listing: Listing) -> Iterator[Fault]:
     for number, file in enumerate(listing.files):
         if file not in reported and not np.any(listing.lines["file"] == number):
             yield Fault("empty list", file, "found no line, needs one a clip; restore the file, or remove it.")
-
-
-def _split_fault(error: BadInputError | WrongUseError, layout: Layout, split: str) -> Fault:
-    if isinstance(error, BadInputError):
-        return error.at(layout.FOLDERS[0], 0, f"split {split}")
-    return Fault("split cannot be read", layout.FOLDERS[0], str(error), 0, f"split {split}")
 
 
 def _pictures_below(root: Path) -> Iterator[str]:
@@ -225,11 +211,6 @@ def _summary(listing: Listing, images: PartResult, clips: PartResult) -> SplitSu
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _image_tasks(listing: Listing) -> Iterator[tuple[str, Sequence[ShopImage]]]:
-    for begin in range(0, len(listing.images), PICTURES_A_TASK):
-        yield listing.split, listing.images[begin : begin + PICTURES_A_TASK]
-
-
 def _clip_tasks(listing: Listing) -> Iterator[tuple[str, list[tuple[str, RowLocation | ClipListing]]]]:
     for begin in range(0, len(listing), CLIPS_A_TASK):
         rows = range(begin, min(len(listing), begin + CLIPS_A_TASK))
@@ -252,14 +233,14 @@ class _Part:
 
         found: as a layout gives it. None, a download that is known to have failed, is no fault.
         """
-        fingerprint: Fingerprints = NO_FINGERPRINT
+        fingerprint: Fingerprints = fingerprints.NO_FINGERPRINT
         problems: Sequence[BadInputError] = ()
         try:
             if isinstance(found, BadInputError):
                 raise found
             if found is not None:
                 self.names.append(picture_name(found))
-                inspected = inspect_file(self.context.folder, found, self.context.known)
+                inspected = fingerprints.inspect_file(self.context.folder, found, self.context.known)
                 fingerprint, problems = inspected.fingerprint, inspected.problems
                 if not inspected.known and not problems:
                     self.new.append(fingerprint)
@@ -270,8 +251,8 @@ class _Part:
         return fingerprint
 
     def result(self) -> PartResult:
-        fingerprints, new = (np.array(each, FINGERPRINT) for each in (self.fingerprints, self.new))
-        return PartResult(fingerprints, new, self.faults, self.frame_counts, hash_names(self.names))
+        of_all, of_new = (np.array(each, fingerprints.FINGERPRINT) for each in (self.fingerprints, self.new))
+        return PartResult(of_all, of_new, self.faults, self.frame_counts, hash_names(self.names))
 
 
 def inspect_images(context: SourceContext, split: str, images: Sequence[ShopImage]) -> PartResult:

@@ -43,34 +43,26 @@ class SplitSummary:
 
 
 class InspectedData(Protocol):
-    """A source folder or a converted set after its inspection: the results, and access to its pictures.
-
-    Access to a picture raises ValueError if it cannot be read any more.
-    """
+    """Results of an inspection, and access to the pictures, which raises ValueError if one cannot be read any more."""
 
     summaries: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns
     faults: list[Fault]
     remarks: list[str]
-    knows_products: bool  # False: each shop image counts as a product of its own
+    knows_products: bool = False  # then each shop image counts as a product of its own
 
-    def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str:
-        """Returns where a frame is, for messages."""
+    def __init__(self) -> None:
+        self.summaries, self.tables, self.faults, self.remarks = [], {}, [], []
 
-    def image_name(self, summary: SplitSummary, image: int) -> str:
-        """Returns where a shop image is, for messages."""
+    # Places for messages: of a frame, of a shop image, and the file that lists a clip with its line from 1 (0: none).
+    def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str: ...
+    def image_name(self, summary: SplitSummary, image: int) -> str: ...
+    def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]: ...
 
-    def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
-        """Returns the file that lists a clip, and the line, from 1 (0: no line)."""
-
-    def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
-        """Returns the encoded bytes of a sound frame."""
-
-    def image(self, summary: SplitSummary, image: int) -> bytes:
-        """Returns the encoded bytes of a sound shop image."""
-
-    def faulty_picture(self, file: str) -> bytes | None:
-        """Returns the encoded bytes of the file that a fault names, or None if it is not a readable picture."""
+    # Encoded bytes: of a sound frame, of a sound shop image, and of a file that a fault names (None: not readable).
+    def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes: ...
+    def image(self, summary: SplitSummary, image: int) -> bytes: ...
+    def faulty_picture(self, file: str) -> bytes | None: ...
 
 
 @dataclasses.dataclass

@@ -29,11 +29,7 @@ class ProcessInfo:
 
 
 def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
-    """Returns this process, or None when it is the only one.
-
-    Raises:
-      ValueError: flags or variables are incomplete or impossible.
-    """
+    """Returns this process, or None when it is the only one. Raises ValueError for incomplete or impossible values."""
     names = ("--coordinator", "--num-processes", "--process-id")
     flags = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     info = _complete(names, flags) or _of_variables() or _of_slurm() or _of_tpu_pod()

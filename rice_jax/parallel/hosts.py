@@ -68,9 +68,8 @@ def run(
 ) -> None:
     """Runs a command, together with the other processes if there are any. All end when one fails.
 
-    Args:
-      facts: returns what must be equal on all processes beside the code; it needs no device.
-      stops_together: `main` asks jax's preemption service, so that SIGTERM does not end a process.
+    facts: returns what must be equal on all processes beside the code; it needs no device. stops_together: `main` uses
+    jax's preemption service, so that SIGTERM does not end a process.
     """
     jax.config.update("jax_enable_preemption_service", stops_together)
     try:
@@ -104,10 +103,9 @@ def run(
 
 
 def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Channel:
-    """Runs the start-up check and starts jax's coordination service.
+    """Runs the start-up check and starts jax's service. Returns the channel to the others.
 
-    Raises:
-      ValueError: one process is missing or cannot start, or they were not started alike. All raise the same.
+    If a process is missing, cannot start or was started with other facts, all raise the same ValueError.
     """
     global _channel
     file, known, failed = arguments.secret_file, code(), None
@@ -163,11 +161,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values (JSON) of all processes in their order. All must call it; it waits for the slowest.
-
-    Raises:
-      ValueError: on all processes, when they call it at different places, which is for different decisions.
-    """
+    """Returns the values (JSON) of all processes in order. All must call it, at one place, or all raise ValueError."""
     if _channel is None and jax.process_count() > 1:
         raise ValueError("several processes that rice_jax did not join; start them as docs/training.md says.")
     caller = sys._getframe()
@@ -252,5 +246,4 @@ def code() -> Facts:
 
 def of_config(config: Config) -> Facts:
     """Returns a config's fields as facts, without those that may differ between hosts."""
-    fields = flatten(config).items()
-    return {f"--config.{name}": value for name, value in fields if name not in PER_HOST}
+    return {f"--config.{name}": value for name, value in flatten(config).items() if name not in PER_HOST}

@@ -3,6 +3,7 @@
 A batch is sharded over both axes. Parameters and the optimiser's moments are sharded over `fsdp` alone, by RULES.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -32,11 +33,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with axes (data, fsdp) of the given sizes; one may be -1, which takes the remaining devices.
 
-    Args:
-      devices: the devices to use; all of jax.devices() unless given.
-
-    Raises:
-      ValueError: the product of the sizes is not the number of devices, or a size is neither positive nor -1.
+    devices: None takes jax.devices(). Raises ValueError for other sizes, or a product that is not their number.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp}
@@ -63,11 +60,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec of a parameter, or of a moment: the path of a moment ends in that of its parameter.
-
-    Raises:
-      ValueError: no rule matches, the rule has more axes than the array, or an axis does not divide by its mesh axis.
-    """
+    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits its shape and mesh."""
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"parameter {name} of shape {shape} matches no rule; add one to RULES in parallel/mesh.py.")
@@ -86,8 +79,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Returns a tree like `state` of NamedShardings: by RULES, and replicated for scalars. Raises as parameter_spec."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        spec = parameter_spec(path_name(path), leaf.shape, mesh) if leaf.ndim else P()
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.ndim else P())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -100,9 +92,8 @@ def parameter_specs(params: Any, mesh: Mesh) -> Any:
 def parameter_table(state: Any, params: Any) -> str:
     """Returns a table of text: each parameter's shape, its sharding, and its MB a device with moments and average.
 
-    Args:
-      state: arrays or ShapeDtypeStructs with shardings; a leaf belongs to the parameter in which its path ends.
-      params: the part of `state` that the model computes with.
+    state: arrays or ShapeDtypeStructs with shardings; a leaf belongs to the parameter in which its path ends.
+    params: the part of `state` that the model computes with.
     """
 
     def bytes_a_device(leaf: Any) -> int:
@@ -144,10 +135,7 @@ def check_batches(mesh: Mesh, **sizes: int) -> None:
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Returns the positions in the global batch that this process provides, ascending: int64 [b].
 
-    They need not be contiguous: on a torus, neighbouring devices of a process need not be neighbours in the batch.
-
-    Raises:
-      ValueError: batch_size does not divide by the number of devices.
+    They may have gaps, as on a torus. Raises ValueError if batch_size does not divide by the number of devices.
     """
     check_batches(mesh, batch_size=batch_size)
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
@@ -186,16 +174,9 @@ def scatter_sum_rows(x: jax.Array) -> jax.Array:
     return jax.lax.psum_scatter(x, BATCH, scatter_dimension=0, tiled=True)
 
 
-def mean_over_devices(x: Any) -> Any:
-    return jax.lax.pmean(x, BATCH)
-
-
-def sum_over_devices(x: Any) -> Any:
-    return jax.lax.psum(x, BATCH)
-
-
-def max_over_devices(x: Any) -> Any:
-    return jax.lax.pmax(x, BATCH)
+mean_over_devices = functools.partial(jax.lax.pmean, axis_name=BATCH)
+sum_over_devices = functools.partial(jax.lax.psum, axis_name=BATCH)
+max_over_devices = functools.partial(jax.lax.pmax, axis_name=BATCH)
 
 
 def first_row(local_rows: int) -> jax.Array:
@@ -206,8 +187,7 @@ def first_row(local_rows: int) -> jax.Array:
 def all_gather_parameter(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Returns the whole parameter of which `shard` is this device's part, as a value that varies over the mesh.
 
-    Call it once a step, outside loops: its transpose is one reduce-scatter. If the value did not vary, each
-    micro-batch would reduce its gradient.
+    Call it once a step, outside loops: its transpose is one reduce-scatter, else each micro-batch would have one.
     """
     split = [axis for axis, name in enumerate(spec) if name == "fsdp"]
     if not split:

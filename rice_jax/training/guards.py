@@ -58,8 +58,7 @@ class Stop:
     def interruptible(self) -> Iterator[None]:
         """Context in which a signal, also an earlier one, raises StoppedError: for long work that changes no state.
 
-        With several processes nothing is raised, since each would stop at another place: the run then stops at the end
-        of the next step.
+        Several processes raise nothing, since each would stop at another place: the run stops after the next step.
         """
         self._raises = jax.process_count() == 1
         try:
@@ -77,12 +76,9 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Context in which this object handles SIGTERM and SIGINT; it yields itself.
-
-        Outside the main thread Python cannot handle signals, so nothing changes there.
-        """
+        """Context in which this object handles SIGTERM and SIGINT; it yields itself."""
         if threading.current_thread() is not threading.main_thread():
-            yield self
+            yield self  # Python handles signals in the main thread only
             return
         # Python runs handlers in the main thread only, which XLA may block. The wake-up socket lets a thread react.
         reading, writing = socket.socketpair()
@@ -124,8 +120,7 @@ class Stop:
 class Watch:
     """A thread that warns when the loop waits too long, and when memory comes near its limit.
 
-    A wait of `stall_seconds` (0: no wait) is reported with the stacks of all threads; if `ends`, a wait of twice that
-    ends the process with status 1.
+    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it ends the process after twice that.
     """
 
     def __init__(self, stall_seconds: float, *, ends: bool) -> None:
@@ -169,10 +164,9 @@ class Watch:
 
     def _report(self, wait: tuple[str, int, float], waited: float) -> None:
         subject, step, _ = wait
-        advice = {
-            "input": "check the disk of data.path, and data.workers",
-            "device": "one process that is gone or slow makes all others wait in a collective; check every host",
-        }[subject]
+        advice = "check the disk of data.path, and data.workers"
+        if subject == "device":
+            advice = "one process that is gone or slow makes all others wait in a collective; check every host"
         then = f"ends in {self._seconds:.0f} s" if self._ends else "keeps waiting (stall_ends would end it)"
         warn(
             f"process {jax.process_index()} has waited {waited:.0f} s for the {subject}, after update {step}: "
@@ -248,10 +242,7 @@ class NotFinite:
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Checks the metrics of update number `step`, on the host. Warns at the first of a row.
-
-        Raises ValueError when more than `patience` updates in a row are not finite.
-        """
+        """Checks update `step`: warns at the first of a row, raises ValueError after more than `patience` in a row."""
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:
             self._in_a_row, self._last = 0, (step, norms)

@@ -48,10 +48,7 @@ def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl in order, except a last one that a kill left half written.
-
-    Raises ValueError if a line is not a JSON object with a step.
-    """
+    """Returns the lines of a metrics.jsonl, except a half-written last one. Raises ValueError if one has no step."""
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not text.endswith("\n"):
@@ -65,10 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(workdir: Path) -> dict[int, str]:
-    """Returns the digest of each update of a run, by its number from 1.
-
-    Raises FileNotFoundError if there is no metrics.jsonl, and ValueError as read_metrics.
-    """
+    """Returns each update's digest, by its number from 1. Raises FileNotFoundError, or ValueError as read_metrics."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")

@@ -34,19 +34,15 @@ class Log:
     def __init__(self, workdir: Path, *, step: int) -> None:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._path = workdir / "metrics.jsonl"
-        first = hosts.is_first()
-        if first:
-            self._cut(step)
+        if first := hosts.is_first():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._read() if line["step"] <= step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self._path)
         self._lines = (self._path if first else Path(os.devnull)).open("a")
         # TensorBoard ignores events of earlier runs at or after the purge step.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
-
-    def _cut(self, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._read() if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self._path)
 
     def _read(self) -> list[dict[str, Any]]:
         return read_metrics(self._path) if self._path.exists() else []
@@ -64,8 +60,7 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [], so that
-        the caller can clear its list.
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [].
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
@@ -96,10 +91,7 @@ class Log:
 
     def _evaluations(self, split: str) -> list[dict[str, Any]]:
         self._lines.flush()
-        found: list[dict[str, Any]] = hosts.ask_first(
-            lambda: [line for line in self._read() if f"{split}/queries" in line]
-        )
-        return found
+        return list(hosts.ask_first(lambda: [line for line in self._read() if f"{split}/queries" in line]))
 
     def __enter__(self) -> "Log":
         return self
@@ -119,10 +111,9 @@ class Progress:
 
     def start(self, step: int) -> str:
         """Starts the clock after the first update; returns the time since the object was created, as text."""
-        took = duration(time.monotonic() - self._since)
-        self.started = True
+        self.started, since = True, self._since
         self.pause(step)
-        return took
+        return duration(self._since - since)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
         """Returns 'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'."""
