@@ -66,9 +66,8 @@ def describe(report: Report) -> str:
         "memory of a device" + (": fits" if report.fits else ": DOES NOT FIT"),
         *(f"  {name:<12} {readable_bytes(size):>11}  {note}".rstrip() for name, size, note in memory),
     ]
-    if report.peak_bytes:
-        peak = readable_bytes(report.peak_bytes)
-        lines.append(f"  the compiler's own peak, without the program and the next batch: {peak}")
+    if peak := report.peak_bytes:
+        lines.append(f"  the compiler's own peak, without the program and the next batch: {readable_bytes(peak)}")
     if report.collectives is not None:
         lines += ["", "crosses devices, MB a device and step"]
         lines += [f"  {kind:<20} {size / 1e6:9.1f}" for kind, size in report.collectives.items()] or ["  nothing"]
