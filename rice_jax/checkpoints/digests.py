@@ -33,8 +33,7 @@ def digest(leaf: Array) -> UInt32[Array, "2"]:
     linear, mixed = jax.lax.reduce(
         (words * (2 * column + 1), mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (words.ndim - 1,)
     )
-    sums = jnp.sum(linear * (2 * row + 1)), jnp.sum(mixed * (row * GOLDEN ^ (row >> 7) | 1))
-    return jnp.stack(sums)
+    return jnp.stack([jnp.sum(linear * (2 * row + 1)), jnp.sum(mixed * (row * GOLDEN ^ (row >> 7) | 1))])
 
 
 def _words(leaf: Array) -> UInt32[Array, "*rows columns"]:
