@@ -68,10 +68,8 @@ def _compiled(replicated: NamedSharding | None) -> Any:
 
 
 def shapes_and_dtypes(tree: Any) -> dict[str, str]:
-    """Returns {path: "(32, 16) float32"} of the leaves, in the order of jax.tree.leaves.
-
-    Orbax' metadata have other containers than the state, but the names in the paths are the same.
-    """
+    """Returns {path: "(32, 16) float32"} of the leaves, in the order of jax.tree.leaves."""
+    # Orbax' metadata have other containers than the state, but the names in the paths are the same.
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
 

@@ -215,18 +215,13 @@ class Checkpoints:
                         folder.rmtree()
 
     def failed(self) -> bool:
-        """Returns whether the newest save failed more than RETRY_SECONDS ago, so that it should be tried again.
-
-        Always False with several processes, because their clocks do not agree: they wait for the next due step.
-        """
+        """Returns whether the newest save failed more than RETRY_SECONDS ago; always False with several processes."""
+        # Several processes wait for the next due step, because their clocks do not agree.
         failure = self._failure
         return failure is not None and jax.process_count() == 1 and time.monotonic() - failure[0] > RETRY_SECONDS
 
     def finish(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Saves the step unless it is complete, and waits until it is on disk.
-
-        Raises ValueError if every attempt failed, or a newer step is there.
-        """
+        """Saves the step and waits until it is on disk. Raises ValueError if that fails or a newer step is there."""
         for pause in FINAL_PAUSES:
             time.sleep(pause)
             self.save(step, state, meta)
@@ -280,10 +275,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Waits until a started save is on disk, also after an exception in the block.
-
-        Raises ValueError if the newest save failed and the block raised nothing.
-        """
+        """Waits until a started save is on disk. Raises ValueError if it failed and the block raised nothing."""
         self._join()
         self._orbax.close()
         if kind is None and self._failure is not None:

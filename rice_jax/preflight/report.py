@@ -50,7 +50,6 @@ def readable_bytes(size: int | None) -> str:
 
 
 def describe(report: Report) -> str:
-    """Returns the report as a text of several lines."""
     rows = report.batch_size // math.prod(report.mesh.values())
     memory = [
         ("arguments", report.argument_bytes, "the state and a batch"),
