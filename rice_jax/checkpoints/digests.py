@@ -33,8 +33,7 @@ def digest(leaf: Array) -> UInt32[Array, "2"]:
     linear, mixed = jax.lax.reduce(
         (words * (2 * column + 1), mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (words.ndim - 1,)
     )
-    sums = jnp.sum(linear * (2 * row + 1)), jnp.sum(mixed * (row * GOLDEN ^ (row >> 7) | 1))
-    return jnp.stack(sums)
+    return jnp.stack([jnp.sum(linear * (2 * row + 1)), jnp.sum(mixed * (row * GOLDEN ^ (row >> 7) | 1))])
 
 
 def _words(leaf: Array) -> UInt32[Array, "*rows columns"]:
@@ -69,10 +68,8 @@ def _compiled(replicated: NamedSharding | None) -> Any:
 
 
 def shapes_and_dtypes(tree: Any) -> dict[str, str]:
-    """Returns {path: "(32, 16) float32"} of the leaves, in the order of jax.tree.leaves.
-
-    Orbax' metadata have other containers than the state, but the names in the paths are the same.
-    """
+    """Returns {path: "(32, 16) float32"} of the leaves, in the order of jax.tree.leaves."""
+    # Orbax' metadata have other containers than the state, but the names in the paths are the same.
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in leaves}
 

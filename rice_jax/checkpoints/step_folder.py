@@ -1,6 +1,7 @@
 """One step's folder: checks that it is complete, and restores arrays whose digests are those that were saved."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
-from rice_jax.checkpoints.seal import sha256_of, unseal
 from rice_jax.errors import warn
 from rice_jax.version import __version__
 
@@ -18,21 +18,23 @@ ITEMS = ("weights", "optimizer", "meta")
 DIGEST_FILE = "digest.json"
 SCHEMA = 2  # of digest.json; steps of schema 1 have no such file
 
-# What Orbax, TensorStore and JSON raise for bytes that they did not write.
-UNREADABLE = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    OSError,
-    RuntimeError,
-)
+UNREADABLE = (  # what Orbax, TensorStore and JSON raise for bytes that they did not write
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, OSError, RuntimeError,
+)  # fmt: skip
 
 
 class DamagedError(ValueError):
     """A step's folder is incomplete, unreadable, or has other numbers than were saved. Another step may be used."""
+
+
+def sha256_of(value: Any) -> str:
+    """Returns the hex SHA-256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns `value` with its digest as "sha256". No later schema may change this, by which damage shows."""
+    return {**value, "sha256": sha256_of(value)}
 
 
 def make_checkpointer() -> ocp.AsyncCheckpointer:
@@ -61,9 +63,8 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 def read_digests(folder: epath.Path) -> dict[str, Any]:
     """Returns the content of digest.json; an empty dict for a complete step of schema 1.
 
-    Raises:
-      DamagedError: the step is not complete, or digest.json does not fit the rest of the folder.
-      ValueError: a newer version saved the step.
+    Raises DamagedError if the step is not complete, or digest.json does not fit the rest of the folder, and a plain
+    ValueError if a newer version saved the step.
     """
     missing = [name for name in ITEMS if not (folder / name).exists()]
     if missing:
@@ -74,7 +75,9 @@ def read_digests(folder: epath.Path) -> dict[str, Any]:
             raise DamagedError(f"{folder} has no {DIGEST_FILE}: its save was not finished")
         return {}
     with _damage_in(folder / DIGEST_FILE):
-        found = unseal(json.loads((folder / DIGEST_FILE).read_text()))
+        found = dict(json.loads((folder / DIGEST_FILE).read_text()))
+        if found.pop("sha256") != sha256_of(found):
+            raise ValueError("other bytes than were saved")
     if found["schema"] > SCHEMA:
         raise ValueError(
             f"{folder} has schema {found['schema']} of version {meta.get('version')}, and this is version "
@@ -90,23 +93,17 @@ def read_digests(folder: epath.Path) -> dict[str, Any]:
 def restore_items(
     checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, saved: dict[str, str], items: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns `items` with the step's arrays in place of shapes, in the shardings of `items`.
+    """Returns `items` ("weights", "optimizer" or both) with the step's arrays in place of ShapeDtypeStructs.
 
-    Args:
-      checkpointer: from `make_checkpointer`.
-      saved: the "leaves" of digest.json, {path: "16 hex digits (32, 16) float32"}; empty for a step of schema 1, after
-        which a warning says that its numbers could not be checked.
-      items: "weights", "optimizer" or both, each a tree of ShapeDtypeStructs with shardings.
-
-    Raises:
-      DamagedError: the arrays cannot be read, or have other digests than were saved.
-      ValueError: the step has other leaves than `items`, or leaves of other shapes or dtypes.
+    `saved` is the "leaves" of digest.json, {path: "16 hex digits (32, 16) float32"}; empty for a step of schema 1, and
+    then a warning says that its numbers could not be checked. The arrays have the shardings in `items`. Raises
+    DamagedError if they cannot be read or have other digests than were saved, and a plain ValueError if the step has
+    other leaves than `items`, or leaves of other shapes or dtypes.
     """
     wanted = shapes_and_dtypes(items)
     saved = {name: text for name, text in saved.items() if name.partition("/")[0] in items}
-    if saved:
-        found = {name: text[17:] for name, text in saved.items()}
-    else:
+    found = {name: text[17:] for name, text in saved.items()}
+    if not saved:
         with _damage_in(folder):
             metadata = checkpointer.metadata(folder).item_metadata
             found = shapes_and_dtypes({name: metadata[name] for name in items})

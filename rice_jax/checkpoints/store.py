@@ -14,7 +14,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ from etils import epath
 from data_pipeline.format.tfrecord import write_file
 from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
-from rice_jax.checkpoints.retention import steps_to_keep
-from rice_jax.checkpoints.seal import seal, sha256_of
-from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, DamagedError
+from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, DamagedError, seal, sha256_of
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 from rice_jax.training.step import State
@@ -43,29 +41,19 @@ UNWRITABLE = (ValueError, OSError, RuntimeError)
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, saved asynchronously. Step N means N updates done, and the data's position N.
-
-    Attributes:
-      path: the folder `checkpoints` of the workdir.
-      recall: recall@1 by step, which the caller fills in after each evaluation.
-    """
+    """The checkpoints of a workdir, saved asynchronously. Step N means N updates done, and the data's position N."""
 
     def __init__(
         self, workdir: str | Path, *, kept: int | None = None, kept_every: int = 0, kept_best: bool = False
     ) -> None:
         """Scans the folder without changing it, and warns about damaged steps and entries that are no checkpoints.
 
-        Args:
-          workdir: the run's folder; the first save makes the folder `checkpoints` in it.
-          kept: the number of newest steps to keep; None for reading only.
-          kept_every: steps that this number divides are kept for good; 0: none.
-          kept_best: whether the step with the highest `recall` is kept too.
-
-        Raises:
-          ValueError: a newer version saved one of the steps.
+        The first save makes the folder `checkpoints`. `kept` is the number of newest steps to keep, None for reading
+        only. Steps that `kept_every` divides are kept for good (0: none), and if `kept_best` also the step with the
+        highest `recall`. Raises ValueError if a newer version saved one of the steps.
         """
         self.path = epath.Path(workdir).absolute() / "checkpoints"
-        self.recall: dict[int, float] = {}
+        self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
         self._complete: dict[int, dict[str, Any]] = {}  # each complete step's digest.json; empty for schema 1
         self._damaged: dict[int, str] = {}  # why each other step cannot be used
@@ -77,8 +65,7 @@ class Checkpoints:
     # --- Steps that are there ---
 
     def _scan(self) -> None:
-        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        for name in names:
+        for name in sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else ():
             if UNFINISHED in name or DAMAGED in name or name.endswith(DELETED):
                 continue
             if not _is_step(name):
@@ -104,8 +91,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest complete step; None if nothing was saved yet, or only a first save that was interrupted.
 
-        Raises:
-          ValueError: there are steps, and none of them is complete.
+        Raises ValueError if there are steps, other than such a first save, and none of them is complete.
         """
         interrupted = len(self._damaged) == 1 and DIGEST_FILE in next(iter(self._damaged.values()))
         if self._damaged and not self._complete and not interrupted:
@@ -128,12 +114,9 @@ class Checkpoints:
     def restore(self, abstract: State, step: int | None = None) -> tuple[int, State]:
         """Returns a step and its state in the shardings of `abstract`, whatever mesh it was saved from.
 
-        step: the newest undamaged one unless given; it warns about damaged steps and skips them.
-
-        Raises:
-          ValueError: no undamaged step is left; or leaves of the step are missing, unexpected, or of another shape or
-            dtype than in `abstract`, each of them named.
-          DamagedError, a ValueError: the given step cannot be read, or contains other numbers than were saved.
+        Unless given, the step is the newest undamaged one; damaged steps are skipped with a warning. Raises ValueError
+        if no undamaged step is left, or leaves are missing, unexpected, or of another shape or dtype than in `abstract`
+        (all named); its subclass DamagedError if the given step cannot be read or has other numbers than were saved.
         """
         step, items = self._restore(step, _split(abstract))
         return step, State(**items["weights"], **items["optimizer"])
@@ -169,10 +152,8 @@ class Checkpoints:
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts a save and returns; the caller may donate the state at once. Does nothing if the step is complete.
 
-        A save that fails prints a warning when it does, and raises nothing; `failed` says when to try again.
-
-        Raises:
-          ValueError: a newer step is there.
+        A save that fails prints a warning when it does, and raises nothing; `failed` says when to try again. Raises
+        ValueError if a newer step is there.
         """
         self._join()
         if step in self._complete:
@@ -234,19 +215,13 @@ class Checkpoints:
                         folder.rmtree()
 
     def failed(self) -> bool:
-        """Returns whether the newest save failed more than RETRY_SECONDS ago, so that it should be tried again.
-
-        Always False with several processes, because their clocks do not agree: they wait for the next due step.
-        """
+        """Returns whether the newest save failed more than RETRY_SECONDS ago; always False with several processes."""
+        # Several processes wait for the next due step, because their clocks do not agree.
         failure = self._failure
         return failure is not None and jax.process_count() == 1 and time.monotonic() - failure[0] > RETRY_SECONDS
 
     def finish(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Saves the step unless it is complete, and waits until it is on disk.
-
-        Raises:
-          ValueError: every attempt failed, or a newer step is there.
-        """
+        """Saves the step and waits until it is on disk. Raises ValueError if that fails or a newer step is there."""
         for pause in FINAL_PAUSES:
             time.sleep(pause)
             self.save(step, state, meta)
@@ -300,17 +275,27 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Waits until a started save is on disk, also after an exception in the block.
-
-        Raises:
-          ValueError: the newest save failed, and the block raised nothing.
-        """
+        """Waits until a started save is on disk. Raises ValueError if it failed and the block raised nothing."""
         self._join()
         self._orbax.close()
         if kind is None and self._failure is not None:
             raise ValueError(
                 f"{self.path}: the newest checkpoint was not saved ({self._why()}); fix that and try again."
             )
+
+
+def steps_to_keep(steps: Sequence[int], *, newest: int | None, every: int, recall: Mapping[int, float]) -> set[int]:
+    """Returns those of `steps`, oldest first, that at least one rule keeps.
+
+    Kept are the `newest` last ones (all for None or 0), those that `every` divides (none for 0), and of those that have
+    a recall@1 in `recall` the one with the highest; of equal ones the newest.
+    """
+    keep = set(steps[-(newest or len(steps)) :])
+    keep |= {step for step in steps if every and step % every == 0}
+    evaluated = [step for step in steps if step in recall]
+    if evaluated:
+        keep.add(max(evaluated, key=lambda step: (recall[step], step)))
+    return keep
 
 
 def _is_step(name: str) -> bool:

@@ -34,10 +34,8 @@ def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_b
     if topology.chip is None:
         count = f"--xla_force_host_platform_device_count={topology.size}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"  # the last of several values is used
-    assess_config = functools.partial(
-        assess_in_subprocess if topology.chip else assess, topology=topology, make_loss=make_loss
-    )
-    changes = None
+    function = assess_in_subprocess if topology.chip else assess
+    assess_config, changes = functools.partial(function, topology=topology, make_loss=make_loss), None
     try:
         report = largest_batch(config, topology.size, assess_config) if arguments.search else assess_config(config)
         print(describe(report), flush=True)

@@ -17,22 +17,19 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
     Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
     which alone changes the loss.
     """
-    f = flatten(config)
-    changes: dict[str, Any] = {}
-    for name, size in CHUNKS.items():
-        if not 0 < f[name] <= size and (name != "loss.icl_chunk" or config.batch_size >= 2**16):
-            changes[name] = size
+    f, remat = flatten(config), config.model.remat
+    sizes = {name: size for name, size in CHUNKS.items() if name != "loss.icl_chunk" or config.batch_size >= 2**16}
+    changes: dict[str, Any] = {name: size for name, size in sizes.items() if not 0 < f[name] <= size}
     if changes:
         yield dict(changes)
-    if config.model.remat == "none":
-        changes["model.remat"] = "dots"
-        yield dict(changes)
-    if not 0 < config.loss.micro_batch <= 32:
-        changes["loss.micro_batch"] = 32
-        yield dict(changes)
-    if config.model.remat != "full":
-        changes["model.remat"] = "full"
-        yield dict(changes)
+    for name, value, helps in (
+        ("model.remat", "dots", remat == "none"),
+        ("loss.micro_batch", 32, not 0 < config.loss.micro_batch <= 32),
+        ("model.remat", "full", remat != "full"),
+    ):
+        if helps:
+            changes[name] = value
+            yield dict(changes)
     for fsdp in (4, 16):
         if config.mesh.fsdp < fsdp and devices % fsdp == 0 and config.model.width % fsdp == 0:
             yield changes | {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp}

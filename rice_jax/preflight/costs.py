@@ -60,10 +60,8 @@ def mining_directions(config: Config) -> int:
 
 
 def logit_macs(config: Config) -> int:
-    """Returns the MACs of one matching logit, from an image's query and a clip's keys and values on.
-
-    It reads only the image's class token (docs/official.md 5.4 to 5.6).
-    """
+    """Returns the MACs of one matching logit, from an image's query and a clip's keys and values on."""
+    # Only the image's class token is read (docs/official.md 5.4 to 5.6).
     c, d = config.model, config.model.width
     keys = config.data.num_frames * tokens(config)
     return keys * d + d**2 + 2 * d * c.hidden + d**2  # values, out_proj, MLP, pooler
@@ -88,11 +86,8 @@ def hard_macs(config: Config) -> int:
 
 
 def example_cost(config: Config, *, devices: int) -> Cost:
-    """Returns the cost of one example in a training step; a backward pass costs two forward ones (docs/official.md 14).
-
-    Args:
-      devices: that share the global batch.
-    """
+    """Returns the cost of one example in a training step with a global batch that `devices` devices share."""
+    # A backward pass costs two forward ones (docs/official.md 14).
     options, total = config.loss, config.batch_size
     rows, pictures = total // devices, 1 + config.data.num_frames
     encoder = pictures * encoder_macs(config)

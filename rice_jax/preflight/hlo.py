@@ -111,14 +111,11 @@ def collectives(text: str) -> list[Collective]:
                 if body := re.search(r"\bbody=%?([\w.-]+)", rest):
                     yield from walk(body[1], (*trip_counts, parse_trip_count(instruction, computations)))
             else:
-                for callee in [*CALLED.findall(rest), *parse_branches(rest)]:
+                branches = re.findall(r"[\w.-]+", ",".join(BRANCHES.findall(rest)))
+                for callee in [*CALLED.findall(rest), *branches]:
                     yield from walk(callee, trip_counts)
 
     return list(walk(entry, ()))
-
-
-def parse_branches(rest: str) -> list[str]:
-    return [name.strip().lstrip("%") for names in BRANCHES.findall(rest) for name in names.split(",")]
 
 
 def parse_results(instruction: Instruction, kind: str) -> tuple[ArrayType, ...]:
@@ -134,10 +131,8 @@ def parse_results(instruction: Instruction, kind: str) -> tuple[ArrayType, ...]:
 
 
 def parse_group_size(rest: str) -> int | None:
-    """Returns how many devices exchange arrays with one another, None if the text does not say.
-
-    The text has {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'} or pairs of source and target.
-    """
+    """Returns how many devices exchange arrays with one another, None if the text does not say."""
+    # The forms are {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}, and pairs of source and target.
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -157,10 +152,9 @@ def parse_trip_count(loop: Instruction, computations: dict[str, list[Instruction
     condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
     inside = computations.get(condition[1], []) if condition else []
     numbers = {i.name: int(i.rest.split(")")[0]) for i in inside if i.op == "constant" and re.match(r"\d+\)", i.rest)}
-    if inside and inside[-1].op == "compare" and "direction=LT" in inside[-1].rest:
-        limit = inside[-1].rest.split(")")[0].split(",")[-1].split()[-1].lstrip("%")
-        return numbers.get(limit)
-    return None
+    if not inside or inside[-1].op != "compare" or "direction=LT" not in inside[-1].rest:
+        return None
+    return numbers.get(inside[-1].rest.split(")")[0].split(",")[-1].split()[-1].lstrip("%"))
 
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:

@@ -50,7 +50,6 @@ def readable_bytes(size: int | None) -> str:
 
 
 def describe(report: Report) -> str:
-    """Returns the report as a text of several lines."""
     rows = report.batch_size // math.prod(report.mesh.values())
     memory = [
         ("arguments", report.argument_bytes, "the state and a batch"),
@@ -66,9 +65,8 @@ def describe(report: Report) -> str:
         "memory of a device" + (": fits" if report.fits else ": DOES NOT FIT"),
         *(f"  {name:<12} {readable_bytes(size):>11}  {note}".rstrip() for name, size, note in memory),
     ]
-    if report.peak_bytes:
-        peak = readable_bytes(report.peak_bytes)
-        lines.append(f"  the compiler's own peak, without the program and the next batch: {peak}")
+    if peak := report.peak_bytes:
+        lines.append(f"  the compiler's own peak, without the program and the next batch: {readable_bytes(peak)}")
     if report.collectives is not None:
         lines += ["", "crosses devices, MB a device and step"]
         lines += [f"  {kind:<20} {size / 1e6:9.1f}" for kind, size in report.collectives.items()] or ["  nothing"]

@@ -20,9 +20,8 @@ class Chip(NamedTuple):
 
 
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = tuple(
-    f"{a}x{b}x{c}" for a in (4, 8, 12, 16) for b in range(a, 17, 4) for c in range(b, 25, 4)
-)  # of cubes of 4x4x4; 16x16x24 is the largest slice
+# Of cubes of 4x4x4; 16x16x24 is the largest slice.
+CUBES = tuple(f"{a}x{b}x{c}" for a in (4, 8, 12, 16) for b in range(a, 17, 4) for c in range(b, 25, 4))
 CHIPS = {
     # Memory: libtpu 0.0.52 refuses programs that need more. The chip has more, of which the runtime keeps a part.
     # FLOP and links: from the tables of https://cloud.google.com/tpu/docs/v5e (also v5p, v6e). Links are half of
@@ -53,11 +52,8 @@ class Topology(NamedTuple):
 def parse(name: str) -> Topology:
     """Returns the topology of a name such as 'v5e:16x16' or 'cpu:8'.
 
-    Only shapes that exist are allowed, because libtpu silently takes some for others ("" for a v2, v5p:4x4 for a flat
-    slice).
-
-    Raises:
-      ValueError: another form, an unknown chip, or a shape that the chip does not have.
+    Raises ValueError for another form, an unknown chip, or a shape that the chip does not have: libtpu silently takes
+    some of these for others ("" for a v2, v5p:4x4 for a flat slice).
     """
     where = f"--topology {name or repr(name)}"
     generation, _, shape = name.partition(":")
@@ -83,8 +79,7 @@ def parse(name: str) -> Topology:
 def devices(topology: Topology) -> list[Any]:
     """Returns the devices of a topology, in the order of jax. Programs can be compiled for those of a TPU, but not run.
 
-    Raises:
-      ValueError: libtpu is missing, refuses the slice or describes another one; or there are too few CPU devices.
+    Raises ValueError if libtpu is missing, refuses the slice or describes another one, or there are too few CPUs.
     """
     if topology.chip is None:
         found = jax.devices("cpu")
@@ -111,7 +106,3 @@ def devices(topology: Topology) -> list[Any]:
             f"{topology.size} x {topology.chip.kind}; install another libtpu."
         )
     return list(slice_devices)
-
-
-def count_hosts(devices: list[Any]) -> int:
-    return len({device.process_index for device in devices})

@@ -35,8 +35,7 @@ class EmbeddingStore:
     ) -> tuple[np.ndarray, ...]:
         """Returns encode(rows), one array [n, width] for each kind. Complete blocks are read, others are computed.
 
-        Args:
-          kinds: width by name, in the order of the arrays that `encode` returns.
+        `kinds` are widths by name, in the order of the arrays that `encode` returns.
         """
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
@@ -47,7 +46,9 @@ class EmbeddingStore:
             out.append(list(encode(rows[start : start + self.BLOCK])))
             if hosts.is_first():
                 for path, array in zip(paths, out[-1], strict=False):
-                    _write_array(path, array)
+                    data = io.BytesIO()
+                    np.save(data, array)
+                    write_file(path, data.getvalue())
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
 
 
@@ -55,17 +56,10 @@ def _all_exist(paths: Sequence[Path]) -> bool:
     return all(path.exists() for path in paths)
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
-    data = io.BytesIO()
-    np.save(data, array)
-    write_file(path, data.getvalue())
-
-
 class EvaluationPass:
-    """Runs a function over clips and shop images of a split in batches, with one progress bar."""
+    """Runs a function over clips and shop images of a split in batches, with one progress bar that counts `total`."""
 
     def __init__(self, model: Model, split: Split, *, total: int, show_progress: bool) -> None:
-        """total: the number of clips and shop images that the bar counts."""
         self._model, self._split = model, split
         self._options = frame_options(model.config.data, train=False)
         self._bar = tqdm(total=total, unit=" encoded", disable=not (show_progress and hosts.is_first()))

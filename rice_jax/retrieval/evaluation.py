@@ -39,19 +39,13 @@ def evaluate_split(
     """Returns Recall@k of a split by the official definition (docs/official.md 10).
 
     Figures: recall@k, strict_recall@k (ties and NaN count against the model) and chance_recall@k in percent; queries,
-    the entries of the truth list, with or without frames; and mean_gallery_size.
+    the entries of the truth list (only those in `subset` if given), with or without frames; and mean_gallery_size.
 
-    Args:
-      subset: evaluate only these clip ids of the truth list; all of them unless given.
-      score: "embedding" ranks by the cosine of two embeddings. "matching" ranks also by the matching decoder's cosine,
-        and by the sum of both cosines. Its further figures are matching_recall@k, sum_recall@k, strict ones of both,
-        and the 95 % interval of each recall@1 as NAME_low and NAME_high. "raw-matching" is the same with h . w in
-        place of the decoder's cosine, in the sum too.
-      store: where embeddings are kept; they are not unless given.
-
-    Raises:
-      ValueError: an unknown score, a split without galleries, an id in `subset` that the truth list lacks, or matching
-        by a model that was not trained to match.
+    Score "embedding" ranks by the cosine of two embeddings; "matching" ranks also by the matching decoder's cosine, and
+    by the sum of both. Its further figures are matching_recall@k, sum_recall@k, strict ones of both, and the 95 %
+    interval of each recall@1 as NAME_low and NAME_high. "raw-matching" has h . w in place of the decoder's cosine, in
+    the sum too. Embeddings are kept in `store` if it is given. Raises ValueError for an unknown score, a split without
+    galleries, an id in `subset` that the truth list lacks, and matching by a model that was not trained to match.
     """
     if score not in SCORES:
         raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
@@ -129,11 +123,9 @@ def _figures(ranking: Ranking, others: Mapping[str, Ranking], queries: int) -> d
 
 
 def _recalls(ranking: Ranking, prefix: str, queries: int) -> dict[str, float]:
-    return {
-        f"{prefix}{name}@{k}": value
-        for name, rank in (("recall", ranking.rank), ("strict_recall", ranking.strict_rank))
-        for k, value in recall_at(rank, KS, denominator=queries).items()
-    }
+    recall, strict = (recall_at(rank, KS, denominator=queries) for rank in (ranking.rank, ranking.strict_rank))
+    figures = {f"{prefix}recall@{k}": recall[k] for k in KS}
+    return figures | {f"{prefix}strict_recall@{k}": strict[k] for k in KS}
 
 
 def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
@@ -165,9 +157,8 @@ def table(figures: Mapping[str, int | float]) -> str:
 
     The row of strict recall is always there for the embedding, and for other scores if a figure differs from recall.
     """
-    prefixes = {"": "recall"}
-    if "matching_recall@1" in figures:
-        prefixes = {"": "embedding", "matching_": "matching", "sum_": "their sum"}
+    matching = {"": "embedding", "matching_": "matching", "sum_": "their sum"}
+    prefixes = matching if "matching_recall@1" in figures else {"": "recall"}
     rows = [f"{'':>22}" + "".join(f"{f'R@{k}':>9}" for k in KS) + f"{'95 % of R@1':>16}"]
 
     def row(name: str, title: str) -> str:

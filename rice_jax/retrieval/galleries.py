@@ -35,10 +35,8 @@ class GalleryScorer:
         self._rows = np.full((len(self._sizes), self.width), len(class_tokens), np.int32)
         for row, gallery in zip(self._rows, galleries, strict=False):
             row[: len(gallery)] = gallery
-        padding = np.zeros((1, class_tokens.shape[1]), np.float32)
-        self._class_tokens = jax.make_array_from_process_local_data(
-            NamedSharding(mesh, P()), np.concatenate([class_tokens, padding])
-        )
+        padded = np.concatenate([class_tokens, np.zeros((1, class_tokens.shape[1]), np.float32)])
+        self._class_tokens = jax.make_array_from_process_local_data(NamedSharding(mesh, P()), padded)
 
     def score(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
         """Returns embeddings [n, E] and scores [n, width] of a global batch of clips, -inf beyond a gallery's end.
@@ -48,5 +46,5 @@ class GalleryScorer:
         positions = process_rows(len(gallery_of), self._mesh)
         gallery = to_global(self._rows[gallery_of[positions]], self._mesh)
         steps = np.int32(-(-int(self._sizes[gallery_of].max()) // AT_ONCE))
-        arrays = (frames, mask, gallery, self._class_tokens, steps)
+        arrays = (frames, mask, self._class_tokens, gallery, steps)
         return self._run(inference.encode_and_score_clips, *arrays, options=(self._raw, AT_ONCE))

@@ -33,9 +33,8 @@ def mean_histogram(pictures: Iterable[bytes]) -> Histogram:
 def histogram_recall(split: Split, *, frames: int = 10, at: int = 1) -> float:
     """Returns Recall@`at` of the baseline in percent, by the official rules (docs/official.md 10.1, 10.2).
 
-    Equal scores rank in file order, and a query without a stored clip counts as missed.
-
-    frames: the number of frames that are read of each clip, at most.
+    Equal scores rank in file order, a query without a stored clip counts as missed, and at most `frames` of a clip are
+    read.
     """
     images = np.array([mean_histogram([split.image(row).encoded]) for row in range(split.num_images)])
     hits = 0

@@ -46,9 +46,8 @@ def encode_clips_to_match(
     """Returns clips' unit embeddings, the decoder's keys and values of their frames (DD = 2*D), and the keys' mask."""
     tokens, pooled = _encode_frames(net, flip, params, frames, mask)
     n, slots, per_frame, width = tokens.shape
-    keys_values = apply(
-        net.decoder, params["decoder"], tokens.reshape(n, slots * per_frame, width), method="keys_values"
-    )
+    tokens = tokens.reshape(n, slots * per_frame, width)
+    keys_values = apply(net.decoder, params["decoder"], tokens, method="keys_values")
     return clip_embedding(pooled, mask), keys_values, jnp.repeat(mask > 0, per_frame, axis=1)
 
 
@@ -60,10 +59,8 @@ def pair_scores(
     keys_values: Float[Array, "n S 2*D"],
     key_mask: Bool[Array, "n S"],
 ) -> Float[Array, "n r"]:
-    """Returns each clip's scores with its r shop images: cos(h, w), or h . w if `raw`; float32.
-
-    docs/official.md 5.5, 5.6 and 10.4.
-    """
+    """Returns each clip's scores with its r shop images, float32: cos(h, w), or h . w if `raw`."""
+    # docs/official.md 5.5, 5.6 and 10.4
     assert net.decoder is not None
     decoder = functools.partial(apply, net.decoder, params["decoder"])
     x = class_tokens.astype(net.decoder.dtype)
@@ -86,15 +83,11 @@ def gallery_scores(
     keys_values: Float[Array, "n S 2*D"],
     key_mask: Bool[Array, "n S"],
 ) -> Float[Array, "n L"]:
-    """Returns each clip's scores with its own gallery, computed `at_once` shop images at a time.
+    """Returns each clip's scores with its own gallery, float32, -inf where `gallery` is padded.
 
-    Args:
-      class_tokens: of all shop images, each once, and a last row for padding.
-      gallery: rows of `class_tokens`, padded with the last row; L is a multiple of at_once.
-      steps: the number of steps of at_once that the longest of these galleries needs; the rest is not computed.
-
-    Returns:
-      float32, -inf where `gallery` is padded.
+    `class_tokens` are those of all shop images, each once, and a last row for padding. `gallery` has rows of them, and
+    is padded with the last one. `at_once` images, which divide L, are scored at a time, `steps` times: as often as the
+    longest of these galleries needs.
     """
     start = jnp.full(gallery.shape, -jnp.inf, jnp.float32)
 
@@ -118,20 +111,11 @@ def score_all_pairs(
 
 
 def encode_and_score_clips(
-    net: Rice,
-    flip: bool,
-    raw: bool,
-    at_once: int,
-    params: Any,
-    frames: Array,
-    mask: Array,
-    gallery: Array,
-    class_tokens: Array,
-    steps: Array,
+    net: Rice, flip: bool, raw: bool, at_once: int, params: Any, frames: Array, mask: Array, *galleries: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n L"]]:
-    """Returns clips' unit embeddings and their scores; arguments as in encode_clips and gallery_scores."""
+    """Returns clips' unit embeddings and gallery_scores; `galleries` are class_tokens, gallery and steps of these."""
     embedding, keys_values, key_mask = encode_clips_to_match(net, flip, params, frames, mask)
-    return embedding, gallery_scores(net, raw, at_once, params, class_tokens, gallery, steps, keys_values, key_mask)
+    return embedding, gallery_scores(net, raw, at_once, params, *galleries, keys_values, key_mask)
 
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:

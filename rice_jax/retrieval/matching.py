@@ -25,16 +25,9 @@ def score_galleries(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns clip embeddings [Q, E], image embeddings [I, E], and each clip's scores with its gallery, [Q, L].
 
-    Scores beyond a gallery's end are -inf; L is at least the size of the largest gallery.
-
-    Args:
-      clip_rows, image_rows: rows of the split, int [Q] and [I].
-      galleries: for each gallery, positions in `image_rows`.
-      gallery_of: int [Q], each clip's gallery.
-      raw: as in Model.match.
-
-    Raises:
-      ValueError: the model has no decoder that was trained to match.
+    Scores beyond a gallery's end are -inf; L is at least the size of the largest gallery. Each of `galleries` has
+    positions in `image_rows`, `gallery_of` is each clip's gallery, int [Q], and `raw` is as in Model.match. Raises
+    ValueError if the model has no decoder that was trained to match.
     """
     check_decoder(model)
     width = model.config.model.embedding

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
-from rice_jax.checkpoints.run_folder import read_config
+from rice_jax.checkpoints.run_folder import is_run, read_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
 from rice_jax.models.rice import Rice, build_model
@@ -30,17 +30,6 @@ def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
     names = {field.name for field in dataclasses.fields(FrameOptions)}
     options = {name: value for name, value in data.items() if name in names}
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
-
-
-def _prepare_one(picture: str | Path | bytes, ordinal: int, options: FrameOptions) -> UInt8[np.ndarray, "px px 3"]:
-    if isinstance(picture, bytes):
-        data, name = picture, f"picture {ordinal}"
-    else:
-        data, name = Path(picture).read_bytes(), str(picture)
-    try:
-        return centre_crop(load_picture(data, options, train=False), options)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}.") from error
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -61,8 +50,7 @@ class Model:
       config: the run's config.
       net: the Flax modules.
       params: their parameters, on the devices of `mesh`.
-      batch_size: the number of clips or shop images encoded at once, over all devices. Methods take any number of
-        them, and fill up the last batch.
+      batch_size: the number of clips or shop images encoded at once, over all devices. Methods take any number.
       step: the number of updates after which the parameters were saved.
 
     Example:
@@ -83,8 +71,7 @@ class Model:
     def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
         """Returns pictures as evaluation sees them: decoded, resized and cropped to px = config.data.image_size.
 
-        Args:
-          pictures: JPEG, PNG or WebP files, each as a path or as its bytes.
+        `pictures` are JPEG, PNG or WebP files, each as a path or as its bytes.
 
         Raises:
           OSError: a file cannot be read.
@@ -93,8 +80,14 @@ class Model:
         """
         if isinstance(pictures, str | Path | bytes):
             raise TypeError("prepare takes several pictures; give [picture].")
-        options = frame_options(self.config.data, train=False)
-        prepared = [_prepare_one(picture, ordinal, options) for ordinal, picture in enumerate(pictures)]
+        options, prepared = frame_options(self.config.data, train=False), []
+        for ordinal, picture in enumerate(pictures):
+            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+            try:
+                prepared.append(centre_crop(load_picture(data, options, train=False), options))
+            except ValueError as error:
+                name = f"picture {ordinal}" if isinstance(picture, bytes) else picture
+                raise ValueError(f"{name}: {error}.") from error
         return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
 
     def encode_clips(
@@ -131,11 +124,9 @@ class Model:
     ) -> Float[np.ndarray, "n m"]:
         """Returns the matching decoder's score of each clip with each shop image (docs/official.md 10.4).
 
-        Each picture is encoded once a call, but the decoder runs for each of the n * m pairs.
-
-        Args:
-          frames, mask, images: as in encode_clips and encode_images.
-          raw: return h . w, of any size, instead of its cosine, from -1 to 1. Both are float32.
+        Each picture is encoded once a call, but the decoder runs for each of the n * m pairs. `frames`, `mask` and
+        `images` are as in encode_clips and encode_images. Scores are cosines, from -1 to 1, or h . w, of any size, if
+        `raw`; both are float32.
 
         Raises:
           ValueError: as in encode_clips and encode_images, or the model was not trained to match.
@@ -234,7 +225,7 @@ def load(
       print(model.step, model.config.data.image_size)
     """
     text = read_config(Path(run))
-    checkpoints = Checkpoints(run) if text is not None and (Path(run) / "checkpoints").is_dir() else None
+    checkpoints = Checkpoints(run) if text is not None and is_run(Path(run)) else None
     steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
     if text is None or checkpoints is None or not steps:
         raise FileNotFoundError(

@@ -30,9 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     path, output = arguments.source, arguments.output
     source = import_weights(path, output, activation=arguments.activation, image_size=arguments.image_size)
-    print(f"{path}: {source.kind}, {describe_model(source.config)}")
-    for note in source.notes:
-        print(f"  {note}")
+    print(f"{path}: {source.kind}, {describe_model(source.config)}", *source.notes, sep="\n  ")
     print(f"written to {output}; train from it with --config.init_from={output}")
 
 
@@ -88,9 +86,8 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights
     command = commands.add_parser("import", help="write others' weights as a folder that rice_jax opens")
     command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder, new or empty")
-    command.add_argument(
-        "--activation", choices=sorted(ACTIVATIONS), help="of the MLPs, for a file that does not state it"
-    )
+    activation_help = "of the MLPs, for a file that does not state it"
+    command.add_argument("--activation", choices=sorted(ACTIVATIONS), help=activation_help)
     command.add_argument("--image-size", type=int, metavar="PX", help="resize position embeddings to this image size")
     command = commands.add_parser("export", help="write a run as files for other programs")
     command.add_argument("run", type=Path, metavar="RUN", help="a training run or an imported folder")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (NumPy knows "bfloat16" by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -29,17 +29,10 @@ SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "f
     f"{sign}{bits}": f"{'u' if sign == 'U' else ''}int{bits}" for sign in "IU" for bits in (8, 16, 32, 64)
 }
 STORAGES = {
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "ShortStorage": "int16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "BoolStorage": "bool",
-}
+    "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "FloatStorage": "float32", "DoubleStorage": "float64",
+    "CharStorage": "int8", "ByteStorage": "uint8", "ShortStorage": "int16", "IntStorage": "int32",
+    "LongStorage": "int64", "BoolStorage": "bool",
+}  # fmt: skip
 WRAPPERS = {  # functions that only give their first argument a type
     "torch.Size",
     "torch._utils._rebuild_parameter",
@@ -81,8 +74,7 @@ class Archive(NamedTuple):
 def read(path: Path) -> Archive:
     """Returns the tensors of a file by name, none of them loaded yet.
 
-    Raises:
-      ValueError: the file is damaged or of another kind, or its pickle needs more than tensors and containers.
+    Raises ValueError if the file is damaged or of another kind, or its pickle needs more than tensors and containers.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -105,10 +97,8 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         tensors = {}
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
-            dtype = part.get_dtype()
-            tensors[name] = StoredTensor(
-                tuple(part.get_shape()), SAFETENSORS.get(dtype, dtype), functools.partial(file.get_tensor, name)
-            )
+            shape, dtype = tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), part.get_dtype())
+            tensors[name] = StoredTensor(shape, dtype, functools.partial(file.get_tensor, name))
         return tensors
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged or cut short ({error}); fetch it again.") from error
@@ -119,8 +109,6 @@ class _PickleError(ValueError):
 
 
 class _Storage(NamedTuple):
-    """An entry's bytes as numbers."""
-
     entry: str
     dtype: str
     size: int  # numbers
@@ -150,8 +138,7 @@ class _TorchArchive:
         return ValueError(f"{self.path}: {found}; {do}.")
 
     def archive(self) -> Archive:
-        script = f"{self.root}constants.pkl" in self.entries
-        name = f"{self.root}data.pkl"
+        script, name = f"{self.root}constants.pkl" in self.entries, f"{self.root}data.pkl"
         content = bytes(self.entry(name))
         try:
             found = _Unpickler(_checked(content), self, script=script).load()
@@ -181,7 +168,7 @@ class _TorchArchive:
         if entry not in self.entries:
             raise _PickleError(f"names a storage {entry} that is missing; fetch the file again.")
         found = self.entries[entry].file_size
-        if not 0 <= size * _dtype(dtype).itemsize <= found:
+        if not 0 <= size * np.dtype(dtype).itemsize <= found:
             raise _PickleError(f"states {size} numbers of {dtype} in {entry}, which has {found} bytes; fetch it again.")
         return _Storage(entry, dtype, size)
 
@@ -206,19 +193,14 @@ class _TorchArchive:
             if zlib.crc32(content) != self.entries[storage.entry].CRC:
                 raise self.fault(f"entry {storage.entry} has another checksum than the archive says", "fetch it again")
             self.checked.add(storage.entry)
-        dtype = _dtype(storage.dtype)
+        dtype = np.dtype(storage.dtype)
         if self.order == ">":
             dtype = dtype.newbyteorder(">")
         numbers = np.frombuffer(content, dtype, storage.size)[offset:]
         if not int(np.prod(shape)):
             return np.zeros(shape, dtype)
-        return np.lib.stride_tricks.as_strided(
-            numbers, shape, tuple(s * dtype.itemsize for s in strides), writeable=False
-        )
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+        bytes_apart = tuple(stride * dtype.itemsize for stride in strides)
+        return np.lib.stride_tricks.as_strided(numbers, shape, bytes_apart, writeable=False)
 
 
 def _checked(content: bytes) -> bytes:
@@ -227,14 +209,10 @@ def _checked(content: bytes) -> bytes:
     pickle.Unpickler alone allocates a memo up to the largest index, and hashing nested tuples can overflow the stack of
     the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a number for each
     object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
-
-    Raises:
-      _PickleError: the pickle has opcodes, memo indexes, dict keys or nesting that no checkpoint needs.
+    Raises _PickleError for opcodes, memo indexes, dict keys or nesting that no checkpoint needs.
     """
     unframed = bytearray(content)
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: list[int] = []
+    stack, marks, memo = list[int](), list[int](), list[int]()
     argument: Any
     position: Any  # an int, as the pickle is bytes
     for opcode, argument, position in pickletools.genops(content):

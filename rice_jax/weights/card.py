@@ -1,9 +1,7 @@
 """Describes models in words: one line on a model's sizes, and the README.md of an export."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -61,42 +59,27 @@ def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -
     """
     meta = Checkpoints(run).meta(model.step)
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    lines = [
+    origin = model.config.init_from or "random weights"
+    if source := meta.get("source"):
+        origin = f"{source['name']} ({source['kind']}): {'; '.join(source['notes'])}"
+    paragraphs = [
         f"# RICE, {format_name}",
-        "",
         f"Which shop image does a clip of a livestream show? {describe_model(model.config)}; {count:,} parameters, "
         f"after {model.step} updates. Made by rice_jax {__version__}.",
-        "",
         f"```python\n{HOW_TO_OPEN[format_name]}\n```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| parameters (fingerprint) | `{model.fingerprint}` |",
-        f"| data (content hash of its manifest) | `{meta.get('data', 'none: not trained here')}` |",
-        f"| started from | {_origin(model.config, meta)} |",
-        "",
-        *(line for warning in warnings for line in (f"**Note.** {warning}", "")),
+        "| | |\n|---|---|\n"
+        f"| parameters (fingerprint) | `{model.fingerprint}` |\n"
+        f"| data (content hash of its manifest) | `{meta.get('data', 'none: not trained here')}` |\n"
+        f"| started from | {origin} |",
+        *(f"**Note.** {warning}" for warning in warnings),
         "## Metrics",
-        "",
-        *_metrics(run, model),
-        "",
+        "\n".join(_metrics(run, model)),
         "## Licence",
-        "",
         LICENCE,
-        "",
         "## Config",
-        "",
-        f"```json\n{to_json(model.config)}```",
-        "",
+        f"```json\n{to_json(model.config)}```\n",
     ]
-    return "\n".join(lines)
-
-
-def _origin(config: Config, meta: Mapping[str, Any]) -> str:
-    source = meta.get("source")
-    if source:
-        return f"{source['name']} ({source['kind']}): {'; '.join(source['notes'])}"
-    return config.init_from or "random weights"
+    return "\n\n".join(paragraphs)
 
 
 def _metrics(run: Path, model: Model) -> list[str]:

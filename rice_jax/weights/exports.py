@@ -67,10 +67,8 @@ def export_programs(model: Model, output: Path) -> None:
     """Writes the programs of a model into the folder `output`, which is new or empty.
 
     A model that was not trained with PMD has no program `match`. The programs are read back and compared with the
-    model's methods before the folder appears; after an error there is no folder.
-
-    Raises:
-      ValueError: `output` is not empty, or a program that was read back gives other figures than the model.
+    model's methods before the folder appears; after an error there is no folder. Raises ValueError if `output` is not
+    empty, or a program that was read back gives other figures than the model.
     """
     with new_folder(output) as folder:
         _write_programs(model, folder)
@@ -81,14 +79,6 @@ def _write_programs(model: Model, folder: Path) -> None:
     flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
     parameters = save({name: np.array(leaf, order="C") for name, leaf in flat.items()})
     (folder / "parameters.safetensors").write_bytes(parameters)
-    about = {
-        "rice_jax": __version__,
-        "jax": jax.__version_info__,
-        "platforms": PLATFORMS,
-        "model": model.fingerprint,
-        "image_size": model.config.data.image_size,
-        "mirror_images_added": model.config.eval_flip,
-    }
     programs = {}
     for name, exported in _exported_programs(model, flat):
         (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
@@ -97,7 +87,16 @@ def _write_programs(model: Model, folder: Path) -> None:
             "output": f"{exported.out_avals[0].dtype} {exported.out_avals[0].shape}",
             "calling_convention": exported.calling_convention_version,
         }
-    (folder / "programs.json").write_text(json.dumps(about | {"programs": programs}, indent=2) + "\n")
+    about = {
+        "rice_jax": __version__,
+        "jax": jax.__version_info__,
+        "platforms": PLATFORMS,
+        "model": model.fingerprint,
+        "image_size": model.config.data.image_size,
+        "mirror_images_added": model.config.eval_flip,
+        "programs": programs,
+    }
+    (folder / "programs.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export.Exported]]:
@@ -105,20 +104,18 @@ def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[
     structure = jax.tree.structure(model.params)
     parameters = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     b, n, m = export.symbolic_shape("b, n, m")
-    side = model.config.data.image_size
-    frames = jax.ShapeDtypeStruct((b, n, side, side, 3), np.uint8)
-    mask = jax.ShapeDtypeStruct((b, n), np.int32)
-    flip = model.config.eval_flip
+    side, flip = model.config.data.image_size, model.config.eval_flip
+    shapes = lambda *batch: jax.ShapeDtypeStruct((*batch, side, side, 3), np.uint8)
+    clips = shapes(b, n), jax.ShapeDtypeStruct((b, n), np.int32)
+    encode_images = functools.partial(inference.encode_images, model.net, flip)
+    encode_clips = functools.partial(inference.encode_clips, model.net, flip)
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "encode_images": (
-            functools.partial(inference.encode_images, model.net, flip),
-            (jax.ShapeDtypeStruct((b, side, side, 3), np.uint8),),
-        ),
-        "encode_clips": (functools.partial(inference.encode_clips, model.net, flip), (frames, mask)),
+        "encode_images": (encode_images, (shapes(b),)),
+        "encode_clips": (encode_clips, clips),
     }
     if model.can_match:
-        images = jax.ShapeDtypeStruct((m, side, side, 3), np.uint8)
-        programs["match"] = (functools.partial(inference.score_all_pairs, model.net, False), (frames, mask, images))
+        match = functools.partial(inference.score_all_pairs, model.net, False)
+        programs["match"] = (match, (*clips, shapes(m)))
 
     for name, (function, inputs) in programs.items():
 

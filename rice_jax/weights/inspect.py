@@ -62,8 +62,7 @@ def inspect_weights(path: Path) -> WeightsFile:
     Raises FileNotFoundError if there is none, and ValueError for a damaged file, a folder that does not have exactly
     one model, and a model of another kind, which is named.
     """
-    tensors: dict[str, archives.StoredTensor] = {}
-    files = _files(path)
+    files, tensors = _files(path), dict[str, archives.StoredTensor]()
     for file in files:
         archive = archives.read(file)
         twice = sorted(tensors.keys() & archive.tensors.keys())
@@ -148,6 +147,6 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: found no JSON ({error}); fetch it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: found a {type(found).__name__}, needs a JSON object; fetch it again.")
-    return found
+    if isinstance(found, dict):
+        return found
+    raise ValueError(f"{path}: found a {type(found).__name__}, needs a JSON object; fetch it again.")

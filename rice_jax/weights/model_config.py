@@ -38,13 +38,8 @@ def infer_config(weights: WeightsFile, activation: str | None = None) -> tuple[C
 
     Fields other than the model's sizes have their defaults, or, in an export of ours, the values of its config.json.
     Faults are: tensors that are missing, unexpected, or of another shape or dtype than the config's model; JSON that
-    contradicts the tensors or describes a model that ours cannot be; an activation that is neither stated nor given.
-
-    Args:
-      activation: "quick_gelu" or "gelu", for a file that does not state it.
-
-    Raises:
-      ValueError: the JSON beside the file describes no model that is known here.
+    contradicts the tensors or describes a model that ours cannot be; an activation that the file does not state and
+    `activation` does not give. Raises ValueError if the JSON beside the file describes no model that is known here.
     """
     try:
         config, faults = _config_and_faults(weights, activation)
@@ -84,10 +79,8 @@ def _config_and_faults(weights: WeightsFile, activation: str | None) -> tuple[Co
             "-quickgelu) or --activation gelu (most others of open_clip)"
         )
 
-    config = default.get_config() if exported is None else exported
+    config = _default_config(weights) if exported is None else exported
     config.init_from = ""
-    if exported is None:
-        _set_losses_and_preparation(config, weights)
     image_size = sizes.pop("image_size")
     config.data.resize = round(config.data.resize * image_size / config.data.image_size)
     config.data.image_size = image_size
@@ -95,8 +88,9 @@ def _config_and_faults(weights: WeightsFile, activation: str | None) -> tuple[Co
     return config, faults
 
 
-def _set_losses_and_preparation(config: Config, weights: WeightsFile) -> None:
-    """Sets the losses that trained the tensors, and the preparation of pictures that their encoder expects."""
+def _default_config(weights: WeightsFile) -> Config:
+    """Returns defaults with the losses that trained the tensors, and the pictures that their encoder expects."""
+    config = default.get_config()
     if weights.kind != Kind.OFFICIAL:  # CLIP was trained on pictures of this shorter side, resized by a bicubic filter
         config.data.resize, config.data.resize_mode = config.data.image_size, "keep_ratio"
     pfr = any(name.startswith("transformer.heads.rec.") for name in weights.tensors)
@@ -104,6 +98,7 @@ def _set_losses_and_preparation(config: Config, weights: WeightsFile) -> None:
     config.loss.pmd = float(pfr or "transformer.heads.vim.weight" in weights.tensors)
     if weights.table is naming.OFFICIAL_CONTRASTIVE:
         config.optimizer.logit_scale_lr_multiplier = 100.0  # docs/official.md 3.4
+    return config
 
 
 # --- Tensors ---
@@ -111,8 +106,7 @@ def _set_losses_and_preparation(config: Config, weights: WeightsFile) -> None:
 
 def _sizes_of_tensors(weights: WeightsFile) -> dict[str, int]:
     """Returns the sizes that the tensors show. A missing tensor, which is a fault anyway, has the smallest sizes."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers = set()
+    shapes, layers = dict[str, tuple[int, ...]](), set[str]()
     for name, tensor in weights.tensors.items():
         try:
             rule, match = naming.find_rule(name, weights.table)
@@ -132,16 +126,15 @@ def _sizes_of_tensors(weights: WeightsFile) -> dict[str, int]:
     # The side of proj that is not the width: so a transposed proj has a wrong shape rather than another size.
     sides = [side for side in shapes.get("encoder/proj", ()) if side != width]
     patch = length("encoder/conv1/kernel", -1) or 1
-    sizes = {
+    heads = length("reconstruction/conv1_kernel", 1)
+    return {
         "width": width,
         "patch_size": patch,
         "image_size": max(1, math.isqrt(max(0, length("encoder/positional_embedding") - 1))) * patch,
         "layers": max(1, len(layers)),
         "hidden": length("encoder/resblocks/mlp/c_fc/bias") or 4 * width,
         "embedding": sides[0] if sides else width,
-    }
-    heads = length("reconstruction/conv1_kernel", 1)
-    return sizes | ({"decoder_heads": heads} if heads else {})
+    } | ({"decoder_heads": heads} if heads else {})
 
 
 def _tensor_faults(weights: WeightsFile, config: Config) -> list[str]:
@@ -203,8 +196,7 @@ def _stated_model(weights: WeightsFile, exported: Config | None) -> StatedModel:
     if not weights.description:
         return StatedModel({}, None)
     if weights.kind == Kind.HUGGING_FACE:
-        prepared = read_json(weights.path.parent / "preprocessor_config.json")
-        return hugging_face_model(weights.description, prepared)
+        return hugging_face_model(weights.description, read_json(weights.path.parent / "preprocessor_config.json"))
     return _open_clip_model(weights.description)
 
 
@@ -227,8 +219,8 @@ def hugging_face_model(description: Mapping[str, Any], prepared: Mapping[str, An
         ("layer_norm_eps", vision.get("layer_norm_eps", 1e-5), 1e-5),
         ("num_channels", vision.get("num_channels", 3), 3),
     )
-    pixel_statistics = prepared.get("image_mean"), prepared.get("image_std")
-    return StatedModel(sizes, str(vision.get("hidden_act", "quick_gelu")), settings, pixel_statistics)
+    activation = str(vision.get("hidden_act", "quick_gelu"))
+    return StatedModel(sizes, activation, settings, (prepared.get("image_mean"), prepared.get("image_std")))
 
 
 def _open_clip_model(description: Mapping[str, Any]) -> StatedModel:

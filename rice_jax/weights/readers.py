@@ -28,56 +28,40 @@ UNUSED = "unused.safetensors"  # in a run's folder
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Weights that were read, checked and renamed.
-
-    Attributes:
-      kind: the weights' origin.
-      config: the config of their model, locked. Fields that the source does not decide have their defaults.
-      params: parameters, nested dicts of float32 NumPy arrays; only the encoder and the logit scale for CLIP.
-      unused: tensors of the official model that it never reads, by their official names.
-      notes: remarks for the user on what was converted and left out.
-    """
+    """Weights that were read, checked and renamed."""
 
     kind: Kind
-    config: Config
-    params: dict[str, Any]
-    unused: dict[str, np.ndarray]
-    notes: tuple[str, ...]
+    config: Config  # of their model, locked; fields that the source does not decide have their defaults
+    params: dict[str, Any]  # nested dicts of float32 NumPy arrays; only the encoder and the logit scale for CLIP
+    unused: dict[str, np.ndarray]  # tensors of the official model that it never reads, by their official names
+    notes: tuple[str, ...]  # for the user: what was converted and what was left out
 
 
 def load_on_one_device(run: Path, step: int | None = None) -> Model:
     """Returns the model of rice_jax.load with its parameters on one device, where they need memory only once."""
-    mesh = make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1])
-    return load(run, step=step, mesh=mesh)
+    return load(run, step=step, mesh=make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1]))
 
 
 def read_source(path: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
-    """Returns the weights of a file, a folder or a run.
+    """Returns the weights of a file, a folder or a run, with position embeddings resized to `image_size` px if given.
 
-    Args:
-      activation: "quick_gelu" or "gelu", for a file that does not state it.
-      image_size: px, to which position embeddings are resized; None: the source's.
-
-    Raises:
-      FileNotFoundError: there is no such file or folder, or the run has no checkpoint.
-      ValueError: a damaged file, another kind of model, an image size below the patch size, or tensors that are
-        missing, unexpected, of another shape or dtype, or not finite. One message lists up to 100 faults.
+    `activation` is "quick_gelu" or "gelu", for a file that does not state it. Raises FileNotFoundError if there is no
+    such file or folder, or the run has no checkpoint. Raises ValueError for a damaged file, another kind of model, an
+    image size below the patch size, and tensors that are missing, unexpected, of another shape or dtype, or not finite;
+    one message lists up to 100 faults.
     """
     if is_run(path):
         run = load_on_one_device(path)
-        params, resized = resize_positions(jax.device_get(run.params), run.config, image_size)
-        notes = (f"after {run.step} updates of its own", *resized)
+        params, notes = resize_positions(jax.device_get(run.params), run.config, image_size)
+        notes = (f"after {run.step} updates of its own", *notes)
         return Source(Kind.RUN, run.config, params, read_unused(path), notes)
     weights = inspect_weights(path)
     config, faults = infer_config(weights, activation)
     tensors = _read_tensors(weights, faults)
     if faults:
-        listed = faults[:MAX_LISTED_FAULTS]
-        if len(faults) > len(listed):
-            listed.append(f"and {len(faults) - len(listed)} more")
-        raise ValueError(
-            f"{weights.path} ({weights.kind}): {len(faults)} fault(s), nothing was converted:\n  " + "\n  ".join(listed)
-        )
+        more = [f"and {len(faults) - MAX_LISTED_FAULTS} more"] if len(faults) > MAX_LISTED_FAULTS else []
+        listed = "\n  ".join(faults[:MAX_LISTED_FAULTS] + more)
+        raise ValueError(f"{weights.path} ({weights.kind}): {len(faults)} fault(s), nothing was converted:\n  {listed}")
     unused = {name: x for name, x in tensors.items() if naming.find_rule(name, weights.table)[0].path is None}
     tensors = {name: x for name, x in tensors.items() if name not in unused}
     dtypes = ", ".join(sorted({weights.tensors[name].dtype for name in tensors}))
@@ -139,8 +123,6 @@ def resize_positions(
     resized = np.concatenate([positions[:1], grid.reshape(new_side**2, -1)], axis=0)
     config.data.resize = round(config.data.resize * image_size / old)
     config.data.image_size = image_size
-    note = (
-        f"position embeddings resized (bicubic) from {side}x{side} patches to {new_side}x{new_side}: "
-        f"{old} px to {image_size}"
-    )
+    patches = f"{side}x{side} patches to {new_side}x{new_side}"
+    note = f"position embeddings resized (bicubic) from {patches}: {old} px to {image_size}"
     return params | {"encoder": params["encoder"] | {"positional_embedding": resized}}, (note,)

@@ -28,12 +28,8 @@ def initialise(state: State, config: Config, workdir: Path) -> tuple[State, list
     The encoder always comes from there, and the decoder and its heads come from there if it has them. If not, the
     decoder's two layers start as the encoder's last two blocks, as in the official code (docs/official.md 5.8). CLIP's
     logit scale is not taken. The average, if the state has one, starts as a copy of the parameters. The official
-    model's unused tensors are written to the workdir.
-
-    Raises:
-      FileNotFoundError: there is nothing at init_from.
-      ValueError: as read_source; its model differs from the config's, all fields named; or the processes of the run
-        read different weights.
+    model's unused tensors are written to the workdir. Raises as read_source does, and ValueError if the model there
+    differs from the config's (all fields named) or the processes of the run read different weights.
     """
     source = read_source(Path(config.init_from), activation=config.model.activation, image_size=config.data.image_size)
     if jax.process_count() > 1:
@@ -83,11 +79,8 @@ def _with_weights(state: State, source: Source, config: Config) -> tuple[State, 
 
 def _check_fields(source: Source, config: Config, copies_blocks: bool) -> None:
     theirs, ours = source.config.model, config.model
-    differ = [
-        f"model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
-        for name in ENCODER_FIELDS
-        if theirs[name] != ours[name]
-    ]
+    names = [name for name in ENCODER_FIELDS if theirs[name] != ours[name]]
+    differ = [f"model.{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in names]
     if copies_blocks and ours.layers < 2:
         differ.append("model.layers: 1, and the decoder starts as the encoder's last two blocks")
     if differ:

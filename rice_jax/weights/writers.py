@@ -32,10 +32,8 @@ Tensors = dict[str, np.ndarray]
 def import_weights(path: Path, output: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
     """Writes what read_source returns as a run at step 0 into `output`, a new or empty folder, and returns it.
 
-    Raises:
-      FileNotFoundError: there is no such file or folder.
-      ValueError: `path` is a run, `activation` differs from the file's, `output` is not empty, the written files read
-        back differently, or the reasons of read_source.
+    Raises as read_source does, and ValueError if `path` is a run, `activation` differs from the file's, `output` is not
+    empty, or the written files read back differently.
     """
     if is_run(path):
         raise ValueError(f"{path}: is a run already; give it to rice_jax.load or --config.init_from as it is.")
@@ -113,8 +111,8 @@ def _embeddings(model: Model, flat: Tensors, unused: Tensors) -> Tensors:
         f"{prefix}layer_norm.weight": np.ones(width),
         f"{prefix}layer_norm.bias": np.zeros(width),
     }
-    imported = {name: x for name, x in unused.items() if name.startswith(prefix)}
-    return new | {name: x for name, x in imported.items() if "position" not in name or len(x) == tokens}
+    fits = lambda name: "position" not in name or len(unused[name]) == tokens
+    return new | {name: x for name, x in unused.items() if name.startswith(prefix) and fits(name)}
 
 
 def write_official(model: Model, unused: Tensors, folder: Path) -> None:
@@ -128,9 +126,8 @@ def write_pth(model: Model, unused: Tensors, folder: Path) -> None:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
-            "--format pth needs torch: pip install 'rice_jax[torch]' (or take --format official)."
-        ) from error
+        message = "--format pth needs torch: pip install 'rice_jax[torch]' (or take --format official)."
+        raise ValueError(message) from error
     tensors = official_tensors(model, unused)
     # Copies in C order: torch would share the memory of our arrays, some of which are read-only or transposed.
     state = {name: torch.from_numpy(np.array(x, order="C")) for name, x in tensors.items()}
@@ -205,12 +202,10 @@ FORMATS = {  # each writes a model, with the run's unused official tensors, into
 def export_run(run: Path, output: Path, format_name: str, *, step: int | None = None) -> tuple[Model, list[str]]:
     """Writes a run's model and a README.md into `output`, a new or empty folder. Returns the model and user warnings.
 
-    `format_name` is a key of FORMATS, and `step` is a checkpoint's number of updates, None for the newest.
-
-    Raises:
-      FileNotFoundError: the run has no checkpoint, or none of that step.
-      ValueError: `run` is no run, its checkpoint is damaged, `output` is not empty, the format cannot express the
-        model, the written files read back differently, or torch is missing for format "pth".
+    `format_name` is a key of FORMATS, and `step` is a checkpoint's number of updates, None for the newest. Raises
+    FileNotFoundError if the run has no checkpoint, or none of that step. Raises ValueError if `run` is no run, its
+    checkpoint is damaged, `output` is not empty, the format cannot express the model, the written files read back
+    differently, or torch is missing for format "pth".
     """
     if not is_run(run):
         raise ValueError(f"{run}: is no run and no imported folder; import it first (rice_jax.weights import).")

@@ -16,11 +16,9 @@ import pytest
 from configs import smoke
 from rice_jax import errors
 from rice_jax.checkpoints import store
-from rice_jax.checkpoints.retention import steps_to_keep
 from rice_jax.checkpoints.run_folder import write_config
-from rice_jax.checkpoints.seal import seal
-from rice_jax.checkpoints.step_folder import SCHEMA, DamagedError
-from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.checkpoints.step_folder import SCHEMA, DamagedError, seal
+from rice_jax.checkpoints.store import Checkpoints, steps_to_keep
 from rice_jax.config import to_json
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.training import step
