@@ -115,7 +115,9 @@ def encode_and_score_clips(
 ) -> tuple[Float[Array, "n E"], Float[Array, "n L"]]:
     """Returns clips' unit embeddings and gallery_scores; `galleries` are class_tokens, gallery and steps of these."""
     embedding, keys_values, key_mask = encode_clips_to_match(net, flip, params, frames, mask)
-    return embedding, gallery_scores(net, raw, at_once, params, *galleries, keys_values, key_mask)
+    class_tokens, gallery, steps = galleries
+    scores = gallery_scores(net, raw, at_once, params, class_tokens, gallery, steps, keys_values, key_mask)
+    return embedding, scores
 
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:
