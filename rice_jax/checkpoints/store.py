@@ -308,6 +308,4 @@ def _split(state: State) -> dict[str, Any]:
     return {"weights": weights, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
 
 
-@jax.jit
-def _copies(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+_copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

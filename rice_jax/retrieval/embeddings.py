@@ -40,7 +40,7 @@ class EmbeddingStore:
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
             paths = [self._folder / f"{kind}-{start:09d}.npy" for kind in kinds] if self._folder is not None else []
-            if paths and hosts.ask_first(functools.partial(_all_exist, paths)):
+            if paths and hosts.ask_first(functools.partial(all, map(Path.exists, paths))):
                 out.append([np.load(path, allow_pickle=False) for path in paths])
                 continue
             out.append(list(encode(rows[start : start + self.BLOCK])))
@@ -50,10 +50,6 @@ class EmbeddingStore:
                     np.save(data, array)
                     write_file(path, data.getvalue())
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
-
-
-def _all_exist(paths: Sequence[Path]) -> bool:
-    return all(path.exists() for path in paths)
 
 
 class EvaluationPass:

@@ -26,7 +26,6 @@ def histogram(pixels: Pixels) -> Histogram:
 
 
 def mean_histogram(pictures: Iterable[bytes]) -> Histogram:
-    """Returns the mean histogram of encoded pictures."""
     return np.mean([histogram(resize(decode(picture), OPTIONS)) for picture in pictures], axis=0)
 
 

@@ -1,8 +1,5 @@
 """Reads the tensors of a file by name, without torch and without running anything that the file says.
 
-    tensors = read(Path("rice_final.pth")).tensors
-    tensors["transformer.logit_scale"].read()
-
 safetensors files are read by the package of that name. A zip archive of `torch.save` or `torch.jit.save` holds the
 bytes of each storage as an uncompressed entry, and a pickle that describes the tensors. `_checked` goes through the
 opcodes of the pickle; `_Unpickler` then builds its objects, and knows only the functions and classes listed there.
@@ -16,7 +13,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,9 +190,7 @@ class _TorchArchive:
             if zlib.crc32(content) != self.entries[storage.entry].CRC:
                 raise self.fault(f"entry {storage.entry} has another checksum than the archive says", "fetch it again")
             self.checked.add(storage.entry)
-        dtype = np.dtype(storage.dtype)
-        if self.order == ">":
-            dtype = dtype.newbyteorder(">")
+        dtype = np.dtype(storage.dtype).newbyteorder(self.order)
         numbers = np.frombuffer(content, dtype, storage.size)[offset:]
         if not int(np.prod(shape)):
             return np.zeros(shape, dtype)
@@ -297,30 +292,29 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _named(root: Any) -> dict[str, StoredTensor]:
-    """Returns the tensors of nested dicts by their dotted names."""
+    """Returns the tensors of nested dicts by their dotted names; skips all other objects, as state dicts do."""
     if not isinstance(root, dict | _Object):
         raise _PickleError(f"holds a {type(root).__name__}, needs a dict of tensors; save model.state_dict().")
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in _tensors(root, (), set()):
-        if len(name) > MAX_NAME:
-            raise _PickleError(f"has a name of {len(name)} characters, more than {MAX_NAME}; fetch the file again.")
-        if name in tensors:
-            raise _PickleError(f"has two tensors named {name}; save model.state_dict().")
-        tensors[name] = tensor
+    tensors, seen = dict[str, StoredTensor](), set[int]()
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, StoredTensor):
+            name = ".".join(path)
+            if len(name) > MAX_NAME:
+                raise _PickleError(f"has a name of {len(name)} characters, more than {MAX_NAME}; fetch the file again.")
+            if name in tensors:
+                raise _PickleError(f"has two tensors named {name}; save model.state_dict().")
+            tensors[name] = value
+        inside = value.attributes if isinstance(value, _Object) else value
+        if not isinstance(inside, dict) or not inside:
+            return
+        if id(inside) in seen:
+            raise _PickleError(f"has {'.'.join(path) or 'its root'} twice or within itself; fetch the file again.")
+        if len(path) > MAX_NESTING:
+            raise _PickleError(f"nests dicts more than {MAX_NESTING} deep; save model.state_dict().")
+        seen.add(id(inside))
+        for key, below in inside.items():
+            visit(below, (*path, str(key)))
+
+    visit(root, ())
     return tensors
-
-
-def _tensors(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
-    """Yields the tensors at and below a value with their names; skips all other objects, as state dicts do."""
-    if isinstance(value, StoredTensor):
-        yield ".".join(path), value
-    inside = value.attributes if isinstance(value, _Object) else value
-    if not isinstance(inside, dict) or not inside:
-        return
-    if id(inside) in seen:
-        raise _PickleError(f"has {'.'.join(path) or 'its root'} twice or within itself; fetch the file again.")
-    if len(path) > MAX_NESTING:
-        raise _PickleError(f"nests dicts more than {MAX_NESTING} deep; save model.state_dict().")
-    seen.add(id(inside))
-    for key, below in inside.items():
-        yield from _tensors(below, (*path, str(key)), seen)

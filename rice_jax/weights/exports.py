@@ -39,9 +39,7 @@ def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., 
         programs = load_programs(folder)
         scores = programs["match"](frames, mask, images)
 
-    Raises:
-      FileNotFoundError: the folder contains no export.
-      ValueError: a newer jax than this one wrote the export.
+    Raises FileNotFoundError if the folder contains no export, and ValueError if a newer jax than this one wrote it.
     """
     import functools
     import json

@@ -1,8 +1,4 @@
-"""Reads pretrained weights as parameters: from files of CLIP and of the official RICE, and from runs of this project.
-
-source = read_source(Path("ViT-B-32.pt"))
-source.kind, source.config.model.width, source.params["encoder"]
-"""
+"""Reads pretrained weights as parameters: from files of CLIP and of the official RICE, and from this project's runs."""
 
 import dataclasses
 import math

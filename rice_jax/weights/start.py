@@ -33,19 +33,14 @@ def initialise(state: State, config: Config, workdir: Path) -> tuple[State, list
     """
     source = read_source(Path(config.init_from), activation=config.model.activation, image_size=config.data.image_size)
     if jax.process_count() > 1:
-        hosts.agree({"weights of init_from": parameters_digest(source.params)})
+        sha = hashlib.sha256()
+        for path, array in sorted(naming.flattened(source.params).items()):
+            sha.update(f"{path} {array.shape} ".encode() + np.ascontiguousarray(array, np.float32).tobytes())
+        hosts.agree({"weights of init_from": sha.hexdigest()[:16]})
     started = _with_weights(state, source, config)
     if hosts.is_first():
         save_unused(source.unused, workdir)
     return started
-
-
-def parameters_digest(params: dict[str, Any]) -> str:
-    """Returns 16 hexadecimal digits of SHA-256 over the paths, shapes and float32 values of NumPy parameters."""
-    sha = hashlib.sha256()
-    for path, array in sorted(naming.flattened(params).items()):
-        sha.update(f"{path} {array.shape} ".encode() + np.ascontiguousarray(array, np.float32).tobytes())
-    return sha.hexdigest()[:16]
 
 
 def _with_weights(state: State, source: Source, config: Config) -> tuple[State, list[str]]:
