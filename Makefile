@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two versions of jax are supported: 0.10 is the last for Python 3.11, and 0.12 needs Python 3.12 or newer.
 PYTHONS ?= python3.11 python3.12
 
-.PHONY: help setup demo test lint types unit test-slow mutations chaos corruption fuzz test-versions clean
+.PHONY: help setup demo test quick lint types unit test-slow mutations chaos corruption fuzz test-versions clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,11 @@ demo: setup  ## draw a shop, train, evaluate and show queries: build/demo/report
 	$(BIN)/python -m rice_jax.demo --output build/demo
 
 test: lint types unit  ## check style and types and run the tests not marked slow, as the continuous build does
+
+# One process for each core: what is left out are the tests that compile for minutes.
+quick: setup  ## run the tests of input, losses, model and ranking that take seconds: under two minutes
+	$(BIN)/python -m pytest -m "not slow and not compiles" --numprocesses auto --maxprocesses 4 --dist worksteal \
+	  tests/input tests/losses tests/models tests/retrieval/test_ranking.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from rice_jax.preflight.assessment import abstract_batch
 from rice_jax.training import step
 from tests import official
 
+pytestmark = pytest.mark.compiles
 # Sizes that can be told apart in a shape: 9 patches, T = 10 tokens, S = 30, D = 40, E = 28, and G is none of them.
 TOKENS, KEYS, WIDTH, EMBEDDING = 10, 30, 40, 28
 MESHES = [(8, 1), pytest.param((4, 2), marks=pytest.mark.slow), (2, 4)]

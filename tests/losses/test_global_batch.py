@@ -16,6 +16,7 @@ from rice_jax.parallel.mesh import parameter_specs, path_name, to_global
 from rice_jax.training import step
 from tests import official, oracle
 
+pytestmark = pytest.mark.compiles
 G, SLOTS, SIDE, WIDTH = 16, 3, 16, 32
 
 
