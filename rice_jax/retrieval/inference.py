@@ -114,8 +114,8 @@ def encode_and_score_clips(
     net: Rice, flip: bool, raw: bool, at_once: int, params: Any, frames: Array, mask: Array, *galleries: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n L"]]:
     """Returns clips' unit embeddings and gallery_scores; `galleries` are class_tokens, gallery and steps of these."""
-    embedding, keys_values, key_mask = encode_clips_to_match(net, flip, params, frames, mask)
-    return embedding, gallery_scores(net, raw, at_once, params, *galleries, keys_values, key_mask)
+    embedding, *keys = encode_clips_to_match(net, flip, params, frames, mask)
+    return embedding, gallery_scores(net, raw, at_once, params, *galleries, *keys)
 
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:
