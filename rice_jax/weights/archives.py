@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes  # noqa: F401 (NumPy knows "bfloat16" by it)
 import numpy as np
@@ -129,7 +129,7 @@ class _TorchArchive:
         self.root = roots[0]
         self.checked: set[str] = set()
         order = self.entries.get(f"{self.root}byteorder")
-        self.order = ">" if order and self.entry(order.filename)[:3] == b"big" else "<"
+        self.order: Literal["<", ">"] = ">" if order and self.entry(order.filename)[:3] == b"big" else "<"
 
     def fault(self, found: str, do: str) -> ValueError:
         return ValueError(f"{self.path}: {found}; {do}.")
