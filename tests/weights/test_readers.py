@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rice_jax
-from rice_jax.models.arrays import MEAN, STD, unit
+from rice_jax.models.arrays import MEAN, STD, apply, unit
 from rice_jax.weights.model_config import hugging_face_model
 from rice_jax.weights.readers import read_source
 from tests import clip_files, official, torch_files
@@ -58,8 +58,8 @@ def test_official_files_give_the_official_embeddings(tmp_path: Path) -> None:
     loaded = rice_jax.load(tmp_path / "rice_final")
     assert loaded.config.model.decoder_heads == 8 and loaded.config.loss.pmd and loaded.config.loss.pfr
     assert loaded.fingerprint == rice_jax.load(tmp_path / "wrapped").fingerprint
-    encode = jax.jit(lambda params, images: loaded.net.apply({"params": params}, images, method="encode"))
-    tokens, pooled = encode(loaded.params, golden.batch["image"])
+    encode = jax.jit(lambda params, images: apply(loaded.net.encoder, params, images))
+    tokens, pooled = encode(loaded.params["encoder"], golden.batch["image"])
     for ours, name in ((tokens, "image_tokens"), (unit(pooled), "image_embedding")):
         expected = golden.arrays[f"out/{name}"]
         assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -266,8 +266,8 @@ def test_transformers_opens_our_export_and_we_open_its_files(activation: str, ba
         expected, found = (module.eval()(pixel_values=pictures).image_embeds.numpy() for module in (original, again))
     np.testing.assert_array_equal(found, expected)
     m = rice_jax.load(tmp_path / "run", mesh=official.mesh_of(1, 1))
-    encode = jax.jit(lambda params, x: m.net.apply({"params": params}, normalise(x), method="encode")[1])
-    pooled = encode(m.params, jnp.asarray(batch[2]))
+    encode = jax.jit(lambda params, x: arrays.apply(m.net.encoder, params, normalise(x))[1])
+    pooled = encode(m.params["encoder"], jnp.asarray(batch[2]))
     check({"pooled": np.asarray(pooled)}, {"pooled": expected})
 
 
