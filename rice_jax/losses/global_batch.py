@@ -162,8 +162,8 @@ def hard_pairs(context: LossContext, encoded: Encoded, positives: Positives, gat
         def of_rows(rows: tuple[Array, Array]) -> tuple[Array, Array]:
             anchors, global_rows = rows
             same_product_is = "masked" if options.exclude_same_product else "negative"
-            partner, same_product = equations.positives_and_ignored(global_rows, gathered.product, same_product_is)
-            return pairs.mine_hard(anchors, partners, partner | same_product)
+            own, same_product = equations.positives_and_ignored(global_rows, gathered.product, same_product_is)
+            return pairs.mine_hard(anchors, partners, own | same_product)
 
         return in_chunks(of_rows, (anchors, context.global_rows), options.icl_chunk)
 

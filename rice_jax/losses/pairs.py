@@ -5,7 +5,7 @@ the decoder's self layer, [D], and on the clip's keys and values, [S, 2D]. So th
 gathered on every device and the keys and values stay where they are: the same loss as gathering every clip's tokens,
 for a five-hundredth of the bytes.
 
-Letters of shapes are those of models/rice.py; besides, U is pair blocks and r image tokens in a block.
+Letters of shapes are those of models/rice.py; besides, U is the number of blocks, and r that of pairs in a block.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def mine_hard(
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
     """Finds the k = min(NUM_HARD, G) most similar partners of each anchor, without gradient (docs/official.md 4.1-4.3).
 
-    Returns their positions in the global batch, the most similar first; and whether each was found. It is false, and
-    the position means nothing, where an anchor has fewer than k partners that are not excluded.
+    Returns their positions in the global batch, the most similar first; and whether each was found. Where an anchor has
+    fewer than k partners that are not excluded, `found` is false and the position means nothing.
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
@@ -63,14 +63,14 @@ def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, block_
     U always suffices, even if all pairs have one clip, and is a multiple of `multiple`. With clips (2, 0, 3, 0, 0),
     3 rows and block_size 2 the blocks are the pairs (1, 3), (4, -), (0, -) of the clips 0, 0, 2.
     """
-    pairs = clip_of_pair.shape[0]
-    most = -(-(rows + pairs // block_size) // multiple) * multiple
+    count = clip_of_pair.shape[0]
+    most = -(-(rows + count // block_size) // multiple) * multiple
     order = jnp.argsort(clip_of_pair)  # stable; pairs of other devices come last
     clip = clip_of_pair[order]
-    rank = jnp.arange(pairs) - jnp.searchsorted(clip, clip)  # among the pairs of the same clip
+    rank = jnp.arange(count) - jnp.searchsorted(clip, clip)  # among the pairs of the same clip
     block = jnp.where(clip < rows, jnp.cumsum(rank % block_size == 0) - 1, most)
     return PairBlocks(
-        pair=jnp.full((most, block_size), pairs).at[block, rank % block_size].set(order, mode="drop"),
+        pair=jnp.full((most, block_size), count).at[block, rank % block_size].set(order, mode="drop"),
         clip=jnp.zeros(most, jnp.int32).at[block].set(clip, mode="drop"),
         used=jnp.max(block, where=clip < rows, initial=-1) + 1,
     )

@@ -166,9 +166,9 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pictures: Float[Array, "n px px 3"], kept: Int[Array, "n k"] | None = None
+        self, pictures: Float[Array, "n px px 3"], kept: Int[Array, "n kept"] | None = None
     ) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
-        """Encodes normalised pictures: all patches, or those that `kept` numbers (T is then 1 + k).
+        """Encodes normalised pictures: all patches (T = 1 + P), or those with the numbers `kept` (T = 1 + kept).
 
         Returns the tokens of the last block, before ln_post and in `dtype`; and the pooled vectors, after ln_post and
         proj, in float32 and not normalised.
