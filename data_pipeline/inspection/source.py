@@ -82,7 +82,7 @@ class InspectedSource(InspectedData):
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """Reads all items. If that raises, reads each alone, adds faults of bad ones, and reads the rest, or raises."""
+        """Reads all items; if that raises, each alone, adds faults of bad ones, and reads the rest, which may raise."""
         try:
             read(items)
             return
