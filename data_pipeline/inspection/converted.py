@@ -40,7 +40,11 @@ class InspectedSet(InspectedData):
         self.splits: dict[str, Split] = {}
 
     def inspect(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
-        """Inspects the set as far as it is sound. Calls on_new after each task with the new fingerprints."""
+        """Fills in the results, as far as the set is sound; what is wrong is added to `faults`, a bad manifest too.
+
+        on_new: called after each task with new fingerprints of sound pictures, [n]. Raises OSError if a file is
+        unreadable.
+        """
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:
@@ -68,7 +72,7 @@ class InspectedSet(InspectedData):
                 self.summaries.append(_summary(split, images, clips))
 
     def _check_shards(self, dataset: Dataset, workers: Workers, wrong: set[str]) -> set[str]:
-        """Returns the files that are not sound: `wrong`, and the shards that as a whole have another checksum."""
+        """Returns `wrong` and shards of another checksum, which become faults. Raises OSError if one is unreadable."""
         shards = [name for name in dataset.manifest["files"] if name.endswith(".tfrecord") and name not in wrong]
         tasks = ((name,) for name in shards)
         crcs = workers.run(shard_crc, tasks, "shards: checksums", total=len(shards), unit="shard")
@@ -112,7 +116,7 @@ class InspectedSet(InspectedData):
 
 
 def _where(split: Split, kind: str, row: int) -> str:
-    """Returns "SHARD record N" for a row; SHARD is relative to the set's folder."""
+    """Returns "SHARD record N", SHARD relative to the set's folder. Raises IndexError for a row outside."""
     return split.where(kind, row).removeprefix(f"{split.path}/")
 
 
@@ -134,10 +138,11 @@ def shard_crc(context: ConvertedContext, name: str) -> int:
 def inspect_shard(
     context: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool
 ) -> PartResult:
-    """Returns the result for a shard, rows begin to end - 1: its records are read and compared with the columns.
+    """Returns the fingerprints, frame counts (1 an image) and faults of a shard, rows begin to end - 1.
 
-    Their pictures are inspected unless their fingerprints are known. sound: whether the shard has the manifest's
-    checksum; otherwise its known fingerprints are not used.
+    Its records are read and compared with the columns, and their pictures inspected, unless their fingerprints are
+    known. What is damaged is a fault; ValueError is not raised. sound: whether the shard has the manifest's checksum;
+    otherwise its known fingerprints are not used.
     """
     split = context.splits[split_name]
     inspected: list[Fingerprints] = []
@@ -164,7 +169,7 @@ def inspect_shard(
 def _inspect_record(
     context: ConvertedContext, split: Split, kind: str, row: int, keys: Sequence[int]
 ) -> tuple[list[Fingerprints], list[Fault]]:
-    """Returns one fingerprint per key, NO_FINGERPRINT where no picture is sound, and the faults of the record."""
+    """Returns a fingerprint per key, NO_FINGERPRINT where no picture is sound, and the faults; raises none of them."""
     place, where = split.where(kind, row), _where(split, kind, row)
     subject = f"{kind} {(split.clip_ids if kind == 'clip' else split.image_ids)[row]}"
     found: list[Fingerprints] = len(keys) * [fingerprints.NO_FINGERPRINT]
@@ -193,7 +198,7 @@ def _inspect_record(
 
 
 def _key(split: Split, kind: str, row: int, frame: int) -> int:
-    """Returns the key of a picture, which changes with its shard's checksum; that is verified at every start."""
+    """Returns a picture's key, 64 bits, not 0; it changes with its shard's checksum, which every start verifies."""
     size, crc = split.manifest["files"][_shard(split, kind, row)]
     return fingerprints.key_of(f"{fingerprints.VERSION}\0{_where(split, kind, row)}\0{size}\0{crc}\0{frame}")
 
@@ -226,7 +231,7 @@ def _disagreements(
 
 
 def _split_faults(split: Split) -> Iterator[Fault]:
-    """Yields faults of gallery rows outside the split, of clips without shop image, of queries without true image."""
+    """Yields faults: gallery rows outside, clips without image, queries without gallery, truth, or true image in it."""
     galleries = split.galleries
     for name, rows in galleries.items():
         if np.any((rows < 0) | (rows >= split.num_images)):

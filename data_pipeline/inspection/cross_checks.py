@@ -16,7 +16,7 @@ ImageRow = tuple[SplitSummary, int]  # a shop image: its split's summary, and it
 
 
 def cross_checks(data: InspectedData) -> Iterator[Fault]:
-    """Yields the faults between clips, shop images, splits and galleries."""
+    """Yields faults between clips, shop images, splits and galleries. Raises ValueError if a picture cannot be read."""
     for number, summary in enumerate(data.summaries):
         if not summary.clip_ids:
             detail = "found no clip, needs some for training or evaluation; restore the list, or leave the split out."
@@ -44,7 +44,7 @@ def _clips_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumma
 
 
 def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame in both splits: an evaluation on frames of the training proves nothing."""
+    """Yields a fault for each frame in both splits, unless its clip is too. Raises ValueError if one cannot be read."""
     frames, other_frames = summary.frame_fingerprints, other.frame_fingerprints
     read = lambda row: data.frame(summary, *summary.clip_of(row))
     read_other = lambda row: data.frame(other, *other.clip_of(row))
@@ -63,7 +63,7 @@ def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumm
 
 
 def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame in clips of two products: in a batch they are negatives of each other."""
+    """Yields a fault for each frame with the bytes of an earlier one of the split, in a clip of another product."""
     for one, two in same_bytes(summary.frame_fingerprints):
         (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
         image, other_image = (summary.clip_images[row] for row in (clip, other_clip))
@@ -86,7 +86,11 @@ def _product(summary: SplitSummary, image: int) -> object:
 
 
 def _shop_images(data: InspectedData) -> Iterator[Fault]:
-    """Yields the faults of shop images over all splits: one picture under two products, two pictures under one id."""
+    """Yields the faults of shop images over all splits: two files under one id, one picture under two ids.
+
+    The latter are "under two products" if these differ or, where not known, one gallery has both; else "under two ids".
+    Raises ValueError if a picture to compare cannot be read.
+    """
     images = [(summary, row) for summary in data.summaries for row in range(len(summary.image_ids))]
     if not images:
         return
@@ -117,7 +121,7 @@ def _shop_images(data: InspectedData) -> Iterator[Fault]:
 
 
 def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
-    """Returns, by image id, the galleries (split, livestream) that show it."""
+    """Returns, by image id, the galleries (split, livestream) that show it; an empty set for any other id."""
     galleries: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
     for summary in summaries:
         for livestream, images in summary.galleries.items():
@@ -128,7 +132,7 @@ def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tupl
 
 
 def _two_products(data: InspectedData, one: ImageRow, two: ImageRow, what: str, shared: set[tuple[str, str]]) -> Fault:
-    """Returns the fault of two shop images with the same bytes or picture. shared: the galleries that show both."""
+    """Returns the fault, in the file of `two`: "under two products" or "under two ids". shared: galleries with both."""
     ids = [summary.image_ids[image] for summary, image in (one, two)]
     products = [int(summary.image_products[image]) for summary, image in (one, two)]
     names = [data.tables["product"][product] if product != NONE else "not known" for product in products]
@@ -158,7 +162,7 @@ def _doubles_in_galleries(data: InspectedData, summary: SplitSummary) -> Iterato
 
 
 def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each clip of the truth file that the split does not have: Recall counts it as a miss."""
+    """Yields a fault for each clip of the truth file that the split lacks, sorted by id: it is a miss in Recall."""
     for clip_id in sorted(set(summary.truth) - set(summary.clip_ids)):
         detail = "found no clip for this entry of the truth, needs one: it counts as missed in every Recall; "
         detail += "add the clip, or remove the entry."
@@ -166,7 +170,7 @@ def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
 
 
 def _alike_ids(data: InspectedData) -> Iterator[Fault]:
-    """Yields a fault for each group of ids that differ in case, width or space only: most are one id, mistyped."""
+    """Yields a fault for each group of ids that differ in case, width or space only, and each id with outer space."""
     kinds: list[tuple[str, Iterable[str]]] = [
         ("clip", {clip_id for summary in data.summaries for clip_id in summary.clip_ids}),
         ("image", {image_id for summary in data.summaries for image_id in summary.image_ids}),

@@ -27,7 +27,7 @@ Pair = tuple[int, int]
 
 
 def same_bytes(pictures: Fingerprints, others: Fingerprints | None = None) -> Iterator[Pair]:
-    """Yields (row of pictures, row of others) for pictures with the same bytes.
+    """Yields (row of pictures, row of others) for pictures with the same bytes, the latter ascending.
 
     Each row of others is paired with the first equal row of pictures. If others is None, each row of pictures is paired
     with the first equal row before it: both are rows of pictures. Pictures that are not comparable are left out.
@@ -53,8 +53,9 @@ def same_picture(
 ) -> Iterator[Pair]:
     """Yields (row of pictures, row of others) for near-duplicates: different bytes, same picture, possibly mirrored.
 
-    Each pair comes once. If others is None, both are rows of pictures, the smaller first. read and read_other return
-    the encoded bytes of a row.
+    Each pair comes once. If others is None, both are rows of pictures, the smaller first. Pictures that are not
+    comparable are left out. read and read_other return the encoded bytes of a row; what they raise passes. Raises
+    ValueError if bytes cannot be decoded.
     """
     colours: dict[tuple[bool, int], NDArray[np.float32]] = {}
 
@@ -75,7 +76,7 @@ def same_picture(
 
 
 def _proposed(pictures: Fingerprints, others: Fingerprints, side: int, *, within: bool) -> Iterator[Pair]:
-    """Yields pairs with similar hashes and thumbnails. side -1 compares with the mirror images of `others`."""
+    """Yields (row, row) alike in hash and thumbnail, not in bytes. side -1 mirrors `others`; within: smaller first."""
     comparable, other_comparable = is_comparable(pictures), is_comparable(others)
     search = _all_pairs if len(pictures) * len(others) <= ALL_PAIRS else _pairs_by_quarters
     for ones, twos in search(pictures["hash"], others["hash" if side == 1 else "mirror"]):

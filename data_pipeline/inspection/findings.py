@@ -33,7 +33,7 @@ class Findings:
     faults: list[Fault] = dataclasses.field(default_factory=list)
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Adds faults that are not there yet: splits share shop images. Counts all, keeps MAX_LISTED of a kind."""
+        """Adds faults that are not listed yet: splits share shop images. Counts all, keeps MAX_LISTED of a kind."""
         known = set(self.faults)
         for fault in faults:
             if fault in known:
@@ -46,12 +46,15 @@ class Findings:
                 self.faults.append(fault)
 
     def severity(self, fault: Fault) -> str:
-        """Returns "warning" or "error"."""
+        """Returns "warning" for a kind of WARNINGS or `accepted`, or a picture that no list names; else "error"."""
         harmless = fault.reason in WARNINGS or fault.reason in self.accepted or fault.subject == UNLISTED
         return "warning" if harmless else "error"
 
     def as_json(self) -> dict[str, Any]:
-        """Returns "safe" (bool), "counts" by kind and the list of "faults": kinds with errors first, then by count."""
+        """Returns "safe" (no error), "counts" {kind: {"severity", "count"}} and "faults", a list of dicts.
+
+        Kinds with errors first, then by count. A fault has kind, severity, file, line or None, subject or None, detail.
+        """
         worst = {kind: "error" if kind in self.errors else "warning" for kind in self.counts}
         order = sorted(self.counts, key=lambda kind: (worst[kind], -self.counts[kind], kind))
         return {
@@ -72,7 +75,7 @@ class Findings:
 
 
 def distributions(data: InspectedData) -> dict[str, Any]:
-    """Returns counts by split, and how clips spread over products, categories, livestreams, types, lengths, sizes."""
+    """Returns by split, for JSON, counts of clips, frames, images, galleries and sizes, and "clips_by" each column."""
     return {summary.split: _split_distributions(summary, data.tables) for summary in data.summaries}
 
 
@@ -98,7 +101,6 @@ def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[st
 
 
 def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
-    """Returns how many values a column has, the most frequent ones, and a sample of the counts in falling order."""
     numbers, counts = np.unique(column[column != NONE], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     ranked = counts[order]

@@ -53,7 +53,7 @@ class InspectedPicture:
 
 
 def is_comparable(fingerprints: Fingerprints) -> NDArray[np.bool_]:
-    """Returns, bool [n], which pictures can be compared with others: sound, not tiny and not of one colour."""
+    """Returns, bool [n], which pictures can be compared: sound, no side below MIN_SIDE, and not of one colour."""
     thumbs = fingerprints["thumb"].reshape(len(fingerprints), 16, 3).astype(np.int16)
     varied: NDArray[np.bool_] = np.ptp(thumbs, axis=1).max(axis=1, initial=0) > UNIFORM_RANGE
     large = np.minimum(fingerprints["width"], fingerprints["height"]) >= MIN_SIDE
@@ -64,7 +64,7 @@ def inspect_picture(data: bytes, path: str, key: int = 1, *, named: bool = True)
     """Returns the fingerprint of an encoded picture under `key`, and the problems that a conversion would accept.
 
     path: names the picture in problems. named: whether its suffix must agree with its format. Raises BadInputError for
-    a picture that a conversion would refuse.
+    a picture that a conversion would refuse: empty, damaged, of another format, or of too many pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
@@ -87,7 +87,6 @@ def _rises(brightness: NDArray[np.int16]) -> np.uint64:
 
 
 def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], data: bytes) -> list[tuple[str, str]]:
-    """Returns (reason, detail) for each problem that a conversion accepts."""
     found = []
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
@@ -118,7 +117,7 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
 
 
 def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
-    """Returns (reason, detail) of damage that Pillow ignores: it shows a lost part of a JPEG as grey or stripes."""
+    """Returns [(reason, detail)] of damage that Pillow ignores, [] for none: a JPEG's lost part is grey or stripes."""
     remedy = "look at it, and restore the file."
     if simplejpeg:
         try:
@@ -141,7 +140,10 @@ def key_of(text: str) -> int:
 
 
 def load_fingerprints(path: Path) -> Fingerprints:
-    """Returns what earlier runs appended, sorted by key, each key once; cuts the file off where damage begins."""
+    """Returns what earlier runs appended, [n], sorted by key, the first of each key; [0] if there is no file.
+
+    Cuts the file off where damage begins. Raises OSError if it cannot be read or cut.
+    """
     data = path.read_bytes() if path.exists() else b""
     blocks, end = [np.zeros(0, FINGERPRINT)], 0
     while end + OVERHEAD <= len(data):
@@ -181,13 +183,16 @@ class KnownFingerprints:
         return rows
 
     def find(self, key: int) -> Fingerprints | None:
-        """Returns the fingerprint with this key, or None."""
+        """Returns the fingerprint with this key, shape [], or None. Raises OSError if the file cannot be read."""
         row = int(np.searchsorted(self._rows["key"], np.uint64(key)))
         return self._rows[row] if row < len(self._rows) and int(self._rows["key"][row]) == key else None
 
 
 def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprints) -> InspectedPicture:
-    """Returns a source's picture as inspect_picture does, or as an earlier run did. Raises BadInputError likewise."""
+    """Returns a source's picture as inspect_picture does, or the fingerprint that an earlier run made of its file.
+
+    Raises BadInputError if the picture cannot be read, or is one that a conversion would refuse.
+    """
     try:
         stat = os.stat(folder.root / picture.path)
         place = f"{VERSION}\0{picture.path}\0{picture.offset}\0{picture.size}"
@@ -200,5 +205,5 @@ def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprin
 
 
 def picture_name(picture: Picture) -> str:
-    """Returns the path of a picture, with its member if it is in a tar."""
+    """Returns the path of a picture, PATH/MEMBER if it is in a tar."""
     return f"{picture.path}/{picture.member}" if picture.member else picture.path

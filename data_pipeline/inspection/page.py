@@ -30,7 +30,7 @@ img{max-width:100%;image-rendering:auto}details{margin:.3rem 0}code{font-size:90
 
 
 def make_page(title: str, report: dict[str, Any], data: InspectedData) -> str:
-    """Returns the HTML of a report, as the doctor writes it to report.json, with pictures of the data."""
+    """Returns the HTML of report.json with pictures of the data. Raises ValueError if a sound one is unreadable now."""
     verdict = (
         '<p class="safe">Nothing that makes training unsafe was found.</p>'
         if report["safe"]
@@ -113,7 +113,6 @@ def _bars(items: Iterable[tuple[str, int]]) -> str:
 
 
 def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
-    """Returns the HTML of those pictures named by faults that can be decoded."""
     shown = []
     for fault in faults[:SHOWN_PICTURES]:
         if (encoded := data.faulty_picture(fault["file"])) is not None:
@@ -126,7 +125,7 @@ def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:
 
 
 def _sheet(data: InspectedData, summary: SplitSummary) -> str:
-    """Returns the HTML of a picture of clips, evenly spaced over the split: each its shop image, then some frames."""
+    """Returns an <img> of some clips' shop images and frames; a <p> for no clip. Raises ValueError if unreadable."""
     if not len(summary.frame_counts):
         return "<p>None.</p>"
     clips = np.unique(np.linspace(0, len(summary.frame_counts) - 1, SHEET_CLIPS).astype(int)).tolist()
@@ -141,7 +140,7 @@ def _sheet(data: InspectedData, summary: SplitSummary) -> str:
 
 
 def _pictures(data: InspectedData, summary: SplitSummary, clip: int) -> Iterator[bytes | None]:
-    """Yields the encoded bytes of a clip's shop image, then of some of its frames; None for one that is not sound."""
+    """Yields a clip's encoded shop image, then some frames; None: not sound. Raises ValueError if one is unreadable."""
     image, count = int(summary.clip_images[clip]), int(summary.frame_counts[clip])
     yield data.image(summary, image) if image != NONE and summary.image_fingerprints["key"][image] else None
     begin = int(summary.ends[clip]) - count

@@ -55,7 +55,9 @@ class InspectedSource(InspectedData):
     def read_lists(self, run: RunTasks, work: Path) -> None:
         """Reads the lists and finds the pictures. A split that cannot be read becomes a fault; the others go on.
 
-        run: runs tasks, as Workers.run does. work: folder for the index of a download.
+        Fills in `listings`, `tables`, `faults`, `remarks` and `knows_products`. run: runs tasks, as Workers.run does.
+        work: folder for the index of a download. Raises BadInputError or WrongUseError only if the others cannot be
+        read together.
         """
         self._without_bad(self.splits, lambda splits: self._list(splits, run))
         for listing in self.listings:
@@ -80,7 +82,7 @@ class InspectedSource(InspectedData):
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
-        """Reads all items together. If that raises, reads each alone, adds faults of bad ones, and reads the others."""
+        """Reads all items; if that raises, each alone, adds faults of bad ones, and reads the rest, which may raise."""
         try:
             read(items)
             return
@@ -106,7 +108,8 @@ class InspectedSource(InspectedData):
     def inspect_pictures(self, known: KnownFingerprints, on_new: Callable[[Fingerprints], None]) -> None:
         """Inspects the pictures of all lists, then, if every frame is inspected, the pictures that no list names.
 
-        on_new: called after each task with the fingerprints of sound pictures that are not among `known`.
+        Fills in `summaries`, and adds to `faults` and `remarks`. on_new: called after each task with the fingerprints,
+        [n], of sound pictures without a problem that are not among `known`.
         """
         name_hashes = [hash_names(self.layout.copies)]
         with Workers(self.workers, SourceContext(self.layout, self.folder, known)) as workers:
@@ -130,7 +133,7 @@ class InspectedSource(InspectedData):
                 run(inspect_unlisted, parts, "not listed", len(others), "picture")
 
     def _unlisted(self, listed: NDArray[np.uint64]) -> list[str]:
-        """Returns the paths of pictures that no list names: training does not use them, so bad ones are warnings."""
+        """Returns the paths, in the source, of pictures that no list names, and adds a remark if there are any."""
         paths = list(_pictures_below(self.layout.source))
         others: list[str] = np.array(paths)[~np.isin(hash_names(paths), listed)].tolist() if paths else []
         if others:
@@ -176,7 +179,7 @@ class InspectedSource(InspectedData):
 
 
 def _empty_lists(listing: Listing) -> Iterator[Fault]:
-    """Yields a fault for each file of a list without a line, as an interrupted download leaves it."""
+    """Yields a fault for each file of a list without a line (from an interrupted download) that has no fault yet."""
     reported = {fault.file for fault in listing.faults}
     for number, file in enumerate(listing.files):
         if file not in reported and not np.any(listing.lines["file"] == number):
@@ -184,7 +187,7 @@ def _empty_lists(listing: Listing) -> Iterator[Fault]:
 
 
 def _pictures_below(root: Path) -> Iterator[str]:
-    """Yields the paths, relative to root, of files with a picture's suffix; links to folders are not followed."""
+    """Yields the paths, relative to root, of files with a picture's suffix, in order; links to folders are left."""
     for folder, inner, files in os.walk(root):
         inner.sort()
         for name in sorted(files):
@@ -231,7 +234,7 @@ class _Part:
     def inspect(self, found: Picture | BadInputError | None, fault: Callable[[BadInputError], Fault]) -> Fingerprints:
         """Returns the fingerprint of a picture, NO_FINGERPRINT if it is not sound; `fault` places its problems.
 
-        found: as a layout gives it. None, a download that is known to have failed, is no fault.
+        found: as a layout gives it. A BadInputError becomes a fault; None, a download known to have failed, is none.
         """
         fingerprint: Fingerprints = fingerprints.NO_FINGERPRINT
         problems: Sequence[BadInputError] = ()
@@ -270,7 +273,7 @@ def inspect_images(context: SourceContext, split: str, images: Sequence[ShopImag
 def inspect_clips(
     context: SourceContext, split: str, clips: Sequence[tuple[str, RowLocation | ClipListing]]
 ) -> PartResult:
-    """Returns the result for clips, given as (clip id, where it is listed): their texts, frames and boxes."""
+    """Returns fingerprints, frame counts, faults of clips (clip id, where listed); one that cannot be parsed has 0."""
     part = _Part(context)
     for clip_id, source in clips:
         number = source.number if isinstance(source, RowLocation) else 0
@@ -310,7 +313,7 @@ def inspect_unlisted(context: SourceContext, paths: Sequence[str]) -> PartResult
 
 
 def box_faults(boxes: Sequence[Box], picture: Picture, fingerprint: Fingerprints, name: str) -> Iterator[BadInputError]:
-    """Yields an error for each box of the frame `name` that is inverted or leaves it by more than BOX_SLACK pixels."""
+    """Yields BadInputError for each box of frame `name` that is inverted or leaves it by more than BOX_SLACK pixels."""
     width, height = int(fingerprint["width"]), int(fingerprint["height"])
     for box, scaled in zip(boxes, scale_boxes(boxes, picture, (width, height)), strict=True):
         left, top, right, bottom = scaled

@@ -37,7 +37,7 @@ class SplitSummary:
         return np.cumsum(self.frame_counts)
 
     def clip_of(self, row: int) -> tuple[int, int]:
-        """Returns the clip of a row of frame_fingerprints, and which of the clip's frames it is, from 0."""
+        """Returns (clip, its frame, from 0) of a row of frame_fingerprints. Raises IndexError after the last row."""
         clip = int(np.searchsorted(self.ends, row, side="right"))
         return clip, row - int(self.ends[clip] - self.frame_counts[clip])
 
@@ -77,7 +77,7 @@ class PartResult:
 
 
 def join_parts(parts: Iterable[PartResult], on_new: OnNewFingerprints) -> PartResult:
-    """Returns the results in their order as one, after a call of on_new for each; new fingerprints are not kept."""
+    """Returns the results in their order as one, after a call of on_new for each; its new_fingerprints are empty."""
     prints, faults, counts, hashes = [np.zeros(0, FINGERPRINT)], [], [], [np.zeros(0, np.uint64)]
     for part in parts:
         on_new(part.new_fingerprints)

@@ -58,7 +58,7 @@ class Clip:
 
     @property
     def folder(self) -> str:
-        """The folder of its frames, relative to the source folder."""
+        """The folder of its frames in the source: "query/ID" of test, else "training_video_NN/ID", NN = index % 8."""
         return f"query/{self.id}" if self.split == "test" else f"training_video_{self.index % 8:02d}/{self.id}"
 
     @property
@@ -89,13 +89,13 @@ class Shop:
 
     @functools.cached_property
     def galleries(self) -> list[Livestream]:
-        """The test livestreams."""
+        """The livestreams with a test clip, in the order of their index."""
         tested = {clip.livestream for clip in self.clips_of("test")}
         return [live for live in self.livestreams if live.index in tested]
 
     @functools.cached_property
     def galleries_of(self) -> list[list[Livestream]]:
-        """By product, the test livestreams with it on their shelf."""
+        """By product index, the test livestreams with it on their shelf, [] for none."""
         having: list[list[Livestream]] = [[] for _ in self.products]
         for live in self.galleries:
             for product in live.shelf:
@@ -153,7 +153,7 @@ def _plan_products(count: int, seed: int) -> list[Product]:
 
 
 def share_out(total: int, weights: Sequence[float], least: int) -> list[int]:
-    """Returns `total` split into whole parts: each has `least`, and the rest by weight (largest remainders)."""
+    """Returns `total` in whole parts, one a weight: each has `least`, the rest goes by weight (largest remainders)."""
     rest = total - least * len(weights)
     exact = [rest * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
@@ -164,7 +164,7 @@ def share_out(total: int, weights: Sequence[float], least: int) -> list[int]:
 
 
 def _plan_livestreams(products: list[Product], counts: dict[str, int], seed: int) -> Shop:
-    """Returns the shop, with `counts` clips by split.
+    """Returns the shop, with `counts` clips by split ("train", "val", "test").
 
     A product's training clips are spread over livestreams, so that rooms do not give products away. A test clip is in a
     livestream with its product's siblings on the shelf.

@@ -38,7 +38,7 @@ class Dice:
         return options[self.below(len(options))]
 
     def shuffled(self, options: Sequence[T]) -> list[T]:
-        """Returns the options in random order, every order equally likely."""
+        """Returns a list of the options in random order, every order equally likely."""
         order = np.argsort(np.array([self.word() for _ in options], np.uint64), kind="stable")
         return [options[place] for place in order]
 

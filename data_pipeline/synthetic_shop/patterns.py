@@ -18,7 +18,7 @@ SHARES = (0.56, 0.30, 0.14)  # of the surface: ground, figure, the figure's core
 def levels(field: Field, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Returns the colour, 0, 1 or 2, of every point, int [height, width]; the highest values have colour 2.
 
-    Each colour has its share, of SHARES, of the points in the mask.
+    Each colour has its share, of SHARES, of the points in the mask, as measured at every seventh.
     """
     cuts = np.quantile(field[mask][::7], np.cumsum(SHARES[:-1]))
     return np.searchsorted(cuts, field)
@@ -39,7 +39,7 @@ def _turned(x: Field, y: Field, degrees: float) -> tuple[Field, Field]:
 
 
 def _lattice(x: Field, y: Field, period: float) -> tuple[Field, Field]:
-    """Returns the position of each point within its cell of a brick lattice, -1 to 1 on both axes."""
+    """Returns (x, y) of each point within its cell of a brick lattice, two arrays of -1 to 1."""
     row = np.floor(y / period)
     return _saw(x / period + row / 2), 2 * (y / period - row) - 1
 
@@ -98,7 +98,6 @@ def _blobs(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _spots(x: Field, y: Field, dice: Dice) -> Field:
-    """A field of seven large discs."""
     discs = [
         -np.hypot(x - dice.uniform(-1, 1), y - dice.uniform(-1.3, 1.3)) / dice.uniform(0.25, 0.6) for _ in range(7)
     ]
@@ -121,7 +120,6 @@ def _crosses(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _printed(x: Field, y: Field, dice: Dice) -> Field:
-    """A field of bars like printed text: rows of words of different lengths, ragged at the right."""
     field = np.full_like(x, -1.0)
     for row in range(-3, 4):
         middle, left, ragged = 0.5 * row, -0.92, dice.uniform(0.3, 0.95)
@@ -133,7 +131,6 @@ def _printed(x: Field, y: Field, dice: Dice) -> Field:
 
 
 def _halves(degrees: float) -> Callable[[Field, Field, Dice], Field]:
-    """Returns a pattern of blocks of colour side by side."""
     return lambda x, y, dice: _turned(x, y, degrees + dice.uniform(-8, 8))[0]
 
 

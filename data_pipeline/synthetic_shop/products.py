@@ -41,7 +41,7 @@ PALETTES = tuple(
 
 
 def draw_product(category: str, palette: Sequence[Colour], pattern: str, shape: Dice, own: Dice) -> Image.Image:
-    """Returns a product's sprite, RGBA [SPRITE, SPRITE]. shape: dice of the product's group; own: of its pattern."""
+    """Returns a sprite, RGBA [SPRITE, SPRITE], by dice of the group and its own. Raises KeyError for unknown names."""
     parts = CATEGORIES[category](shape)
     named = PAINTS | dict(zip(("ground", "figure", "core"), palette, strict=True))
     return sprite(*paint(parts, named, CANVAS, body=functools.partial(_body, parts, palette, pattern, own)))

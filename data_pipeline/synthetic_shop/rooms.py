@@ -38,7 +38,7 @@ class Room:
 
 
 def draw_room(dice: Dice, shelf: Sequence[Image.Image]) -> Room:
-    """Returns a room. shelf: sprites, RGBA, of the products on its shelf."""
+    """Returns a room's pictures. shelf: sprites, RGBA, of the products on its shelf, which shows the first nine."""
     wall = dice.pick(WALLS)
     colours: dict[str, Colour] = {
         "wall": wall,
@@ -83,14 +83,13 @@ def _picture(pixels: Pixels) -> Image.Image:
 
 
 def stand(picture: Image.Image, product: Image.Image, x: float, y: float, size: float) -> None:
-    """Pastes a product with its foot at (x, y); size is its side, and all three are shares of ROOM."""
+    """Pastes a product into the picture, its foot at (x, y); size is its side, and all three are shares of ROOM."""
     side = round(size * ROOM)
     small = product.resize((side, side), Image.Resampling.BOX)
     picture.paste(small, (round(x * ROOM - side / 2), round(y * ROOM - 0.965 * side)), small)
 
 
 def _lamplight(dice: Dice, pixels: Pixels) -> Pixels:
-    """Returns the pixels with a warm or cool pool of light somewhere in the room."""
     y, x = np.linspace(0, 1, ROOM, dtype=np.float32)[:, None], np.linspace(0, 1, ROOM, dtype=np.float32)[None]
     far = np.hypot(x - dice.uniform(0.1, 0.9), y - dice.uniform(0.0, 0.6))
     tint = np.array(dice.pick(((1.0, 0.92, 0.78), (0.88, 0.95, 1.0), (1.0, 0.86, 0.9))), np.float32)
@@ -138,7 +137,7 @@ def _decoration(dice: Dice, shelf_left: bool) -> list[Part]:
 
 
 def _shelf(dice: Dice, left: bool) -> tuple[list[Part], list[tuple[float, float, float]]]:
-    """Returns the boards, and places for nine products: (x, y of the foot, size)."""
+    """Returns the parts of the shelf, and nine places for products in random order: (x, y of the foot, size)."""
     begin = dice.uniform(0.01, 0.06) if left else dice.uniform(0.5, 0.55)
     end, size = begin + 0.44, dice.uniform(0.125, 0.15)
     heights = [0.2 + 0.175 * k + dice.uniform(-0.01, 0.01) for k in range(3)]
@@ -201,7 +200,7 @@ def _table(dice: Dice) -> list[Part]:
 
 
 def _hand() -> tuple[list[Part], list[Part]]:
-    """Returns a hand that grips an edge from the right: the parts behind the product, and those in front of it."""
+    """Returns a hand that grips an edge from the right: (parts behind the product, parts in front of it)."""
     palm = [
         Part([(0.86, 1.05), (0.5, 0.42)], "skin", "round", 0.15),
         Part([(1.0, 1.2), (0.69, 0.74)], "cloth", "cloth", 0.21),

@@ -24,7 +24,7 @@ class Scene:
     shots: Sequence[Shot]  # one per second
 
     def frame(self, second: int) -> Image.Image:
-        """Returns the frame of one second, RGB [HEIGHT, WIDTH]."""
+        """Returns the frame of one second, RGB [HEIGHT, WIDTH]. Raises IndexError for a second without a shot."""
         shot = self.shots[second]
         picture = self.backdrop.transform((WIDTH, HEIGHT), Image.Transform.AFFINE, shot.view, Image.Resampling.BILINEAR)
         if shot.product is not None:
@@ -46,13 +46,13 @@ class Scene:
         return picture
 
     def box(self, second: int) -> Box | None:
-        """Returns the product's box in the frame, hidden parts included, or None if the product is not in it."""
+        """Returns the product's box, cut at the frame, hidden parts included; None if it is not shown or outside."""
         quad = self.shots[second].product
         return None if quad is None else box_of(self.product, quad)
 
 
 def backdrop(room: Room, dice: Dice, others: Sequence[Sprite], shot: Shot) -> Image.Image:
-    """Returns the room or its mirror image, with other products on its table, left and right in the view of `shot`."""
+    """Returns a copy of the room, perhaps mirrored, RGB [ROOM, ROOM], with up to four others on its table in `shot`."""
     picture = ImageOps.mirror(room.picture) if dice.happens(0.5) else room.picture
     lamps, warmth = dice.uniform(0.82, 1.12), dice.uniform(-0.1, 0.1)  # of the room alone, not of the product
     picture = picture.point(_exposed((lamps * (1 + warmth), lamps, lamps * (1 - warmth)), 1.0))
@@ -86,7 +86,7 @@ def draw_overlay(dice: Dice) -> Image.Image:
 
 
 def put(picture: Image.Image, sprite: Sprite, quad: Numbers) -> None:
-    """Pastes the sprite with its corners at the quad."""
+    """Pastes the sprite into the picture with its corners at the quad; outside the frame it does nothing."""
     box = box_of(sprite, quad)
     if box is None:
         return
@@ -112,7 +112,7 @@ def _shadow(picture: Image.Image, box: Box | None) -> None:
 
 
 def _exposed(gains: Sequence[float], gamma: float) -> list[int]:
-    """Returns a table for Image.point that sets exposure, white balance and contrast of an RGB picture."""
+    """Returns 256 levels a gain, 0 to 255, a table for Image.point that sets exposure, white balance and contrast."""
     levels = np.arange(256) / 255
     return np.concatenate([np.clip(255 * (gain * levels) ** gamma, 0, 255).astype(int) for gain in gains]).tolist()
 

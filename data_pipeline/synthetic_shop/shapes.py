@@ -33,7 +33,7 @@ class Part:
 
 
 def curve(points: Sequence[Point], *, closed: bool = True) -> Points:
-    """Returns a smooth line through the points (Catmull-Rom)."""
+    """Returns a smooth line through the points (Catmull-Rom), 8 points a stretch; closed: the first is not repeated."""
     count = len(points)
     through = np.array(points if closed else [points[0], *points, points[-1]], np.float64)
     result: Points = []
@@ -117,10 +117,10 @@ def paint(
     ground: Pixels | None = None,
     body: Callable[[Sequence[Stencil]], Pixels] | None = None,
 ) -> tuple[Pixels, Pixels]:
-    """Returns the painted pixels, float32 [side, side, 3], and how far the parts cover them, [side, side], 0 to 1.
+    """Returns the painted pixels, float32 [side, side, 3], 0 to 255, and the parts' cover, [side, side], 0 to 1.
 
-    The parts are painted in their order on `ground`, or on black if it is None. body: makes the pattern for the whole
-    canvas from the parts' stencils.
+    The parts are painted in their order on `ground`, or on black if it is None. body: makes from the parts' stencils
+    the pattern, [side, side, 3], which paints parts called "body". Raises KeyError for another paint without a colour.
     """
     stencils = [stencil(part, side) for part in parts]
     pattern = body(stencils) if body else None
@@ -139,13 +139,13 @@ def paint(
 
 
 def sprite(pixels: Pixels, cover: Pixels) -> Image.Image:
-    """Returns the painted pixels as an RGBA picture of half the canvas's side."""
+    """Returns the painted pixels as an RGBA picture of half the canvas's side; cover, 0 to 1, is its alpha."""
     rgba = np.dstack([pixels, 255 * cover]).astype(np.uint8)
     return Image.fromarray(rgba).convert("RGBa").reduce(2).convert("RGBA")
 
 
 def _light(relief: Relief, height: int, width: int) -> NDArray[np.float32]:
-    """Returns the factor of light that a surface reflects, [height, width], from a lamp at the upper left."""
+    """Returns the light that a surface reflects from a lamp at the upper left, factors, float32 [height, width]."""
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     if relief == "round":
         light = 1.04 - 0.3 * (x + 0.2) ** 2 + 0.14 * np.exp(-(((x + 0.5) / 0.13) ** 2))

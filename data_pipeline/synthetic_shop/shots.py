@@ -37,7 +37,7 @@ class Sprite:
         self.hull = np.array(ends, np.float64) / len(solid)  # points in the unit square
 
     def edge(self, y: float, *, right: bool) -> tuple[float, float]:
-        """Returns the silhouette's outermost point near height y, in the unit square."""
+        """Returns the silhouette's outermost x near height y, and y, in the unit square. Raises ValueError for none."""
         at_height = self.hull[np.abs(self.hull[:, 1] - y) < 0.05]
         return (float(np.max(at_height[:, 0]) if right else np.min(at_height[:, 0])), y)
 
@@ -46,7 +46,7 @@ class Sprite:
 
 
 def homography(source: Numbers, target: Numbers) -> Numbers:
-    """Returns the matrix, [3, 3], that maps four points to four points."""
+    """Returns the matrix, float64 [3, 3], that maps four points to four. Raises LinAlgError if no single one does."""
     rows = []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
@@ -68,7 +68,7 @@ def box_of(sprite: Sprite, quad: Numbers) -> Box | None:
 
 
 def turned_square(centre: Numbers, size: float, *, yaw: float, pitch: float, roll: float) -> Numbers:
-    """Returns the quad of a square of `size` pixels, seen from three times its size away; angles in radians."""
+    """Returns the quad of a square of `size` pixels, seen from three times its size away; angles are in radians."""
     plane = np.column_stack([UNIT - 0.5, np.zeros(4)])
     spins = ((0, 2, yaw), (1, 2, pitch), (0, 1, roll))
     for a, b, angle in spins:
@@ -140,7 +140,7 @@ class Take:
         return min(math.sqrt(share * WIDTH * HEIGHT / (width * height)), 0.92 * HEIGHT / height, 1.02 * WIDTH / width)
 
     def shot(self, second: int, *, shown: bool, passing: bool) -> Shot:
-        """Returns the shot of a second. passing: whether another product may come between product and camera."""
+        """Returns the shot of a second, with a product only if shown. passing: whether another may come before it."""
         dice = self.dice
         quad: Numbers | None = None
         hands: tuple[Numbers, ...] = ()
@@ -185,7 +185,7 @@ class Take:
         return tuple(hand_at(grip, size, angle, right=right) for grip, right in zip(grips, self.hands, strict=True))
 
     def _view(self, second: int) -> tuple[float, ...]:
-        """Returns Pillow's affine transform from the frame to the room; the view stays within the room."""
+        """Returns Pillow's affine transform, six numbers, from the frame to the room; the view stays in the room."""
         span = self.zoom * ROOM * (1 + 0.12 * self.near.at(second))  # of the room, across the frame
         centre = ROOM * (self.aim + (0.09 * self.pan.at(second), 0.05 * self.tilt.at(second)))
         half = np.array((span, span * HEIGHT / WIDTH)) * 0.55

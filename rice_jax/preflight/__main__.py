@@ -28,7 +28,10 @@ from rice_jax.preflight.report import as_flags, describe
 
 
 def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_batch.make_loss) -> None:
-    """Runs the command for a formulation of the loss, and exits with its status."""
+    """Prints the report, writes the one of --json, and raises SystemExit: 0 it fits, 1 it does not, 2 a ValueError.
+
+    make_loss: the formulation of the loss. Raises OSError if the JSON cannot be written.
+    """
     use_cpu_backend()
     topology, config = arguments.topology, arguments.config
     if topology.chip is None:
@@ -73,7 +76,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflig
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> None:
-    """Runs the command with the words `argv`, or with those of the command line."""
+    """Runs the command with `argv`, or the command line. Raises SystemExit: 0 fits, 1 does not or failed, 2 misuse."""
     run(main, parse(argv, prog))
 
 

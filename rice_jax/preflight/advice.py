@@ -40,7 +40,10 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:
-    """Returns a copy of the config with other values of some fields, given by dotted name."""
+    """Returns a copy of the config with `changes` {dotted name: value}; it is locked if the config is.
+
+    Raises TypeError for a value of another type, and KeyError for an unknown field if it is locked.
+    """
     config = copy.deepcopy(config)
     for name, value in changes.items():
         set_field(config, name, value)
@@ -48,7 +51,7 @@ def with_changes(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def first_remedy(config: Config, devices: int, assess: Assess) -> dict[str, Any] | None:
-    """Returns the first remedy with which the config fits, None if none does. Prints a line for each one tried."""
+    """Returns the first remedy that fits, None if none does. Prints a line per trial. Raises what `assess` raises."""
     for changes in remedies(config, devices):
         report = assess(with_changes(config, changes))
         print(f"{as_flags(changes)}: {one_line(report)}", flush=True)  # a compilation may take a minute
@@ -61,7 +64,7 @@ def largest_batch(config: Config, devices: int, assess: Assess) -> Report:
     """Returns the report of the largest batch that fits, or of one row a device if none fits. Prints a line per trial.
 
     The batch is a multiple of the devices, and above 64 rows a device a multiple of 16 rows, which shortens the search.
-    The search assumes that more rows need more memory.
+    The search assumes that more rows need more memory. Raises what `assess` raises.
     """
     tried: dict[int, Report] = {}
 

@@ -30,8 +30,8 @@ def assess(config: Config, topology: Topology, make_loss: Callable[..., Any] = g
     """Compiles the config's training step for the topology and returns what each device needs.
 
     `make_loss` is the formulation of the loss, with the arguments of losses.global_batch.make_loss. Raises ValueError
-    for an invalid config, a batch_size of 0, a mesh or a batch that does not fit the devices, and if libtpu is missing
-    or refuses the topology.
+    for an invalid config, a batch_size of 0, a mesh or a batch that does not fit the devices, too few CPU devices, and
+    if libtpu is missing, refuses the topology or describes another. A step too large for the memory is reported.
     """
     config = without_data_set(config)
     devices = topologies.devices(topology)
@@ -92,7 +92,7 @@ def assess(config: Config, topology: Topology, make_loss: Callable[..., Any] = g
 def assess_in_subprocess(
     config: Config, topology: Topology, make_loss: Callable[..., Any] = global_batch.make_loss
 ) -> Report:
-    """Returns `assess` from a new process. Raises ValueError also if libtpu fails, which ends that process."""
+    """Returns `assess` from a new process. Raises ValueError where it does, and if libtpu fails, which ends it."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare_subprocess) as pool:
         try:
@@ -105,7 +105,7 @@ def assess_in_subprocess(
 
 
 def _prepare_subprocess() -> None:
-    """Closes stderr, where libtpu and jax complain of missing TPUs, and libtpu reports its own failures at length."""
+    """Selects the CPU backend, and sends stderr to /dev/null: libtpu and jax complain there of missing TPUs."""
     use_cpu_backend()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -125,7 +125,7 @@ def without_data_set(config: Config) -> Config:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a global batch as data_pipeline.input.batches.train_batches makes it."""
+    """Returns a batch of train_batches as ShapeDtypeStructs, with shardings: frames, mask, image, product, index."""
     rows, side, slots = config.batch_size, config.data.image_size, config.data.num_frames
 
     def array(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -150,7 +150,7 @@ def host_memory_bytes() -> int:
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Any, str | None]:
-    """Returns the compiled program and None; or None and the compiler's text, if it refuses it for its memory."""
+    """Returns (program, None), or (None, message) if a TPU's compiler finds too little memory; other errors pass."""
     if topology.chip is None:
         return lowered.compile(), None
     # O0 takes a tenth of the time, and memory and traffic are within 4 %. jax 0.10 cannot read the text of programs
@@ -171,7 +171,6 @@ def _compile(lowered: Any, topology: Topology) -> tuple[Any, str | None]:
 
 
 def _memory(compiled: Any, topology: Topology) -> dict[str, Any]:
-    """Returns the compiler's figures by the names of Report's fields."""
     memory = compiled.memory_analysis()
     return {
         "argument_bytes": memory.argument_size_in_bytes,  # in the layout of the device

@@ -86,7 +86,7 @@ def hard_macs(config: Config) -> int:
 
 
 def example_cost(config: Config, *, devices: int) -> Cost:
-    """Returns the cost of one example in a training step with a global batch that `devices` devices share."""
+    """Returns the cost, FLOP, of one example in a training step with a global batch that `devices` devices share."""
     # A backward pass costs two forward ones (docs/official.md 14).
     options, total = config.loss, config.batch_size
     rows, pictures = total // devices, 1 + config.data.num_frames

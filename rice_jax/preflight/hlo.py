@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a device sends in one run if the devices pass the arrays on in rings."""
+        """Bytes that a device sends in one run if arrays are passed on in rings; an unknown group counts as one."""
         n = self.group_size or 1
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
         return share * self.bytes
@@ -119,7 +119,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def parse_results(instruction: Instruction, kind: str) -> tuple[ArrayType, ...]:
-    """Returns the results of a collective. The type of an asynchronous start lists its operands first."""
+    """Returns the results of a collective, without the operands that the type of an asynchronous start lists first."""
     arrays = tuple(
         ArrayType(dtype, tuple(map(int, filter(None, sides.split(",")))))
         for dtype, sides in ARRAY_TYPE.findall(instruction.type)
@@ -131,7 +131,7 @@ def parse_results(instruction: Instruction, kind: str) -> tuple[ArrayType, ...]:
 
 
 def parse_group_size(rest: str) -> int | None:
-    """Returns how many devices exchange arrays with one another, None if the text does not say."""
+    """Returns how many devices exchange arrays with one another (in the first group), None if the text does not say."""
     # The forms are {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}, and pairs of source and target.
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
@@ -158,7 +158,7 @@ def parse_trip_count(loop: Instruction, computations: dict[str, list[Instruction
 
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Returns the bytes that each kind moves in one run of the program, the largest first."""
+    """Returns {kind: bytes that it moves in one run of the program}, the largest first."""
     total: collections.Counter[str] = collections.Counter()
     for one in collectives:
         total[one.kind] += one.bytes * one.runs

@@ -79,7 +79,7 @@ def parse(name: str) -> Topology:
 def devices(topology: Topology) -> list[Any]:
     """Returns the devices of a topology, in the order of jax. Programs can be compiled for those of a TPU, but not run.
 
-    Raises ValueError if libtpu is missing, refuses the slice or describes another one, or there are too few CPUs.
+    Sets LIBTPU_ENVIRONMENT. Raises ValueError if libtpu is missing, refuses it or describes another, or CPUs are few.
     """
     if topology.chip is None:
         found = jax.devices("cpu")
