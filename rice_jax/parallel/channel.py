@@ -192,7 +192,7 @@ def _connection(connected: socket.socket) -> Connection:
 
 
 def _same_secret(connection: Connection, secret: bytes, own: bytes, other: bytes, seconds: float) -> bool:
-    """Returns whether both have the same secret. Raises TimeoutError after `seconds`, EOFError or OSError if cut off."""
+    """Returns whether both have the same secret. Raises TimeoutError after `seconds`, EOFError or OSError if cut."""
     nonces = {own: secrets.token_bytes(32)}
     connection.send_bytes(nonces[own])
     nonces[other] = _receive(connection, seconds)

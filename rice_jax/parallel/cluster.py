@@ -99,7 +99,7 @@ def _of_tpu_pod() -> ProcessInfo | None:
 
 
 def _is_tpu_vm() -> bool:
-    """Returns whether this machine has TPU chips of its own. No other machine asks the network."""
+    """Returns whether this machine has TPU chips, libtpu and no setting against them. No other asks the network."""
     if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
         return False  # Colab and Kaggle set it: their one TPU host has no metadata server
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("", "tpu")

@@ -76,7 +76,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns a tree like `state` of NamedShardings: by RULES, scalars replicated. Raises ValueError if no rule fits."""
+    """Returns a tree like `state` of NamedShardings: by RULES, scalars whole. Raises ValueError if no rule fits."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.ndim else P())

@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> None:
-    """Runs the words `argv` (None: sys.argv). Raises SystemExit: 2 wrong words, 0 --help, 1 an error, 130 interrupt."""
+    """Runs `argv` (None: sys.argv). Raises SystemExit: 2 wrong words, 0 help, 1 ValueError or OSError, 130 Ctrl-C."""
     run(main, parse(argv, prog))
 
 

@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """A regular expression for whole names. Its group 1 is the layer's number, if the name has `*`."""
+        """A regular expression for whole names. Its group 1 is the layer's number, if the name has a single `*`."""
         return re.escape(self.name).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
 
 

@@ -34,7 +34,7 @@ class Source:
 
 
 def load_on_one_device(run: Path, step: int | None = None) -> Model:
-    """Returns the run's model with its parameters on one device. step: None for the newest undamaged one.
+    """Returns the run's model with its parameters on this host's first device. step: None for the newest undamaged.
 
     Raises FileNotFoundError if there is no run, checkpoint or such step, ValueError if checkpoint or config is damaged.
     """

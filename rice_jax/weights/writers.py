@@ -123,7 +123,7 @@ def write_official(model: Model, unused: Tensors, folder: Path) -> None:
 
 
 def write_pth(model: Model, unused: Tensors, folder: Path) -> None:
-    """Writes rice_final.pth and config.json. Raises ValueError if torch is missing or it cannot hold the model."""
+    """Writes rice_final.pth and config.json. Raises ValueError without torch, or if they cannot hold the model."""
     try:
         import torch
     except ImportError as error:
