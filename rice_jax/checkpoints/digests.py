@@ -21,7 +21,7 @@ GOLDEN, MIX = np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B)  # odd, hence one to 
 
 
 def digest(leaf: Array) -> UInt32[Array, "2"]:
-    """Returns both sums of one array of any dtype and rank; for jit."""
+    """Returns both sums, uint32 [2], of an array of any rank and any dtype but complex, PRNG keys too; for jit."""
     words = _words(leaf)
     row = _ordinals(words.shape[:-1])
     column = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
@@ -37,7 +37,7 @@ def digest(leaf: Array) -> UInt32[Array, "2"]:
 
 
 def _words(leaf: Array) -> UInt32[Array, "*rows columns"]:
-    """Returns the bits as words: one for each element of 8, 16 or 32 bits, two for each of 64 bits."""
+    """Returns the bits as words: one an element of 8, 16 or 32 bits, two, on a new last axis, of 64; never rank 0."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
@@ -56,7 +56,7 @@ def _ordinals(shape: tuple[int, ...]) -> UInt32[Array, "*rows"]:
 
 
 def digests(tree: Any) -> UInt32[Array, "leaves 2"]:
-    """Returns the digest of each leaf in the order of jax.tree.leaves, replicated. It does not wait for the devices."""
+    """Returns the digest of each leaf (at least 1), as jax.tree.leaves orders them, replicated, without waiting."""
     leaves = jax.tree.leaves(tree)
     mesh = next((x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None)
     return _compiled(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaves)

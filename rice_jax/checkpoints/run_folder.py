@@ -6,17 +6,17 @@ from data_pipeline.format.tfrecord import write_file
 
 
 def write_config(workdir: Path, text: str) -> None:
-    """Writes config.json, which describes the run before its first checkpoint exists. Makes the folder."""
+    """Writes config.json, before the first checkpoint exists, or replaces it; makes the folder. Raises OSError."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_file(workdir / "config.json", text.encode())
 
 
 def read_config(workdir: Path) -> str | None:
-    """Returns the text of config.json; None if there is no such file."""
+    """Returns the text of config.json; None if there is no such file. Raises OSError if it cannot be read."""
     path = workdir / "config.json"
     return path.read_text() if path.exists() else None
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether a folder contains checkpoints: those of a training run, or imported weights."""
+    """Returns whether `folder` has a subfolder `checkpoints`, as runs and imported weights have; it may be empty."""
     return (folder / "checkpoints").is_dir()

@@ -33,7 +33,7 @@ def sha256_of(value: Any) -> str:
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns `value` with its digest as "sha256". No later schema may change this, by which damage shows."""
+    """Returns a copy of `value` with its sha256_of as "sha256". No later schema may change this: it shows damage."""
     return {**value, "sha256": sha256_of(value)}
 
 
@@ -51,7 +51,7 @@ def make_checkpointer() -> ocp.AsyncCheckpointer:
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
-    """Returns the dict that the step was saved with. Raises DamagedError if the file is no JSON object."""
+    """Returns the dict that the step was saved with. Raises DamagedError if unreadable, missing or no JSON object."""
     path = folder / "meta" / "metadata"  # the file name of Orbax' JSON handler
     with _damage_in(path):
         meta = json.loads(path.read_text())
@@ -61,7 +61,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_digests(folder: epath.Path) -> dict[str, Any]:
-    """Returns the content of digest.json; an empty dict for a complete step of schema 1.
+    """Returns the content of digest.json without its "sha256"; an empty dict for a complete step of schema 1.
 
     Raises DamagedError if the step is not complete, or digest.json does not fit the rest of the folder, and a plain
     ValueError if a newer version saved the step.
@@ -126,7 +126,7 @@ def restore_items(
 
 
 def _check_same_model(folder: epath.Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raises ValueError with the leaves that differ. Orbax itself casts other dtypes silently and names no leaf."""
+    """Raises ValueError, naming up to 20, if leaves differ in path, shape or dtype: Orbax casts dtypes silently."""
     faults = [
         f"{name}: checkpoint {found.get(name, 'has none')}, config {wanted.get(name, 'has none')}"
         for name in sorted(found.keys() | wanted.keys())
@@ -139,7 +139,7 @@ def _check_same_model(folder: epath.Path, found: dict[str, str], wanted: dict[st
 
 @contextlib.contextmanager
 def _damage_in(path: epath.Path) -> Iterator[None]:
-    """Raises DamagedError, with a message of one line, for any of the UNREADABLE errors in its block."""
+    """Raises DamagedError, which names `path`, for any of the UNREADABLE errors in its block; others pass."""
     try:
         yield
     except UNREADABLE as error:

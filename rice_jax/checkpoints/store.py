@@ -48,8 +48,8 @@ class Checkpoints:
     ) -> None:
         """Scans the folder without changing it, and warns about damaged steps and entries that are no checkpoints.
 
-        The first save makes the folder `checkpoints`. `kept` is the number of newest steps to keep, None for reading
-        only. Steps that `kept_every` divides are kept for good (0: none), and if `kept_best` also the step with the
+        The first save makes the folder `checkpoints`. `kept` is the number of newest steps to keep; None (to read only)
+        or 0: all. Steps that `kept_every` divides are kept for good (0: none), and if `kept_best` also that with the
         highest `recall`. Raises ValueError if a newer version saved one of the steps.
         """
         self.path = epath.Path(workdir).absolute() / "checkpoints"
@@ -85,7 +85,7 @@ class Checkpoints:
             warn(f"{error}; it is skipped{then}.")
 
     def steps(self) -> list[int]:
-        """Returns the complete steps, oldest first."""
+        """Returns the complete steps, oldest first; [] if there is none."""
         return sorted(self._complete)
 
     def latest(self) -> int | None:
@@ -106,7 +106,7 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the dict that the step was saved with, its version and schema. Raises DamagedError if unreadable."""
+        """Returns the dict the step was saved with, and step, version, schema. Raises DamagedError if unreadable."""
         return step_folder.read_meta(self.path / str(step))
 
     # --- Restoring ---
@@ -122,9 +122,10 @@ class Checkpoints:
         return step, State(**items["weights"], **items["optimizer"])
 
     def restore_params(self, abstract: State, step: int | None = None) -> tuple[int, Any]:
-        """Returns a step and its parameters: their moving average if the run keeps one. Arguments, errors: `restore`.
+        """Returns a step and its parameters (their moving average if there is one), in `abstract`'s shardings.
 
-        The optimiser's state is not read, and may be damaged.
+        The optimiser's state is not read, and may be damaged. Unless given, the step is the newest undamaged one.
+        Raises ValueError if none is left or leaves differ from `abstract`'s, DamagedError if the given one is damaged.
         """
         step, items = self._restore(step, {"weights": _split(abstract)["weights"]})
         return step, items["weights"]["average"] or items["weights"]["params"]
@@ -188,7 +189,7 @@ class Checkpoints:
         self._orbax.save(self.path / str(step), args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
 
     def _commit(self, step: int, digest_file: dict[str, Any], words: jax.Array, begin: Callable[[], object]) -> None:
-        """Runs in a thread: calls `begin`, waits for Orbax, writes digest.json, deletes steps that no rule keeps."""
+        """Calls `begin` in a thread, waits for Orbax, writes digest.json, prunes. UNWRITABLE errors are a warning."""
         try:
             begin()
             self._orbax.wait_until_finished()
@@ -221,7 +222,7 @@ class Checkpoints:
         return failure is not None and jax.process_count() == 1 and time.monotonic() - failure[0] > RETRY_SECONDS
 
     def finish(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Saves the step and waits until it is on disk. Raises ValueError if that fails or a newer step is there."""
+        """Saves the step and waits for the disk. Raises ValueError if 3 attempts fail or a newer step is there."""
         for pause in FINAL_PAUSES:
             time.sleep(pause)
             self.save(step, state, meta)
@@ -244,7 +245,7 @@ class Checkpoints:
             self._saving = None
 
     def _clear(self) -> None:
-        """Just before a save: renames incomplete and damaged steps, and deletes what interrupted saves left."""
+        """Makes the folder, renames incomplete and damaged steps, deletes unfinished saves. Raises OSError."""
         if not hosts.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -260,7 +261,7 @@ class Checkpoints:
                 entry.rename(target)
 
     def _prune(self) -> None:
-        """Deletes the complete steps that no rule keeps. Each is renamed first, so a kill leaves no partial step."""
+        """Deletes complete steps that no rule keeps, renamed first, so a kill leaves no part. Warns if it cannot."""
         recall = self.recall if self._kept_best else {}
         keep = steps_to_keep(self.steps(), newest=self._kept, every=self._kept_every, recall=recall)
         for step in sorted(self._complete.keys() - keep):
@@ -303,7 +304,7 @@ def _is_step(name: str) -> bool:
 
 
 def _split(state: State) -> dict[str, Any]:
-    """Returns the state as two items, so that a reader of the weights alone reads a third of the bytes."""
+    """Returns {"weights": {params, average}, "optimizer": {step, opt_state}}: weights are a third of the bytes."""
     weights = {"params": state.params, "average": state.average}
     return {"weights": weights, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
 

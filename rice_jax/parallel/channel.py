@@ -37,8 +37,6 @@ Facts = dict[str, Any]  # what must be equal on all processes, each by its name
 
 @dataclasses.dataclass(frozen=True)
 class JoinRequest:
-    """The first message of a process."""
-
     process: int
     count: int
     name: str
@@ -50,7 +48,7 @@ class Coordinator:
     """Process 0's end of all connections: it runs the start-up check, and later ends all processes when one fails."""
 
     def __init__(self, info: ProcessInfo, secret: bytes, wait_seconds: float) -> None:
-        """Raises ValueError when the port cannot be opened."""
+        """Listens, in a thread. Raises ValueError if the address is no HOST:PORT or its port cannot be opened."""
         self._info, self._secret, self._wait = info, secret, wait_seconds
         self._joined: queue.SimpleQueue[tuple[JoinRequest, Connection]] = queue.SimpleQueue()
         host, port = info.target
@@ -104,7 +102,7 @@ class Coordinator:
                 self._joined.put((JoinRequest(**json.loads(_receive(connection, JOIN_SECONDS))), connection))
 
     def _fault(self, requests: list[JoinRequest]) -> str:
-        """Returns the reason why the processes cannot start, or nothing."""
+        """Returns the reason why the processes cannot start, "" if they can."""
         numbers, count = [request.process for request in requests], self._info.count
         odd = [r.name for r in requests if r.count != count or r.process >= count or numbers.count(r.process) > 1]
         missing = sorted(set(range(count)) - set(numbers))
@@ -126,7 +124,10 @@ class Channel:
     def __init__(
         self, info: ProcessInfo, secret: bytes, wait_seconds: float, facts: Facts, failed: str | None = None
     ) -> None:
-        """Joins the run. Raises ValueError when process 0 does not admit this process, or the start-up check fails."""
+        """Connects to process 0 and waits for its start-up check. failed: why this one cannot take part; it ends all.
+
+        Raises ValueError if process 0 does not answer, has another secret or refuses this process, or the check fails.
+        """
         self.info, self._leaving = info, False
         self._connection, answer = _connect(info, wait_seconds), None
         name = f"process {info.process} of {info.count} (pid {os.getpid()} on {socket.gethostname()})"
@@ -191,7 +192,7 @@ def _connection(connected: socket.socket) -> Connection:
 
 
 def _same_secret(connection: Connection, secret: bytes, own: bytes, other: bytes, seconds: float) -> bool:
-    """Returns whether both sides have the same secret. Each proves it by an HMAC of two nonces, and never sends it."""
+    """Returns whether both have the same secret. Raises TimeoutError after `seconds`, EOFError or OSError if cut."""
     nonces = {own: secrets.token_bytes(32)}
     connection.send_bytes(nonces[own])
     nonces[other] = _receive(connection, seconds)
@@ -213,13 +214,13 @@ def _send(message: Any, *connections: Connection) -> None:
 
 
 def ranges(numbers: list[int]) -> str:
-    """Returns '0, 2-5' for 0, 2, 3, 4, 5."""
+    """Returns '0, 2-5' for [0, 2, 3, 4, 5]: ascending, at least one."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def disagreement(facts: Sequence[Facts], start: str = NOT_ALIKE, *, shown: int = 20) -> str:
-    """Returns an error with a line for each fact that differs, 'jax: 0.10.2 on 0, 2-3; 0.12.0 on 1', or nothing."""
+    """Returns an error with a line a fact that differs, 'jax: 0.10.2 on 0, 2-3; 0.12.0 on 1', up to `shown`, or ""."""
     lines = []
     for name in sorted({name for known in facts for name in known}):
         holders: dict[str, list[int]] = {}
@@ -232,7 +233,7 @@ def disagreement(facts: Sequence[Facts], start: str = NOT_ALIKE, *, shown: int =
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends at once: a collective, or jax's barrier at exit, would wait for the processes that are gone."""
+    """Flushes stdout and stderr and ends this process at once: jax's barrier at exit would wait for those gone."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()

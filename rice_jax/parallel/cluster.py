@@ -21,7 +21,7 @@ class ProcessInfo:
 
     @property
     def target(self) -> tuple[str, int]:
-        """Host and port. Raises ValueError for an address of another form."""
+        """Host, without brackets, and port. Raises ValueError for an address of another form."""
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"the address of process 0: found {self.address!r}, needs HOST:PORT, such as node-0:8476.")
@@ -29,7 +29,10 @@ class ProcessInfo:
 
 
 def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
-    """Returns this process, or None when it is the only one. Raises ValueError for incomplete or impossible values."""
+    """Returns this process, or None when it is the only one.
+
+    Raises ValueError if only some of the three values are given, one is impossible, or the address is not HOST:PORT.
+    """
     names = ("--coordinator", "--num-processes", "--process-id")
     flags = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     info = _complete(names, flags) or _of_variables() or _of_slurm() or _of_tpu_pod()
@@ -42,7 +45,7 @@ def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
 
 
 def _of_variables() -> ProcessInfo | None:
-    """Reads what launch/kubernetes.yaml sets. Kubernetes itself numbers the pods of an Indexed Job."""
+    """Returns what launch/kubernetes.yaml sets, None if nothing. Raises ValueError if incomplete or no integer."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, process = (os.environ.get(name) or None for name in names)
     if address or count:
@@ -66,7 +69,7 @@ def _integer(text: Any) -> int:
 
 
 def _of_slurm() -> ProcessInfo | None:
-    """Reads a step's variables. An interactive shell in an allocation of several tasks is a step of one."""
+    """Returns a SLURM step's process (of 1 in a shell), None outside one. Raises ValueError for no integer."""
     e = os.environ
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= e.keys():
         return None
@@ -77,13 +80,13 @@ def _of_slurm() -> ProcessInfo | None:
 
 
 def first_node(nodes: str) -> str:
-    """Returns 'node007' for 'node[007,009-12],other'."""
+    """Returns the first name: 'node007' for 'node[007,009-12],other', '' for ''."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group() if first else "")
 
 
 def _of_tpu_pod() -> ProcessInfo | None:
-    """Reads what GKE sets, or the metadata of a TPU VM."""
+    """Returns what GKE or a TPU VM's metadata say, None for under 2 workers. Raises ValueError for no integer."""
     e = os.environ
     workers = e.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
     names = [endpoint.split(":")[-1] for endpoint in workers.split(",") if endpoint]  # of NAME or NAME:ID:ADDRESS
@@ -96,7 +99,7 @@ def _of_tpu_pod() -> ProcessInfo | None:
 
 
 def _is_tpu_vm() -> bool:
-    """Returns whether this machine has TPU chips of its own. No other machine asks the network."""
+    """Returns whether this machine has TPU chips, libtpu and no setting against them. No other asks the network."""
     if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
         return False  # Colab and Kaggle set it: their one TPU host has no metadata server
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("", "tpu")
@@ -104,7 +107,7 @@ def _is_tpu_vm() -> bool:
 
 
 def _metadata(name: str) -> str:
-    """Returns an attribute of a TPU VM from Google's metadata server, or nothing."""
+    """Returns an attribute of a TPU VM from Google's metadata server; "" elsewhere, or without an answer in 3 s."""
     if not _is_tpu_vm():
         return ""
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"

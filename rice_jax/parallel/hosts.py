@@ -69,7 +69,8 @@ def run(
     """Runs a command, together with the other processes if there are any. All end when one fails.
 
     facts: returns what must be equal on all processes beside the code; it needs no device. stops_together: `main` uses
-    jax's preemption service, so that SIGTERM does not end a process.
+    jax's preemption service, so that SIGTERM does not end a process. Raises SystemExit: 2 for impossible flags, 1 for
+    ValueError and OSError, 130 for KeyboardInterrupt, and that of `main`; other exceptions pass.
     """
     jax.config.update("jax_enable_preemption_service", stops_together)
     try:
@@ -105,7 +106,9 @@ def run(
 def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Channel:
     """Runs the start-up check and starts jax's service. Returns the channel to the others.
 
-    If a process is missing, cannot start or was started with other facts, all raise the same ValueError.
+    If a process is missing, cannot start or was started with other facts or devices, all raise the same ValueError.
+    Raises ValueError also for an empty or another secret, a port or process 0 that cannot be reached and a host name
+    that cannot be looked up, and OSError if the secret file cannot be read.
     """
     global _channel
     file, known, failed = arguments.secret_file, code(), None
@@ -139,7 +142,7 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
 
 
 def _start_backend() -> None:
-    """Raises ValueError when jax's backend cannot start because this host cannot look up its own name."""
+    """Starts jax's backend. Raises ValueError if it fails for want of this host's own name, else its RuntimeError."""
     try:
         jax.devices()
     except RuntimeError as error:
@@ -156,12 +159,12 @@ def _start_backend() -> None:
 
 
 def is_first() -> bool:
-    """Returns whether this process writes files and prints."""
+    """Returns whether this is process 0, or the only one: it writes files and prints."""
     return _channel is None or _channel.info.process == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values (JSON) of all processes in order. All must call it, at one place, or all raise ValueError."""
+    """Returns all processes' values (JSON) in order. Raises ValueError unless all joined and call it at one place."""
     if _channel is None and jax.process_count() > 1:
         raise ValueError("several processes that rice_jax did not join; start them as docs/training.md says.")
     caller = sys._getframe()
@@ -171,7 +174,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def _exchange(decision: str, value: Any) -> list[Any]:
-    """Gathers in the key-value store of jax's coordination service, where process 0 writes all values as one answer."""
+    """Returns all processes' values, by jax's store, whose errors pass. Raises ValueError if `decision` differs."""
     if _channel is None:
         return [value]
     number, info = next(_numbers), _channel.info
@@ -203,7 +206,7 @@ def _exchange(decision: str, value: Any) -> list[Any]:
 
 
 def ask_first(question: Callable[[], Any]) -> Any:
-    """Returns the answer (JSON) of process 0 on every process, because two that read the same disk may differ."""
+    """Returns process 0's answer (JSON) on every process. Raises ValueError if they do not all ask at one place."""
     return gather(question() if is_first() else None)[0]
 
 
@@ -214,7 +217,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Makes a folder. Raises ValueError when it is not the same folder on every process."""
+    """Makes a folder, in process 0. Raises ValueError if not all see the same one, OSError if it cannot be made."""
     token = folder / f".shared-{ask_first(lambda: secrets.token_hex(16))}"
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +234,7 @@ def check_shared(folder: Path) -> None:
 
 
 def code() -> Facts:
-    """Returns what decides a run beside config and data: versions, and a hash of each of our sources."""
+    """Returns {name: text} of what decides a run beside config and data: versions, SETTINGS, hashes of our sources."""
     facts = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     facts |= {name: os.environ.get(name, "") for name in SETTINGS}
     for package in PACKAGES:
@@ -245,5 +248,5 @@ def code() -> Facts:
 
 
 def of_config(config: Config) -> Facts:
-    """Returns a config's fields as facts, without those that may differ between hosts."""
+    """Returns {"--config.data.path": value} of a config's fields, without those that may differ between hosts."""
     return {f"--config.{name}": value for name, value in flatten(config).items() if name not in PER_HOST}

@@ -60,7 +60,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits its shape and mesh."""
+    """Returns the spec of a parameter or moment by its path. Raises ValueError if no rule fits path, shape and mesh."""
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"parameter {name} of shape {shape} matches no rule; add one to RULES in parallel/mesh.py.")
@@ -76,7 +76,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns a tree like `state` of NamedShardings: by RULES, and replicated for scalars. Raises as parameter_spec."""
+    """Returns a tree like `state` of NamedShardings: by RULES, scalars whole. Raises ValueError if no rule fits."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.ndim else P())
@@ -85,7 +85,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def parameter_specs(params: Any, mesh: Mesh) -> Any:
-    """Returns a tree like `params` of PartitionSpecs, for shard_map's in_specs. Raises as parameter_spec."""
+    """Returns a tree like `params` of PartitionSpecs, for in_specs. Raises ValueError if no rule fits a parameter."""
     return jax.tree.map(lambda sharding: sharding.spec, state_shardings(params, mesh))
 
 
@@ -144,7 +144,7 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
-    """Returns arrays of the global batch on the devices, of which this process provides its rows, a tree of NumPy."""
+    """Returns the global batch [G, ...] on the devices, a tree like `batch`, this process's rows [b, ...] in NumPy."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
@@ -180,7 +180,7 @@ max_over_devices = functools.partial(jax.lax.pmax, axis_name=BATCH)
 
 
 def first_row(local_rows: int) -> jax.Array:
-    """Returns the position of this device's row 0 in the global batch, where each device has `local_rows`."""
+    """Returns the position, int32 [], of this device's row 0 in the global batch of `local_rows` a device."""
     return jax.lax.axis_index(BATCH) * local_rows
 
 

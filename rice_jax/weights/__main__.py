@@ -69,7 +69,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _destination(name: str, table: naming.Table) -> str:
-    """Returns where a tensor goes, such as "encoder/resblocks/ln_1/scale[3]", or why it goes nowhere."""
+    """Returns where a tensor goes: "encoder/resblocks/ln_1/scale[3]", "not used", "no rule matches" and the like."""
     try:
         rule, match = naming.find_rule(name, table)
     except ValueError as error:
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights") -> None:
-    """Runs the command with the words `argv`, or with those of the command line."""
+    """Runs `argv` (None: sys.argv). Raises SystemExit: 2 wrong words, 0 help, 1 ValueError or OSError, 130 Ctrl-C."""
     run(main, parse(argv, prog))
 
 

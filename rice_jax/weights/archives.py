@@ -57,7 +57,7 @@ class StoredTensor(NamedTuple):
     stored: Callable[[], np.ndarray]  # returns the numbers in the type of the file
 
     def read(self) -> np.ndarray:
-        """Returns the numbers. All floating types become float32, integers keep their type."""
+        """Returns the numbers: FLOATS as float32, others as stored. Raises ValueError if a torch entry is damaged."""
         array = self.stored()
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite; the caller checks for that
             return np.asarray(array, np.float32) if self.dtype in FLOATS else array
@@ -69,9 +69,10 @@ class Archive(NamedTuple):
 
 
 def read(path: Path) -> Archive:
-    """Returns the tensors of a file by name, none of them loaded yet.
+    """Returns the tensors of a file by name, none of them loaded yet, and the kind of container.
 
-    Raises ValueError if the file is damaged or of another kind, or its pickle needs more than tensors and containers.
+    Raises OSError (FileNotFoundError, for a folder IsADirectoryError) if the file cannot be opened, and ValueError if
+    it is damaged or of another kind, or its pickle needs more than tensors and containers.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -151,7 +152,7 @@ class _TorchArchive:
         return Archive(tensors, "TorchScript" if script else "torch.save")
 
     def entry(self, name: str) -> memoryview:
-        """Returns the bytes of an entry, which must be uncompressed."""
+        """Returns the bytes of an entry. Raises ValueError if it is compressed or damaged, or ends beyond the file."""
         info = self.entries[name]
         header = self.bytes[info.header_offset : info.header_offset + 30]
         if info.compress_type != zipfile.ZIP_STORED or len(header) < 30 or header[:4] != b"PK\3\4":
@@ -170,7 +171,7 @@ class _TorchArchive:
         return _Storage(entry, dtype, size)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
-        """Does what torch._utils._rebuild_tensor_v2 does, and checks the bounds. Strides count numbers."""
+        """Returns an unread tensor. Strides count numbers. Raises _PickleError if impossible or beyond its storage."""
         whole = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
         whole = whole and len(shape) == len(strides) <= MAX_AXES
         if not whole or not all(isinstance(x, int) and 0 <= x < 2**63 for x in (offset, *shape, *strides)):
@@ -204,7 +205,8 @@ def _checked(content: bytes) -> bytes:
     pickle.Unpickler alone allocates a memo up to the largest index, and hashing nested tuples can overflow the stack of
     the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a number for each
     object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
-    Raises _PickleError for opcodes, memo indexes, dict keys or nesting that no checkpoint needs.
+    Raises _PickleError for opcodes, memo indexes, dict keys or nesting that no checkpoint needs, and ValueError or
+    IndexError for bytes that are no pickle.
     """
     unframed = bytearray(content)
     stack, marks, memo = list[int](), list[int](), list[int]()
@@ -244,15 +246,13 @@ def _checked(content: bytes) -> bytes:
 
 class _OrderedDict(dict[Any, Any]):
     def __init__(self) -> None:
-        """Takes no pairs: SETITEMS adds them, and `_checked` looks at its keys."""
+        """Makes an empty dict, without pairs: SETITEMS adds them, and `_checked` looks at its keys."""
 
     def __setstate__(self, state: object) -> None:
         """Drops torch's _metadata."""
 
 
 class _Object:
-    """An object of a TorchScript archive."""
-
     attributes: object = None
 
     def __setstate__(self, state: object) -> None:
@@ -267,7 +267,7 @@ class _Unpickler(pickle.Unpickler):
         self.archive, self.script = archive, script
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what a name stands for. Functions are new each time, because BUILD can change their attributes."""
+        """Returns a dtype's name or a stand-in (new, as BUILD can change it). Raises _PickleError for other names."""
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if self.script and module.split(".")[0] == "__torch__":
@@ -292,7 +292,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _named(root: Any) -> dict[str, StoredTensor]:
-    """Returns the tensors of nested dicts by their dotted names; skips all other objects, as state dicts do."""
+    """Returns nested dicts' tensors by dotted name. Raises _PickleError: no dict, cycles, double or too long names."""
     if not isinstance(root, dict | _Object):
         raise _PickleError(f"holds a {type(root).__name__}, needs a dict of tensors; save model.state_dict().")
     tensors, seen = dict[str, StoredTensor](), set[int]()

@@ -20,7 +20,7 @@ HOW_TO_OPEN = {
 
 
 def describe_model(config: Config) -> str:
-    """Returns one line: the parts of the model, their sizes and the activation."""
+    """Returns one line of text: the parts of the model (a decoder with PMD or PFR), their sizes, the activation."""
     c = config.model
     has_decoder = bool(config.loss.pmd or config.loss.pfr)
     parts, heads = ("encoder and decoder", f", {c.decoder_heads} decoder heads") if has_decoder else ("encoder", "")
@@ -31,7 +31,7 @@ def describe_model(config: Config) -> str:
 
 
 def differences_from_official(config: Config) -> list[str]:
-    """Returns a sentence for each field that makes the official code compute something else from the same weights."""
+    """Returns a sentence for each field with which the official code computes something else; [] if none."""
     c = config.model
     official: dict[str, tuple[object, object]] = {
         "model.activation": (c.activation, "quick_gelu"),
@@ -55,7 +55,8 @@ def differences_from_official(config: Config) -> list[str]:
 def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -> str:
     """Returns the README.md of an export: sizes, how to open it, origin, warnings, metrics, licence and config.
 
-    Raises ValueError if the checkpoint's meta data, the figures of an evaluation or the log are damaged.
+    Raises ValueError if the checkpoint's meta data, the figures of an evaluation or the log are damaged, or a newer
+    version saved a step of the run; KeyError if HOW_TO_OPEN lacks `format_name`.
     """
     meta = Checkpoints(run).meta(model.step)
     count = sum(x.size for x in jax.tree.leaves(model.params))
@@ -83,7 +84,7 @@ def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -
 
 
 def _metrics(run: Path, model: Model) -> list[str]:
-    """Returns the lines of a table of this model's figures: evaluations in the run's folder and during training."""
+    """Returns lines: a table of this model's figures in `run`, or "None yet." alone. Raises ValueError for no JSON."""
     found = []
     for path in sorted(run.glob("evaluation-*/metrics.json")):
         figures = json.loads(path.read_text())

@@ -34,12 +34,13 @@ def load_programs(folder: "str | os.PathLike[str]") -> "dict[str, Callable[..., 
     """Returns the programs of an export: {name: function of pictures}, with names and arguments as in programs.json.
 
     This function needs jax, flatbuffers and safetensors and nothing of rice_jax, so it can be copied into another
-    program. Each returned function is compiled once for each shape of its arguments:
+    program. Each returned function is compiled once for each shape of its arguments, and returns a float32 jax array:
 
         programs = load_programs(folder)
         scores = programs["match"](frames, mask, images)
 
-    Raises FileNotFoundError if the folder contains no export, and ValueError if a newer jax than this one wrote it.
+    Raises FileNotFoundError if one of the export's files is missing, and ValueError if programs.json is no JSON or a
+    newer jax than this one wrote it.
     """
     import functools
     import json
@@ -98,7 +99,7 @@ def _write_programs(model: Model, folder: Path) -> None:
 
 
 def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[str, export.Exported]]:
-    """Yields the name and the program of each function. The parameters are an argument; batch sizes are symbolic."""
+    """Yields name and program of encode_images, encode_clips and, if the model can match, match; any batch size."""
     structure = jax.tree.structure(model.params)
     parameters = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     b, n, m = export.symbolic_shape("b, n, m")
@@ -125,7 +126,7 @@ def _exported_programs(model: Model, flat: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _compare(model: Model, programs: Mapping[str, Callable[..., Any]], output: Path) -> None:
-    """Raises ValueError unless the programs return what the model's methods return for random pictures."""
+    """Raises ValueError if a result differs from the model's in shape, or by over 1e-5 (CPU, float32) or 2e-2."""
     model = dataclasses.replace(model, batch_size=model.mesh.size)
     side = model.config.data.image_size
     # Accelerators round products to bfloat16, and not alike in batches of different sizes.

@@ -59,8 +59,9 @@ class WeightsFile(NamedTuple):
 def inspect_weights(path: Path) -> WeightsFile:
     """Returns the kind, the tensors, the table of names and the JSON description of a file or folder of weights.
 
-    Raises FileNotFoundError if there is none, and ValueError for a damaged file, a folder that does not have exactly
-    one model, and a model of another kind, which is named.
+    Names lose the prefix "module." if all have it. Raises FileNotFoundError if there is no such file, folder or part,
+    and ValueError for a damaged file, JSON that is no object, a folder that does not have exactly one model, a tensor
+    in two parts, and a model of another kind, which is named.
     """
     files, tensors = _files(path), dict[str, archives.StoredTensor]()
     for file in files:
@@ -129,7 +130,7 @@ def _table(kind: Kind, tensors: Mapping[str, Any]) -> naming.Table:
 
 
 def _description(file: Path, kind: Kind) -> Mapping[str, Any]:
-    """Returns the JSON beside the file if it describes a model of this kind, else {}."""
+    """Returns the JSON beside the file if it describes a model of this kind, else {}. Raises ValueError if damaged."""
     if kind == Kind.OPEN_CLIP:
         return read_json(file.parent / "open_clip_config.json")
     if kind == Kind.OPENAI:
@@ -140,7 +141,7 @@ def _description(file: Path, kind: Kind) -> Mapping[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, {} if there is no file. Raises ValueError if it contains anything else."""
+    """Returns the JSON object in a file, {} without a file. Raises ValueError for other content, OSError on reading."""
     if not path.exists():
         return {}
     try:

@@ -36,10 +36,11 @@ class StatedModel(NamedTuple):
 def infer_config(weights: WeightsFile, activation: str | None = None) -> tuple[Config, list[str]]:
     """Returns the config of the model in a file and a text for each fault of the file.
 
-    Fields other than the model's sizes have their defaults, or, in an export of ours, the values of its config.json.
-    Faults are: tensors that are missing, unexpected, or of another shape or dtype than the config's model; JSON that
-    contradicts the tensors or describes a model that ours cannot be; an activation that the file does not state and
-    `activation` does not give. Raises ValueError if the JSON beside the file describes no model that is known here.
+    Sizes, activation, resizing and the weights of PMD and PFR (0 or 1) follow from the file, other fields are defaults;
+    in an export of ours they are its config.json's. `activation` counts only if the file states none; without either it
+    is quick_gelu, and a fault. Other faults: tensors that are missing, unexpected, or of another shape or dtype than
+    the model's; JSON that contradicts the tensors or describes a model that ours cannot be. Raises ValueError if the
+    JSON beside the file describes no model that is known here.
     """
     try:
         config, faults = _config_and_faults(weights, activation)
@@ -89,7 +90,7 @@ def _config_and_faults(weights: WeightsFile, activation: str | None) -> tuple[Co
 
 
 def _default_config(weights: WeightsFile) -> Config:
-    """Returns defaults with the losses that trained the tensors, and the pictures that their encoder expects."""
+    """Returns defaults but for loss.pmd and loss.pfr (0 or 1), CLIP's resizing and ICL's logit_scale_lr_multiplier."""
     config = default.get_config()
     if weights.kind != Kind.OFFICIAL:  # CLIP was trained on pictures of this shorter side, resized by a bicubic filter
         config.data.resize, config.data.resize_mode = config.data.image_size, "keep_ratio"
@@ -105,7 +106,7 @@ def _default_config(weights: WeightsFile) -> Config:
 
 
 def _sizes_of_tensors(weights: WeightsFile) -> dict[str, int]:
-    """Returns the sizes that the tensors show. A missing tensor, which is a fault anyway, has the smallest sizes."""
+    """Returns sizes by field, as tensors show them, else defaults (width 64); decoder_heads with a rec head only."""
     shapes, layers = dict[str, tuple[int, ...]](), set[str]()
     for name, tensor in weights.tensors.items():
         try:
@@ -203,7 +204,8 @@ def _stated_model(weights: WeightsFile, exported: Config | None) -> StatedModel:
 def hugging_face_model(description: Mapping[str, Any], prepared: Mapping[str, Any]) -> StatedModel:
     """Returns the facts in config.json and preprocessor_config.json of a CLIPModel or CLIPVisionModelWithProjection.
 
-    Fields that are absent have ViT-B/32's values (docs/official.md 15.4).
+    Fields that are absent have ViT-B/32's values (docs/official.md 15.4), pixel statistics None. Values are unchecked;
+    raises AttributeError if vision_config is no object.
     """
     vision = description.get("vision_config") or description
     sizes = {

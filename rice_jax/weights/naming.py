@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """A regular expression that matches the name. Its group 1 is the layer's number, if the name has one."""
+        """A regular expression for whole names. Its group 1 is the layer's number, if the name has a single `*`."""
         return re.escape(self.name).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
 
 
@@ -54,7 +54,6 @@ def _linear(name: str, path: str) -> Table:
 
 
 def _block(name: str, path: str) -> Table:
-    """The rules of the twelve tensors of a CLIP block."""
     return (
         *_norm(f"{name}.ln_1", f"{path}/ln_1"),
         Rule(f"{name}.attn.in_proj_weight", f"{path}/attn/in_proj_kernel", LINEAR),
@@ -171,7 +170,8 @@ def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
 def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, Any]:
     """Returns another program's tensors as our parameters: nested dicts of NumPy arrays, without the unused tensors.
 
-    Raises ValueError, naming all, for tensors without one rule and parameters that lack a layer or one of q, k and v.
+    A stack has its layers on axis 0. Dtypes stay. Shapes are not checked: the caller does so before. Raises ValueError,
+    naming all, for tensors without exactly one rule and parameters that lack a layer or one of q, k and v.
     """
     faults = []
     found: dict[str, dict[tuple[int | None, int | None], tuple[Axes, np.ndarray]]] = {}  # path -> (layer, part)
@@ -207,7 +207,7 @@ def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[
 
 
 def invert(flat: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, np.ndarray]:
-    """Returns our parameters, given by path, as another program's tensors. Paths without a rule are left out."""
+    """Returns parameters, given by path, as another program's tensors by name, a stack split; those in `table` only."""
     tensors = {}
     for rule in table:
         if rule.path is None or rule.path not in flat:

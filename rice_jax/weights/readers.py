@@ -34,17 +34,21 @@ class Source:
 
 
 def load_on_one_device(run: Path, step: int | None = None) -> Model:
-    """Returns the model of rice_jax.load with its parameters on one device, where they need memory only once."""
+    """Returns the run's model with its parameters on this host's first device. step: None for the newest undamaged.
+
+    Raises FileNotFoundError if there is no run, checkpoint or such step, ValueError if checkpoint or config is damaged.
+    """
     return load(run, step=step, mesh=make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1]))
 
 
 def read_source(path: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
     """Returns the weights of a file, a folder or a run, with position embeddings resized to `image_size` px if given.
 
-    `activation` is "quick_gelu" or "gelu", for a file that does not state it. Raises FileNotFoundError if there is no
-    such file or folder, or the run has no checkpoint. Raises ValueError for a damaged file, another kind of model, an
-    image size below the patch size, and tensors that are missing, unexpected, of another shape or dtype, or not finite;
-    one message lists up to 100 faults.
+    `activation` is "quick_gelu" or "gelu", ignored for a file that states its own. Raises FileNotFoundError if there is
+    no such file or folder, or the run has no checkpoint. Raises ValueError for a damaged file, another kind of model, a
+    folder without one clear file, an image size below the patch size, an activation that nothing states, JSON that
+    contradicts the tensors, and tensors that are missing, unexpected, of another shape or dtype, or not finite; one
+    message lists up to 100 faults.
     """
     if is_run(path):
         run = load_on_one_device(path)
@@ -72,9 +76,9 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
 
 
 def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarray]:
-    """Returns tensors of floating dtypes as float32, unused ones of the official model too, for its exports.
+    """Returns tensors of floating dtypes as float32, unused ones only of the official model, for its exports.
 
-    A text for each tensor that is damaged or not finite is appended to `faults`.
+    Tensors without a rule are left out. A text for each that is damaged (left out) or not finite is added to `faults`.
     """
     tensors = {}
     for name, tensor in weights.tensors.items():
@@ -95,16 +99,17 @@ def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarr
 
 
 def read_unused(run: Path) -> dict[str, np.ndarray]:
-    """Returns the official tensors that a run keeps only for its exports, by their official names; {} if none."""
+    """Returns official tensors, float32 by name, kept for exports; {} without a file. Raises SafetensorError if bad."""
     return load_file(run / UNUSED) if (run / UNUSED).exists() else {}
 
 
 def resize_positions(
     params: dict[str, Any], config: Config, image_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns parameters with position embeddings for an image size in px (None: no change), and a note of a change.
+    """Returns parameters with position embeddings for an image size in px (None: no change), and () or one note of it.
 
-    The filter is bicubic with anti-aliasing, as in open_clip. Sets data.image_size and data.resize of the config.
+    The filter is bicubic with anti-aliasing, as in open_clip. A change sets data.image_size and data.resize of `config`
+    and leaves `params` as they are.
     Raises ValueError for an image size below the patch size.
     """
     old, patch = config.data.image_size, config.model.patch_size

@@ -25,11 +25,12 @@ ENCODER_FIELDS = (  # of config.model, which must be the same in the source and 
 def initialise(state: State, config: Config, workdir: Path) -> tuple[State, list[str]]:
     """Returns a new run's state with the weights of config.init_from in place of random ones, and notes for the user.
 
-    The encoder always comes from there, and the decoder and its heads come from there if it has them. If not, the
-    decoder's two layers start as the encoder's last two blocks, as in the official code (docs/official.md 5.8). CLIP's
-    logit scale is not taken. The average, if the state has one, starts as a copy of the parameters. The official
-    model's unused tensors are written to the workdir. Raises as read_source does, and ValueError if the model there
-    differs from the config's (all fields named) or the processes of the run read different weights.
+    The encoder always comes from there, and the decoder and its heads come from there if it has them (PFR's only with
+    the same decoder_heads). If not, the decoder's two layers start as the encoder's last two blocks, as in the official
+    code (docs/official.md 5.8). CLIP's logit scale is not taken. The average, if the state has one, starts as a copy of
+    the parameters. The official model's unused tensors are written to the workdir. Raises FileNotFoundError if there is
+    nothing at init_from, or a run without checkpoint, and ValueError if its weights are damaged or of another kind,
+    the model there differs from the config's (all fields named) or the processes of the run read different weights.
     """
     source = read_source(Path(config.init_from), activation=config.model.activation, image_size=config.data.image_size)
     if jax.process_count() > 1:

@@ -32,8 +32,9 @@ Tensors = dict[str, np.ndarray]
 def import_weights(path: Path, output: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:
     """Writes what read_source returns as a run at step 0 into `output`, a new or empty folder, and returns it.
 
-    Raises as read_source does, and ValueError if `path` is a run, `activation` differs from the file's, `output` is not
-    empty, or the written files read back differently.
+    Raises FileNotFoundError if there is nothing at `path`, and ValueError if it is a run, its weights are damaged, of
+    another kind or faulty, the image size is below the patch size, `activation` differs from the file's or is stated by
+    neither, `output` is not empty, or the written files read back differently.
     """
     if is_run(path):
         raise ValueError(f"{path}: is a run already; give it to rice_jax.load or --config.init_from as it is.")
@@ -54,7 +55,7 @@ def import_weights(path: Path, output: Path, *, activation: str | None = None, i
 
 
 def check_equal(written: Any, read: Any, what: str) -> None:
-    """Raises ValueError unless two trees of parameters have the same paths and the same values, bit for bit."""
+    """Raises ValueError unless two trees have equal paths, shapes and values (any dtype): -0 is 0, NaN is unequal."""
     left, right = naming.flattened(written), naming.flattened(read)
     wrong = left.keys() ^ right.keys()
     wrong |= {name for name in left.keys() & right.keys() if not np.array_equal(left[name], right[name])}
@@ -66,7 +67,7 @@ def check_equal(written: Any, read: Any, what: str) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes tensors as float32 to a file that everybody may read; safetensors makes it readable for its owner only."""
+    """Writes tensors by name as float32 to a safetensors file that everybody may read (mode 644), or replaces it."""
     # Contiguous, because safetensors writes an array's memory and ignores its strides.
     arrays = {name: np.ascontiguousarray(x, np.float32).reshape(np.shape(x)) for name, x in tensors.items()}
     save_file(arrays, path, {"format": "pt"})  # transformers needs this entry
@@ -74,7 +75,7 @@ def write_safetensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def save_unused(unused: Tensors, run: Path) -> None:
-    """Writes the official tensors that nothing reads (docs/official.md 5.8) to a run's folder. No file if none."""
+    """Writes official tensors that nothing reads (docs/official.md 5.8) to RUN/unused.safetensors; none: no file."""
     if unused:
         write_safetensors(unused, run / UNUSED)
 
@@ -103,7 +104,7 @@ def official_tensors(model: Model, unused: Tensors) -> Tensors:
 
 
 def _embeddings(model: Model, flat: Tensors, unused: Tensors) -> Tensors:
-    """Returns the imported embeddings of the decoder, or initial ones (docs/official.md 5.8). Nothing reads them."""
+    """Returns the decoder's 4 unread embeddings by official name: imported, else initial (docs/official.md 5.8)."""
     width, prefix, tokens = model.config.model.width, f"{DECODER}.embeddings.", 1 + model.net.encoder.patches
     new = {
         f"{prefix}class_embedding": np.random.default_rng(model.config.seed).normal(size=width),
@@ -122,7 +123,7 @@ def write_official(model: Model, unused: Tensors, folder: Path) -> None:
 
 
 def write_pth(model: Model, unused: Tensors, folder: Path) -> None:
-    """Writes as torch.save of a state dict. Raises ValueError also if torch is not installed."""
+    """Writes rice_final.pth and config.json. Raises ValueError without torch, or if they cannot hold the model."""
     try:
         import torch
     except ImportError as error:
@@ -142,7 +143,7 @@ def _write_config_and_read_back(model: Model, tensors: Tensors, folder: Path) ->
 
 
 def write_huggingface(model: Model, unused: Tensors, folder: Path) -> None:
-    """Writes the encoder as a CLIPVisionModelWithProjection, and the preparation of its pictures."""
+    """Writes a CLIPVisionModelWithProjection. Raises ValueError for a stem, other pooling, or damage when read back."""
     del unused
     c, data = model.config.model, model.config.data
     if c.stem_channels or c.pool != "class_token":
@@ -173,7 +174,7 @@ def write_huggingface(model: Model, unused: Tensors, folder: Path) -> None:
 
 
 def preparation(data: DataConfig) -> dict[str, Any]:
-    """Returns preprocessor_config.json of Hugging Face for what evaluation does to a picture, as `data` states it."""
+    """Returns the dict of Hugging Face's preprocessor_config.json for what evaluation with `data` does to a picture."""
     stretch = data.resize_mode == "stretch"
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -205,7 +206,7 @@ def export_run(run: Path, output: Path, format_name: str, *, step: int | None = 
     `format_name` is a key of FORMATS, and `step` is a checkpoint's number of updates, None for the newest. Raises
     FileNotFoundError if the run has no checkpoint, or none of that step. Raises ValueError if `run` is no run, its
     checkpoint is damaged, `output` is not empty, the format cannot express the model, the written files read back
-    differently, or torch is missing for format "pth".
+    differently, or torch is missing for format "pth"; KeyError for another format.
     """
     if not is_run(run):
         raise ValueError(f"{run}: is no run and no imported folder; import it first (rice_jax.weights import).")
