@@ -18,12 +18,19 @@ from rice_jax.config import Config
 
 
 def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """Returns the rows that data.skip_clips leaves, or None without skip_clips. Raises ValueError for an unknown id."""
+    """Returns the rows that data.skip_clips leaves, int64, ascending; None without skip_clips.
+
+    Raises ValueError for an id that the split does not have.
+    """
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
-    """Returns the plan of a config with a batch_size. Raises ValueError if the clips do not fill one batch."""
+    """Returns the plan of a config and its training split.
+
+    Raises ValueError if the clips do not fill one batch, batch_size is 0, the seed is not in 0 to 2^64 - 1, the split
+    is not there, its columns are damaged, or skip_clips has an unknown id.
+    """
     train = dataset.split(config.data.train_split)
     return Plan(
         train.num_clips,
@@ -36,7 +43,7 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
 
 
 def batch_digest(rows: Int[Array | np.ndarray, " G"], xp: Any = np) -> UInt32[Array | np.ndarray, "2"]:
-    """Returns two position-weighted sums of a global batch's rows, modulo 2^32. xp: numpy, or jax.numpy in a jit."""
+    """Returns two position-weighted sums of a global batch's rows, uint32, modulo 2^32. xp: numpy; in jit jax.numpy."""
     row, position = rows.astype(xp.uint32), xp.arange(len(rows), dtype=xp.uint32)
     first = xp.sum((row + 1) * (2 * position + 1), dtype=xp.uint32)
     return xp.stack([first, xp.sum((row + 7) * (row + 11) * (position + 13), dtype=xp.uint32)])
@@ -48,7 +55,10 @@ def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, except a half-written last one. Raises ValueError if one has no step."""
+    """Returns the lines of a metrics.jsonl as dicts, in order, except a last one without newline: half-written.
+
+    Raises ValueError if a line is no JSON or has no integer step, and OSError if the file cannot be read.
+    """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not text.endswith("\n"):
@@ -62,7 +72,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(workdir: Path) -> dict[int, str]:
-    """Returns each update's digest, by its number from 1. Raises FileNotFoundError, or ValueError as read_metrics."""
+    """Returns each written update's digest, 16 hexadecimal digits, by its number from 1; {} if none is written.
+
+    Raises FileNotFoundError without metrics.jsonl, and ValueError if a line is no JSON or has no integer step.
+    """
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")
@@ -82,7 +95,10 @@ class Epoch(NamedTuple):
 
 
 def check_epoch(plan: Plan, ledger: dict[int, str], number: int, *, last_update: int) -> Epoch:
-    """Compares an epoch's updates, up to `last_update`, with the plan; updates not yet in the ledger are skipped."""
+    """Returns the comparison of epoch `number`, from 0, with the plan, up to `last_update`.
+
+    Updates that the ledger lacks are neither checked nor wrong.
+    """
     first = number * plan.batches_per_epoch + 1
     updates = range(first, min(first + plan.batches_per_epoch, last_update + 1))
     batches = {update: plan.batch(update - 1) for update in updates if update in ledger}
