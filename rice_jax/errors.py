@@ -53,9 +53,9 @@ def _silence_orbax() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: of ValueError its message; of OSError file and cause, and advice if it has an errno.
+    """Returns an error as text: of ValueError its message, of OSError file, cause and (with an errno) what to do, of
 
-    Of KeyboardInterrupt the advice to run the command again; of any other "TYPE: MESSAGE".
+    KeyboardInterrupt what to do, of others "TYPE: MESSAGE".
     """
     if isinstance(error, ValueError):
         return str(error)

@@ -33,10 +33,9 @@ class EmbeddingStore:
     def blocks(
         self, kinds: Mapping[str, int], rows: np.ndarray, encode: Callable[[np.ndarray], Sequence[np.ndarray]]
     ) -> tuple[np.ndarray, ...]:
-        """Returns encode(rows), one float32 array [n, width] for each kind, in the order of `rows`, which may be empty.
+        """Returns encode(rows), float32 [n, width] for each kind. Blocks on disk are read; process 0 writes the others.
 
-        Blocks whose files are all there are read, others are computed, and written by process 0. `kinds` are widths by
-        name, in the order of the arrays that `encode` returns. Raises OSError or ValueError if a file is unreadable.
+        `kinds` are widths by name, in the order of encode's arrays. Raises OSError or ValueError for a bad block.
         """
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
@@ -77,11 +76,7 @@ class EvaluationPass:
         return self._in_batches(make, ("frames", "mask"), rows, encode)
 
     def images(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """Returns the results of `encode` for the shop images at `rows`, in that order, joined; () for no rows.
-
-        `encode` takes a batch's rows, -1 where it is filled up, and its images on the devices. Raises ValueError for a
-        row outside the split, or an unreadable record or picture.
-        """
+        """Returns encode(batch's rows, images) for shop images, joined, as `clips`. Raises ValueError if unreadable."""
         return self._in_batches(image_batches, ("image",), rows, encode)
 
     def _in_batches(
@@ -109,10 +104,7 @@ def embed(
     store: EmbeddingStore,
     show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns unit embeddings of clips [Q, E] and shop images [I, E], float32, in the order of the rows given.
-
-    Raises ValueError for a row outside the split, too few stored frames, or an unreadable record or picture.
-    """
+    """Returns unit embeddings of clips [Q, E], images [I, E], float32, in order. Raises ValueError if unreadable."""
     width, total = model.config.model.embedding, len(clip_rows) + len(image_rows)
     with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
         clips_of = lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x))

@@ -88,10 +88,6 @@ def evaluate_split(
 
 
 def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the true image ids by clip id, of the clips in `subset` if it is given.
-
-    Raises ValueError for a split without galleries, or an id in `subset` that the truth lacks.
-    """
     if not split.galleries:
         raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
     truth = split.truth_by_clip
@@ -135,8 +131,8 @@ def _recalls(ranking: Ranking, prefix: str, queries: int) -> dict[str, float]:
 def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
     """Yields a dict for each query with a clip: "clip", "rank", and "top", up to 10 pairs (shop image id, score).
 
-    The best is first, and scores have six decimals. A rank counts from 1, or is None without a true image in the
-    gallery. For the rankings in result.others there are NAME_rank and NAME_top too.
+    The best is first; scores have six decimals. A rank counts from 1, None without a true image in the gallery. For the
+    rankings in result.others there are NAME_rank and NAME_top too.
     """
     for i, row in enumerate(result.clip_rows.tolist()):
         line: dict[str, Any] = {"clip": split.clip_ids[row]}
@@ -160,8 +156,7 @@ def one_line(figures: Mapping[str, int | float]) -> str:
 def table(figures: Mapping[str, int | float]) -> str:
     """Returns the figures as a table of text, in percent with two decimals as the official script prints them.
 
-    The row of strict recall is always there for the embedding, and for other scores if a figure differs from recall.
-    Raises ValueError for 0 queries.
+    Strict recall always has a row for the embedding, else if a figure differs. Raises ValueError for 0 queries.
     """
     matching = {"": "embedding", "matching_": "matching", "sum_": "their sum"}
     prefixes = matching if "matching_recall@1" in figures else {"": "recall"}

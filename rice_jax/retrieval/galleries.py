@@ -41,7 +41,7 @@ class GalleryScorer:
     def score(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
         """Returns embeddings [n, E] and scores [n, width], float32, of a global batch, -inf beyond a gallery's end.
 
-        gallery_of: int [n], each clip's gallery; -1 for none, with all scores -inf. frames, mask: as encode_clips takes.
+        gallery_of: int [n], each clip's gallery; -1 for none, with all scores -inf. frames, mask: of encode_clips.
         """
         positions = process_rows(len(gallery_of), self._mesh)
         gallery = to_global(self._rows[gallery_of[positions]], self._mesh)

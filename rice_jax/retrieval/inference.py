@@ -27,10 +27,7 @@ def encode_images(net: Rice, flip: bool, params: Any, images: Array) -> Float[Ar
 
 
 def encode_clips(net: Rice, flip: bool, params: Any, frames: Array, mask: Array) -> Float[Array, "n E"]:
-    """Returns unit embeddings, float32, of clips: frames uint8 [n, N, px, px, 3], mask int32 [n, N], 1 for a frame.
-
-    A clip without a frame gets zeros. flip: add the pooled vectors of each frame and its mirror image.
-    """
+    """Returns float32 unit embeddings of frames uint8 [n, N, px, px, 3], mask int32 [n, N]; flip as encode_images."""
     return clip_embedding(_encode_frames(net, flip, params, frames, mask)[1], mask)
 
 
@@ -46,7 +43,7 @@ def encode_images_to_match(
 def encode_clips_to_match(
     net: Rice, flip: bool, params: Any, frames: Array, mask: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n S DD"], Bool[Array, "n S"]]:
-    """Returns unit embeddings, the decoder's keys and values (DD = 2*D), never mirrored, and where keys are of frames."""
+    """Returns unit embeddings, the decoder's keys and values (DD = 2*D, never mirrored), and the mask of real keys."""
     tokens, pooled = _encode_frames(net, flip, params, frames, mask)
     n, slots, per_frame, width = tokens.shape
     tokens = tokens.reshape(n, slots * per_frame, width)
@@ -116,7 +113,7 @@ def score_all_pairs(
 def encode_and_score_clips(
     net: Rice, flip: bool, raw: bool, at_once: int, params: Any, frames: Array, mask: Array, *galleries: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n L"]]:
-    """Returns unit embeddings and gallery_scores, float32; `galleries` are that function's class_tokens, gallery, steps."""
+    """Returns unit embeddings and gallery_scores, float32; `galleries` are its class_tokens, gallery and steps."""
     embedding, keys_values, key_mask = encode_clips_to_match(net, flip, params, frames, mask)
     class_tokens, gallery, steps = galleries
     scores = gallery_scores(net, raw, at_once, params, class_tokens, gallery, steps, keys_values, key_mask)
@@ -124,10 +121,7 @@ def encode_and_score_clips(
 
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:
-    """Returns tokens [n, T, D] and pooled vectors [n, E], which are no unit vectors, of normalised pictures.
-
-    `flip` adds to each pooled vector that of the mirror image; the tokens are of the picture alone.
-    """
+    """Returns tokens [n, T, D], pooled vectors [n, E], not unit; `flip` adds the mirror images' to the pooled alone."""
     tokens, pooled = apply(net.encoder, params["encoder"], pictures)
     if flip:
         pooled = pooled + apply(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
@@ -135,7 +129,7 @@ def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array,
 
 
 def _encode_frames(net: Rice, flip: bool, params: Any, frames: Array, mask: Array) -> tuple[Array, Array]:
-    """Returns tokens [n, N, T, D] and pooled vectors [n, N, E], as _encode, of every slot; empty ones are encoded too."""
+    """Returns tokens [n, N, T, D] and pooled vectors [n, N, E], no unit vectors, of every slot, also empty ones."""
     n, slots = mask.shape
     pictures = normalise(frames, mask).reshape(n * slots, *frames.shape[2:])
     tokens, pooled = _encode(net, flip, params, pictures)

@@ -26,10 +26,7 @@ from rice_jax.training.step import abstract_state
 
 
 def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
-    """Returns a config's `data` section as options of the input pipeline, with eval_num_frames slots unless `train`.
-
-    Raises ValueError for a field outside its range.
-    """
+    """Returns `data` as FrameOptions, of eval_num_frames slots unless `train`. Raises ValueError for bad values."""
     names = {field.name for field in dataclasses.fields(FrameOptions)}
     options = {name: value for name, value in data.items() if name in names}
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
@@ -39,7 +36,7 @@ def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
 def _on_mesh(
     function: Callable[..., Any], mesh: Mesh, net: Rice, options: tuple[Any, ...], params: Any, *arrays: Array
 ) -> list[Array]:
-    """Returns the arrays of function(net, *options, params, *arrays), whole on each device; params are gathered once."""
+    """Returns the list of function(net, *options, params, *arrays)'s arrays, whole on each device, as params are."""
     replicated = NamedSharding(mesh, P())
     results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
     return jax.tree.leaves(jax.lax.with_sharding_constraint(results, replicated))

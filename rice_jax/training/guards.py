@@ -45,7 +45,7 @@ class Stop:
         self._raises = False
 
     def agreed(self, step: int) -> bool:
-        """Returns whether to stop after this step, alike in all processes, then with `received` set; call at each."""
+        """Returns whether to stop after this step, alike in all processes; sets `received` if so. Call it at each."""
         if jax.process_count() == 1:
             return bool(self.received)
         # jax's preemption service learns of a SIGTERM on any host and picks a step that no process has passed.
@@ -56,10 +56,9 @@ class Stop:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Context that yields None, in which a signal, also an earlier one, raises StoppedError.
+        """Context in which a signal, also an earlier one, raises StoppedError: for long work that changes no state.
 
-        It is for long work that changes no state. Several processes raise nothing, since each would stop at another
-        place: the run stops after the next step.
+        Several processes raise nothing, since each would stop at another place: the run stops after the next step.
         """
         self._raises = jax.process_count() == 1
         try:
@@ -121,8 +120,7 @@ class Stop:
 class Watch:
     """A thread that warns when the loop waits too long, and when memory comes near its limit.
 
-    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it ends the process after twice that,
-    with status 1.
+    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it exits with status 1 after twice that.
     """
 
     def __init__(self, stall_seconds: float, *, ends: bool) -> None:
@@ -213,7 +211,6 @@ def memory_limit() -> int:
 
 
 def _memory_files() -> list[Path]:
-    """Returns paths, which may not exist, of limits: of control groups v2 and v1, this process's and the root group."""
     root, files = Path("/sys/fs/cgroup"), [Path("/sys/fs/cgroup/memory.max")]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -244,10 +241,7 @@ class NotFinite:
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Reports update `step`, whose metrics are `values`, unless finite; warns at the first of a row.
-
-        Returns nothing. Raises ValueError after more than `patience` in a row, OSError if `path` cannot be written.
-        """
+        """Reports update `step` if not finite. Raises ValueError above `patience` in a row, OSError if unwritable."""
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:
             self._in_a_row, self._last = 0, (step, norms)
@@ -264,7 +258,6 @@ class NotFinite:
             warn(f"update {step}: loss or gradient is not finite; the parameters stay as they were. {report}.")
 
     def _report(self, step: int, values: Mapping[str, Any], norms: dict[str, float]) -> str:
-        """Appends the full report to the file, in process 0 only; returns a summary of one line."""
         parts = {name: float(values[name]) for name in ("loss", "icl", "frame_icl", "pmd", "pfr") if name in values}
         clips = self._clips_of(step)
         if hosts.is_first():
@@ -287,5 +280,4 @@ def _some(names: list[str]) -> str:
 
 
 def _text(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Returns a dict of the values with NaN and infinities as text, such as "nan", because JSON has no such numbers."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

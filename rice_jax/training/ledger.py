@@ -18,19 +18,12 @@ from rice_jax.config import Config
 
 
 def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """Returns the rows that data.skip_clips leaves, int64, ascending; None without skip_clips.
-
-    Raises ValueError for an id that the split does not have.
-    """
+    """Returns the rows that data.skip_clips leaves, ascending; None without it. Raises ValueError for an unknown id."""
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
-    """Returns the plan of a config and its training split.
-
-    Raises ValueError if the clips do not fill one batch, batch_size is 0, the seed is not in 0 to 2^64 - 1, the split
-    is not there, its columns are damaged, or skip_clips has an unknown id.
-    """
+    """Returns the plan. Raises ValueError if clips fill no batch, or split, columns, seed, size or an id is bad."""
     train = dataset.split(config.data.train_split)
     return Plan(
         train.num_clips,
@@ -55,9 +48,9 @@ def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl as dicts, in order, except a last one without newline: half-written.
+    """Returns the lines of a metrics.jsonl, in order, without a half-written last one (no newline at its end).
 
-    Raises ValueError if a line is no JSON or has no integer step, and OSError if the file cannot be read.
+    Raises ValueError if a line is no JSON or has no integer "step", and OSError if the file cannot be read.
     """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
@@ -72,10 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(workdir: Path) -> dict[int, str]:
-    """Returns each written update's digest, 16 hexadecimal digits, by its number from 1; {} if none is written.
-
-    Raises FileNotFoundError without metrics.jsonl, and ValueError if a line is no JSON or has no integer step.
-    """
+    """Returns each update's digest by its number. Raises FileNotFoundError, or ValueError for a line without step."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")
@@ -95,10 +85,7 @@ class Epoch(NamedTuple):
 
 
 def check_epoch(plan: Plan, ledger: dict[int, str], number: int, *, last_update: int) -> Epoch:
-    """Returns the comparison of epoch `number`, from 0, with the plan, up to `last_update`.
-
-    Updates that the ledger lacks are neither checked nor wrong.
-    """
+    """Returns epoch `number`, from 0, compared with the plan up to `last_update`, without updates the ledger lacks."""
     first = number * plan.batches_per_epoch + 1
     updates = range(first, min(first + plan.batches_per_epoch, last_update + 1))
     batches = {update: plan.batch(update - 1) for update in updates if update in ledger}

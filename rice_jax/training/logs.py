@@ -48,10 +48,7 @@ class Log:
         return read_metrics(self._path) if self._path.exists() else []
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line, buffered: the metrics of update number `step`, from 1, or of an evaluation after it.
-
-        Numbers go to TensorBoard too. Processes other than the first write nothing. Returns nothing.
-        """
+        """Writes a line, in process 0 only: the metrics of update `step`, from 1, or of an evaluation after it."""
         values = {name: as_json(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -63,8 +60,8 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        Calls check(number, metrics) after each line, with gradient_norms, which are not written, and lets what it
-        raises through. Sets `newest`. Returns [].
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written; its error passes. Sets
+        `newest`. Returns [].
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
@@ -84,7 +81,7 @@ class Log:
         return any(line["step"] == step for line in self._evaluations(split))
 
     def last_evaluation(self, split: str) -> dict[str, int | float]:
-        """Returns the figures of a split's newest evaluation by name, null as None; {} without one, on all processes."""
+        """Returns the figures of a split's newest evaluation by name, null as None; {} without; on all processes."""
         found = self._evaluations(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 

@@ -73,8 +73,7 @@ class ScheduleState(NamedTuple):
 def step_then_decay(config: Config) -> optax.GradientTransformation:
     """Returns theta <- theta - lr u, then theta <- theta - lr wd theta, as a transformation (docs/official.md 7.3).
 
-    It maps u to the change of theta. lr is the schedule's rate times the parameter's lr_multiplier; wd is 0 unless
-    `decays` holds.
+    It maps u to theta's change. lr: the schedule's rate times lr_multiplier. wd: weight_decay, or 0 unless `decays`.
     """
     rate = schedule(config)
 

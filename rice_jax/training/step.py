@@ -41,10 +41,7 @@ def init_params(model: Rice, config: Config, key: Array) -> Any:
 
 
 def abstract_state(model: Rice, config: Config, mesh: Mesh) -> State:
-    """Returns the state as ShapeDtypeStructs with shardings; nothing is allocated.
-
-    Raises ValueError if no sharding rule fits a parameter, or its shape does not divide by the mesh.
-    """
+    """Returns the state as ShapeDtypeStructs with shardings. Raises ValueError if no rule fits a parameter."""
     shapes = jax.eval_shape(lambda: _init(model, config))
     shardings = state_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
