@@ -108,7 +108,7 @@ def override(config: Config, dotted: str, text: str) -> None:
 
 
 def set_field(config: Config, dotted: str, value: Any) -> None:
-    """Sets the field `dotted` in place. Raises TypeError for another type; a locked config, KeyError if unknown."""
+    """Sets the field `dotted` in place. Raises TypeError for another type, KeyError if a locked config lacks it."""
     section, _, name = dotted.rpartition(".")
     (config[section] if section else config)[name] = value
 

@@ -53,9 +53,9 @@ def _silence_orbax() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: of ValueError its message, of OSError file, cause and (with an errno) what to do, of
+    """Returns an error as text: ValueError's message, OSError's file, cause and, with an errno, what to do.
 
-    KeyboardInterrupt what to do, of others "TYPE: MESSAGE".
+    KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
     """
     if isinstance(error, ValueError):
         return str(error)

@@ -27,7 +27,7 @@ SHOWN = 5  # ids or numbers in a message
 
 
 def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
-    """Returns a picture of an update's first `examples` pairs: ids, image, frames. Raises ValueError if unreadable."""
+    """Returns an RGB picture of an update's first `examples` pairs, one a line. Raises ValueError if unreadable."""
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:

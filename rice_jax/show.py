@@ -76,7 +76,6 @@ def _draw_query(
 
 
 def _thumbnail(encoded: bytes) -> Image.Image:
-    """Returns the whole picture, shrunk onto a grey square of SIDE px. Raises ValueError if it cannot be decoded."""
     picture = Image.fromarray(decode(encoded))
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (SIDE, SIDE), "#eceef1")

@@ -220,7 +220,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 
 
 def saved_init_from(workdir: Path, start: int | None) -> str:
-    """Returns init_from of the workdir's run, "" without one. Raises ValueError for imports (start 0), a bad config."""
+    """Returns init_from of the run, or "". Raises ValueError for imported weights, no run (start 0), or bad config."""
     held = read_config(workdir)
     if start == 0:
         raise ValueError(

@@ -73,8 +73,7 @@ def sigmoid_icl_loss(
 
     A pair costs -log sigmoid(l) if positive, else -log sigmoid(-l), with l = scale^2 cos + bias, and 0 if "masked". The
     loss, float32, is the sum over the pairs of a clip, then the mean over the B clips. There is one direction, because
-    each pair of the global batch occurs once, on the device of its clip. The other arguments are those of icl_loss, and
-    KeyError is raised for another word in same_product_is.
+    each pair of the global batch occurs once, on its clip's device. Other arguments, and KeyError, are as in icl_loss.
     """
 
     def of_rows(rows: tuple[Array, Array]) -> Array:

@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
 
 
 def encode_rows(context: LossContext, batch: dict[str, Array]) -> Encoded:
-    """Returns the results for this device's rows, micro_batch pictures at a time, 0: all; patch_drop makes T less."""
+    """Returns the results for this device's rows, micro_batch pictures at a time (0: all); patch_drop lessens T."""
     model, options, mask = context.model, context.options, batch["mask"]
     n, slots = mask.shape
     pictures = jnp.concatenate([batch["image"][:, None], batch["frames"]], axis=1)
@@ -89,7 +89,7 @@ def encode_rows(context: LossContext, batch: dict[str, Array]) -> Encoded:
 def kept_patches(
     key: Array, global_rows: Int[Array, " B"], pictures: int, patches: int, drop: float
 ) -> Int[Array, "B pictures kept"]:
-    """Returns max(1, round(patches (1 - drop))) random patches of each picture, int32, by global row: on any mesh."""
+    """Returns max(1, round(patches (1 - drop))) random patches of each picture, int32, the same on every mesh."""
     key = jax.random.fold_in(key, 2**32 - 1)  # no image has this position, so no pair has this key (pairs.py)
 
     def one(row: Array, picture: Array) -> Array:
@@ -117,7 +117,7 @@ class Positives(NamedTuple):
 
 
 def decode_positives(context: LossContext, encoded: Encoded) -> Positives:
-    """Returns the results for each image of this device with its own clip, pair_chunk pairs at a time, 0: all."""
+    """Returns the results for each image of this device with its own clip, pair_chunk pairs at a time (0: all)."""
     model, options, params = context.model, context.options, context.params
     decoder = functools.partial(apply, model.decoder, params["decoder"])
 

@@ -43,7 +43,7 @@ def pair_keys(key: Array, image: Int[Array, "*n"], clip: Int[Array, "*n"]) -> Ar
 
 
 def attention_dropout(weights: Float[Array, "n H r S"], keys: Array, rate: float) -> Float[Array, "n H r S"]:
-    """Returns the weights, each 0 with probability `rate`, else over 1 - rate; one of `keys` [n, r] for each pair."""
+    """Returns the weights, each 0 with probability `rate`, else divided by 1 - rate; keys [n, r]: one for each pair."""
     shape = (weights.shape[1], weights.shape[3])
     keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, shape)))(keys)  # [n, r, H, S]
     return jnp.where(keep.swapaxes(1, 2), weights / (1 - rate), 0)
@@ -101,10 +101,9 @@ def decode_blocks(
     """Returns the logits of the first `count` blocks, float32, `chunk` blocks at a time; the others' mean nothing.
 
     `image` contains positions in the global batch, `clip` rows of this device; `chunk` divides U. The gradient goes to
-    `inputs` except their constants. The loop runs as often as this device
-    has work, because no fixed capacity would do: with an untrained encoder one clip is among the hardest of nearly
-    every image. It contains no collective, so devices may differ. JAX has no gradient for a loop of unknown length, so
-    it is written here: the same loop, which computes each chunk again.
+    `inputs` except their constants. The loop runs as often as this device has work, because no fixed capacity would do:
+    with an untrained encoder one clip is among the hardest of nearly every image. It contains no collective, so devices
+    may differ. JAX has no gradient for a loop of unknown length, so it is written here: the same loop again.
     """
 
     def cut(at: Array, *arrays: Array) -> list[Array]:

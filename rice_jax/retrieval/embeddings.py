@@ -76,7 +76,7 @@ class EvaluationPass:
         return self._in_batches(make, ("frames", "mask"), rows, encode)
 
     def images(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """Returns encode(batch's rows, images) for shop images, joined, as `clips`. Raises ValueError if unreadable."""
+        """Returns encode(rows, images) of the images at `rows`, joined in order. Raises ValueError if unreadable."""
         return self._in_batches(image_batches, ("image",), rows, encode)
 
     def _in_batches(
@@ -104,7 +104,7 @@ def embed(
     store: EmbeddingStore,
     show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns unit embeddings of clips [Q, E], images [I, E], float32, in order. Raises ValueError if unreadable."""
+    """Returns unit embeddings of clips [Q, E] and images [I, E], float32, by row. Raises ValueError if unreadable."""
     width, total = model.config.model.embedding, len(clip_rows) + len(image_rows)
     with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
         clips_of = lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x))

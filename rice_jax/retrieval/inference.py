@@ -129,7 +129,6 @@ def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array,
 
 
 def _encode_frames(net: Rice, flip: bool, params: Any, frames: Array, mask: Array) -> tuple[Array, Array]:
-    """Returns tokens [n, N, T, D] and pooled vectors [n, N, E], no unit vectors, of every slot, also empty ones."""
     n, slots = mask.shape
     pictures = normalise(frames, mask).reshape(n * slots, *frames.shape[2:])
     tokens, pooled = _encode(net, flip, params, pictures)

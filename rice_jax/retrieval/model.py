@@ -36,7 +36,6 @@ def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
 def _on_mesh(
     function: Callable[..., Any], mesh: Mesh, net: Rice, options: tuple[Any, ...], params: Any, *arrays: Array
 ) -> list[Array]:
-    """Returns the list of function(net, *options, params, *arrays)'s arrays, whole on each device, as params are."""
     replicated = NamedSharding(mesh, P())
     results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
     return jax.tree.leaves(jax.lax.with_sharding_constraint(results, replicated))

@@ -141,7 +141,6 @@ def rank_matrix(
 def _rank_rows(
     score_ql: Float32[Array, "Q L"], size_q: Int32[Array, " Q"], true_qm: Int32[Array, "Q M"], *, top_k: int
 ) -> "_Results":
-    """Returns the four arrays of `rank_scores`, each row with its own gallery size, `size_q`."""
 
     def one(row: tuple[Array, Array, Array]) -> Any:
         score_l, size, true_m = row

@@ -76,7 +76,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Context that yields this object, which handles SIGTERM and SIGINT in it; outside the main thread, nothing."""
+        """Context that yields this object, which handles SIGTERM and SIGINT meanwhile, if in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python handles signals in the main thread only
             return
@@ -241,7 +241,7 @@ class NotFinite:
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Reports update `step` if not finite. Raises ValueError above `patience` in a row, OSError if unwritable."""
+        """Reports an update that is not finite. Raises ValueError after more than `patience` in a row, or OSError."""
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:
             self._in_a_row, self._last = 0, (step, norms)

@@ -60,8 +60,8 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        Calls check(number, metrics) after each line, with gradient_norms, which are not written; its error passes. Sets
-        `newest`. Returns [].
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Its error passes.
+        Sets `newest`. Returns [].
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)

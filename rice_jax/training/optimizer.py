@@ -29,7 +29,7 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def lr_multiplier(name: str, config: Config) -> float:
-    """Returns the lr's factor for the parameter of that path: 1.0 for the encoder, else the config's (7.1)."""
+    """Returns the lr's factor of that parameter: 1.0 in the encoder, else logit_scale_ or decoder_lr_multiplier."""
     if name in ("logit_scale", "logit_bias"):
         return config.optimizer.logit_scale_lr_multiplier
     return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
