@@ -38,9 +38,9 @@ def usage(prog: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "rice-jax") -> int:
-    """Runs the subcommand that the first word names; returns its exit status, 2 if there is none of that name.
+    """Runs the subcommand that the first word names; returns its exit status, 0 for None. Its SystemExit passes.
 
-    argv: None takes sys.argv's. prog: what the user typed, for help texts. Raises SystemExit, as for --help.
+    Returns 2 without a known name, 0 for --help. argv: None takes sys.argv's. prog: what the user typed, for help.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("", "-h", "--help"):

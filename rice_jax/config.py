@@ -33,7 +33,7 @@ PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per 
 
 
 def shipped_path(name: str) -> str:
-    """Returns a path, or a shipped config's name, as the path of a file, with its ':ARG'. Raises FileNotFoundError."""
+    """Returns FILE[:ARG] with FILE, a path or a shipped name, as a path. Raises FileNotFoundError if it is neither."""
     file, colon, argument = name.partition(":")
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
     if file and "/" in file and Path(file).parts[0] != "configs":
@@ -48,7 +48,7 @@ def shipped_path(name: str) -> str:
 
 
 def check_field(config: Config, dotted: str) -> None:
-    """Raises ValueError, naming the nearest field, if the config has no field `dotted`."""
+    """Raises ValueError, naming the nearest field or the known ones, if `dotted` is no field, or is a section."""
     known = flatten(config)
     if dotted in known:
         return
@@ -71,7 +71,10 @@ def check_field(config: Config, dotted: str) -> None:
 
 
 def load_config(name: str) -> Config:
-    """Returns the config of FILE[:ARG]. Raises FileNotFoundError, or ValueError if it has no config or takes no ARG."""
+    """Returns get_config(ARG) of FILE[:ARG], a path or a shipped name; what that file raises passes.
+
+    Raises FileNotFoundError without the file, ValueError if it is no Python file, has no get_config or takes no ARG.
+    """
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
@@ -86,7 +89,7 @@ def load_config(name: str) -> Config:
 
 
 def override(config: Config, dotted: str, text: str) -> None:
-    """Sets a field to `text`, read as its type; tuples are written with commas. Raises ValueError if it cannot be."""
+    """Sets a field to `text`, read as its type, tuples with commas. Raises ValueError for no such field or value."""
     check_field(config, dotted)
     old = flatten(config)[dotted]
     # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
@@ -105,13 +108,13 @@ def override(config: Config, dotted: str, text: str) -> None:
 
 
 def set_field(config: Config, dotted: str, value: Any) -> None:
-    """Sets the field `dotted`, such as data.path."""
+    """Sets the field `dotted` in place. Raises TypeError for another type, KeyError if a locked config lacks it."""
     section, _, name = dotted.rpartition(".")
     (config[section] if section else config)[name] = value
 
 
 def split_override(word: str) -> tuple[str, str]:
-    """Returns '--config.a.b=c' as ('a.b', 'c'). Raises ValueError for anything else."""
+    """Returns '--config.a.b=c' as ('a.b', 'c'). Raises ValueError for a word without '--config.' or '='."""
     name, equals, text = word.removeprefix("--config.").partition("=")
     if not word.startswith("--config."):
         raise ValueError(f"{word}: there is no such option; --help lists them.")
@@ -121,7 +124,7 @@ def split_override(word: str) -> tuple[str, str]:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses --config and --config.field=value into a locked `config`. Wrong use exits with status 2 and one line."""
+    """Returns the arguments, --config and --config.field=value as locked `config`. Raises SystemExit(2) if wrong."""
     about = "a path or the name of a shipped config; --config.field=value sets a field"
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help=about)
     arguments, rest = parser.parse_known_args(argv)
@@ -136,7 +139,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError with all values that the table does not allow, or else all that do not fit each other."""
+    """Raises ValueError, one message with all values that FIELDS does not allow, or else all that misfit each other."""
     f = flatten(config)
     faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
     if faults := faults or _misfits(config):
@@ -170,7 +173,8 @@ def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: i
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
     `clips`, the training clips, make as few equal batches of at most FITTED_BATCH as possible, so that few are left
-    out; the size is then rounded down to a multiple of `devices`. Raises ValueError for fewer clips than devices.
+    out; the size is then rounded down to a multiple of `devices`, at least one. "auto" becomes "val", or "" if there is
+    none. Raises ValueError if batch_size is 0 and there are fewer clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:
@@ -184,7 +188,7 @@ def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: i
 
 
 def flatten(config: Section | dict[str, Any]) -> dict[str, Any]:
-    """Returns {'data.path': ..., ...} for a config or nested dicts."""
+    """Returns {'data.path': value, ...}, in their order, for a config or nested dicts; the values are not copied."""
     out: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, (ml_collections.ConfigDict, dict)):
@@ -195,13 +199,16 @@ def flatten(config: Section | dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json(config: Config | dict[str, Any]) -> str:
-    """Returns the config as text. Equal configs have equal texts, which a workdir keeps and hosts compare."""
+    """Returns the config as JSON, names sorted. Equal configs have equal texts: a workdir keeps, hosts compare them."""
     nested = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     return json.dumps(nested, indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """Returns the config of a to_json text, with defaults for new fields. Raises ValueError if one is unknown."""
+    """Returns the locked config of a to_json text, with defaults for new fields; lists become tuples.
+
+    Raises ValueError if it is no JSON or has unknown fields, TypeError for a value of another type.
+    """
 
     def tuples(section: dict[str, Any]) -> dict[str, Any]:  # JSON has lists only
         return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
@@ -219,7 +226,7 @@ def from_json(text: str) -> Config:
 
 
 def differences(old: Config, new: Config, *, free: tuple[str, ...] = ()) -> list[str]:
-    """Returns the fields that differ, as 'field: old -> new', without those in `free`."""
+    """Returns the fields that differ, sorted, as 'field: old -> new' (reprs), without those in `free`; [] if none."""
     a, b = (flatten(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
     return [
         f"{name}: {a.get(name)!r} -> {b.get(name)!r}"

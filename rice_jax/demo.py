@@ -49,7 +49,10 @@ def demo(output: Path, overrides: list[str]) -> None:
 
 
 def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, float]]:
-    """Returns {NAME: {"recall@1": percent}} of chance, colour_histogram, untrained and trained, on the test split."""
+    """Returns {NAME: {"recall@1": percent}} of chance, colour_histogram, untrained and trained, on the test split.
+
+    Raises OSError or ValueError if a file is missing or damaged.
+    """
     split, trained = open_dataset(records).split("test"), json.loads((evaluation / "metrics.json").read_text())
     config = from_json((run / "config.json").read_text())
     net, mesh = build_model(config), make_mesh(data=-1, fsdp=1)

@@ -24,8 +24,8 @@ def warn(text: str) -> None:
 def run(main: Callable[[Any], None], values: Any) -> None:
     """Runs main(values) as a command: an error that a user can fix becomes one line on stderr and an exit status.
 
-    ValueError and OSError end with status 1, KeyboardInterrupt with 130; other exceptions keep their traceback. Only
-    commands may call this, because it silences Orbax in the whole process.
+    For ValueError and OSError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other exceptions pass.
+    Only commands may call this, because it silences Orbax in the whole process.
     """
     _silence_orbax()
     try:
@@ -36,7 +36,7 @@ def run(main: Callable[[Any], None], values: Any) -> None:
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Drops what is printed beside the exception when Orbax cannot read or write one file.
+    """Drops, in the whole process, what is printed beside the exception when Orbax cannot read or write one file.
 
     Orbax logs a traceback a thread, and Python complains of dozens of coroutines that Orbax drops. They come from
     TensorStore's threads too, and after the exception; so this is never undone.
@@ -53,7 +53,10 @@ def _silence_orbax() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the text of an error for a user. For an OSError it names the file and says what to do."""
+    """Returns an error as text: ValueError's message, OSError's file, cause and, with an errno, what to do.
+
+    KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
+    """
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what must be equal on all hosts: the options, and the content of the data set, whatever its path."""
+    """Returns a dict that hosts must share, of options and data's content. Raises OSError, ValueError if unreadable."""
     return {
         "command": "evaluate",
         "data": Dataset(arguments.data).content_hash,
@@ -70,7 +70,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Returns the clip ids of a text file, one a line. Raises ValueError if it has none or is no UTF-8, or OSError."""
+    """Returns a text file's lines, stripped, but empty ones. Raises ValueError for none or no UTF-8, or OSError."""
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:

@@ -27,7 +27,7 @@ SHOWN = 5  # ids or numbers in a message
 
 
 def draw_update(split: Split, plan: Plan, config: Config, update: int, *, examples: int) -> Image.Image:
-    """Returns a picture of the first `examples` pairs of an update, from 1, one a line: shop image, then frames."""
+    """Returns an RGB picture of an update's first `examples` pairs, one a line. Raises ValueError if unreadable."""
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
     with train_batches(split, plan, rows, options, start_step=update - 1, threads=config.data.threads) as batches:
@@ -84,7 +84,7 @@ def explain(arguments: argparse.Namespace) -> None:
 def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
     """Returns the data set at `data`, or else at the config's path. Raises FileNotFoundError if there is none.
 
-    Raises ValueError if the newest checkpoint names another. The ledger has only rows, so it cannot notice.
+    Raises ValueError if it is damaged, or another than the newest checkpoint's: the ledger, rows only, cannot notice.
     """
     try:
         dataset = open_dataset(data or config.data.path)
@@ -108,7 +108,6 @@ def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
 def _report(
     split: Split, plan: Plan, epoch: Epoch, ledger: dict[int, str], update: int, pairs: list[dict[str, str]]
 ) -> list[str]:
-    """Returns the report as lines of text: the update, its pairs, its epoch, and the clips that are left out."""
     yes = "the plan's" if update in epoch.checked else "NOT the plan's" if update in epoch.wrong else "not written yet"
     out = [
         f"update {update}: batch {(update - 1) % plan.batches_per_epoch + 1} of {plan.batches_per_epoch} of epoch "

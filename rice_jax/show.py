@@ -22,10 +22,10 @@ INK, PAPER, RIGHT, WRONG = "#30343b", "#ffffff", "#1a9850", "#d73027"
 
 
 def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int = 8, top: int = 3) -> Image.Image:
-    """Returns a picture of some queries, two a row: frames, the shop images ranked first, and a missed true image.
+    """Returns an RGB picture of some queries, two a row: frames, shop images ranked first, and a missed true image.
 
-    Draws at most `queries`, evenly spaced from best to worst ranked, with `top` shop images each. rankings: the lines
-    of rankings.jsonl. Raises ValueError if there are none, or one names a clip or image that the split does not have.
+    Draws at most `queries`, evenly spaced from best to worst ranked, with `top` shop images each. rankings: lines of
+    rankings.jsonl. Raises ValueError if there are none, or the split lacks or cannot read what is drawn.
     """
     if not rankings:
         raise ValueError("rankings.jsonl has no query; evaluate a split that has some.")
@@ -54,7 +54,6 @@ def draw_rankings(split: Split, rankings: list[dict[str, Any]], *, queries: int 
 def _draw_query(
     sheet: Image.Image, x: int, y: int, split: Split, row: int, line: dict[str, Any], images: dict[str, int], top: int
 ) -> None:
-    """Draws one query; (x, y) is its upper left corner, `line` its line of rankings.jsonl."""
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     frames, truth = split.clip(row).frames, set(split.truth(row))
     pen.text((x, y + SIDE + 2), line["clip"][:46], INK, ImageFont.load_default(11))
@@ -77,7 +76,6 @@ def _draw_query(
 
 
 def _thumbnail(encoded: bytes) -> Image.Image:
-    """Returns the whole picture, shrunk onto a grey square with sides of SIDE px."""
     picture = Image.fromarray(decode(encoded))
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (SIDE, SIDE), "#eceef1")
@@ -86,7 +84,7 @@ def _thumbnail(encoded: bytes) -> Image.Image:
 
 
 def read_rankings(evaluation: Path) -> list[dict[str, Any]]:
-    """Returns the lines of rankings.jsonl: clip, rank, top. Raises FileNotFoundError, or ValueError for a bad one."""
+    """Returns the lines of rankings.jsonl: clip, rank, top. Raises FileNotFoundError, or ValueError for a bad line."""
     path, lines = evaluation / "rankings.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run rice_jax.evaluate --output {evaluation} first.")

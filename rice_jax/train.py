@@ -45,7 +45,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
 
     Raises:
       ValueError: the config is invalid or does not fit the data, `workdir` has another run, a checkpoint or record is
-        damaged, or the loss was not finite for too many updates in a row.
+        damaged, init_from's weights do not fit, or the loss was not finite for too many updates in a row.
       OSError: a file is missing or cannot be written.
       SystemExit: a signal stopped the run, after a checkpoint was saved; its status is 143 or 130.
 
@@ -141,7 +141,8 @@ class Run(NamedTuple):
 def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     """Returns the run, the number of updates done, and the state after them: the newest checkpoint's, or a new one.
 
-    Raises ValueError if the config misfits itself or the data, or `workdir` has another run or no sound checkpoint.
+    Raises ValueError if the config misfits itself, data, devices or init_from's weights, data are damaged, or `workdir`
+    has another run or no sound checkpoint; FileNotFoundError without data or weights; OSError on reading or writing.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -202,13 +203,13 @@ def checkpoint_is_due(done: int, config: Config) -> bool:
 
 
 def evaluation_is_due(done: int, config: Config) -> bool:
-    """Returns whether to evaluate after `done` updates: after the last, and every eval_every if that is not 0."""
+    """Returns whether eval_split is set and `done` is num_updates, or above 0 and a multiple of a set eval_every."""
     last, every = done == config.num_updates, config.eval_every
     return bool(config.data.eval_split) and (last or bool(done and every and done % every == 0))
 
 
 def evaluate_held_out(run: Run, state: State, done: int) -> None:
-    """Evaluates the averaged parameters, or without an average the parameters, and logs the figures."""
+    """Evaluates the average, else the parameters; logs, sets checkpoints.recall. Raises ValueError for bad pictures."""
     assert run.held_out is not None
     name, weights = run.held_out.name, state.average or state.params
     encoder = Model(run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size)
@@ -219,7 +220,7 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
 
 
 def saved_init_from(workdir: Path, start: int | None) -> str:
-    """Returns init_from of the workdir's run, or "". Raises ValueError if it has imported weights (start 0), no run."""
+    """Returns init_from of the run, or "". Raises ValueError for imported weights, no run (start 0), or bad config."""
     held = read_config(workdir)
     if start == 0:
         raise ValueError(
@@ -231,7 +232,7 @@ def saved_init_from(workdir: Path, start: int | None) -> str:
 def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
     """Raises ValueError, naming the differences, if the newest checkpoint is of another config or of other data.
 
-    `saved` is the meta data of that checkpoint, None if there is none, and `now` that of this run.
+    `saved`: that checkpoint's meta data, or None, which raises nothing; `now`: this run's. Fields in FREE may differ.
     """
     held = read_config(workdir)
     if saved is None or held is None:
@@ -248,7 +249,7 @@ def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns all that must be equal on all hosts: the config, and the content of the data set but not its path."""
+    """Returns a dict that hosts must share, of config and data. Raises ValueError if bad, FileNotFoundError if none."""
     validate(arguments.config)
     data = Dataset(Path(arguments.config.data.path))
     return {"command": "train", "data": data.content_hash, **hosts.of_config(arguments.config)}

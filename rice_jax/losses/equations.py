@@ -13,7 +13,7 @@ from rice_jax.models.arrays import cosines
 def icl_logits(
     anchors: Float[Array, "B E"], partners: Float[Array, "G E"], scale: Float[Array, ""]
 ) -> Float[Array, "B G"]:
-    """Returns scale^2 cos for unit vectors: the scale is a plain factor of both sides (docs/official.md 3.1)."""
+    """Returns scale^2 cos of unit vectors, float32: the scale is a factor of both sides (docs/official.md 3.1)."""
     return jnp.square(scale) * cosines(anchors, partners)
 
 
@@ -35,14 +35,15 @@ def icl_loss(
     same_product_is: str = "negative",
     chunk: int = 0,
 ) -> Float[Array, ""]:
-    """Returns the instance-level contrastive loss (docs/official.md 3): mean over both directions and the B rows.
+    """Returns the instance-level contrastive loss (docs/official.md 3), float32: mean of both directions and B rows.
 
     Args:
       clips, images: unit vectors of this device's rows.
       global_rows: position of each of these rows in the global batch; the row's partner there is its positive.
       scale: as in icl_logits.
       same_product_is: how to count other rows with the same product: "negative" as the official code does, "masked"
-        (neither positive nor negative), or "positive" (the mean of -log p over all positives, SupCon's outer form).
+        (neither positive nor negative), or "positive" (the mean of -log p over all positives, SupCon's outer form);
+        KeyError for another word.
       chunk: rows of logits in memory at once, see in_chunks; 0: all.
     """
 
@@ -70,9 +71,9 @@ def sigmoid_icl_loss(
 ) -> Float[Array, ""]:
     """Returns ICL in SigLIP's form (Zhai et al. 2023, algorithm 1): each pair is classified by itself.
 
-    A pair costs -log sigmoid(l) if positive, else -log sigmoid(-l), with l = scale^2 cos + bias. The loss is the sum
-    over the pairs of a clip, then the mean over the B clips. There is one direction, because each pair of the global
-    batch occurs once, on the device of its clip. Other arguments are those of icl_loss.
+    A pair costs -log sigmoid(l) if positive, else -log sigmoid(-l), with l = scale^2 cos + bias, and 0 if "masked". The
+    loss, float32, is the sum over the pairs of a clip, then the mean over the B clips. There is one direction, because
+    each pair of the global batch occurs once, on its clip's device. Other arguments, and KeyError, are as in icl_loss.
     """
 
     def of_rows(rows: tuple[Array, Array]) -> Array:
@@ -87,9 +88,10 @@ def sigmoid_icl_loss(
 def positives_and_ignored(
     global_rows: Int[Array, " b"], product: Int[Array, " G"], same_product_is: str
 ) -> tuple[Bool[Array, "b G"], Bool[Array, "b G"]]:
-    """Returns two masks: the positives of each row, and the partners that are neither positive nor negative.
+    """Returns two masks [b, G]: the positives of each row, and the partners that are neither positive nor negative.
 
-    `product` is that of all rows of the global batch; the other arguments are those of icl_loss.
+    `product` is that of all rows of the global batch; the other arguments are those of icl_loss. Raises KeyError unless
+    same_product_is is "negative", "masked" or "positive".
     """
     partner = global_rows[:, None] == jnp.arange(product.shape[0])[None]
     same_product = (product[global_rows][:, None] == product[None]) & ~partner
@@ -115,7 +117,7 @@ def pmd_loss(
 def reconstruct(
     coefficients: Float[Array, "*B R S"], clip_tokens: Float[Array, "*B S D"], key_mask: Bool[Array, "*B S"]
 ) -> Float[Array, "*B R D"]:
-    """Returns coefficients @ clip_tokens, with zeros for padding and no gradient to tokens (docs/official.md 6.5)."""
+    """Returns coefficients @ clip_tokens in coefficients' dtype; padding tokens count as 0, none gets a gradient."""
     sources = jnp.where(key_mask[..., None], jax.lax.stop_gradient(clip_tokens), 0)
     return coefficients @ sources.astype(coefficients.dtype)
 
@@ -126,10 +128,10 @@ def pfr_loss(
     clip_tokens: Float[Array, "*B S D"],
     key_mask: Bool[Array, "*B S"],
 ) -> Float[Array, ""]:
-    """Returns the patch reconstruction loss: the mean squared error of the last R image tokens (docs/official.md 6.6).
+    """Returns the patch reconstruction loss, a scalar: the mean squared error over all of the last R image tokens.
 
-    Only the coefficients get a gradient; the tokens get none. R is T, or T - 1 to leave out the class token
-    (docs/official.md 11, row 29).
+    docs/official.md 6.6. Only the coefficients get a gradient; the tokens get none. R is T, or T - 1 to leave out the
+    class token (docs/official.md 11, row 29).
     """
     target = jax.lax.stop_gradient(image_tokens)[..., -coefficients.shape[-2] :, :]
     found = reconstruct(coefficients, clip_tokens, key_mask)

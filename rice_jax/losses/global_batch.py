@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
 
 
 def encode_rows(context: LossContext, batch: dict[str, Array]) -> Encoded:
-    """Encodes every picture of this device's rows, `micro_batch` pictures at a time (docs/official.md 2)."""
+    """Returns the results for this device's rows, micro_batch pictures at a time (0: all); patch_drop lessens T."""
     model, options, mask = context.model, context.options, batch["mask"]
     n, slots = mask.shape
     pictures = jnp.concatenate([batch["image"][:, None], batch["frames"]], axis=1)
@@ -89,7 +89,7 @@ def encode_rows(context: LossContext, batch: dict[str, Array]) -> Encoded:
 def kept_patches(
     key: Array, global_rows: Int[Array, " B"], pictures: int, patches: int, drop: float
 ) -> Int[Array, "B pictures kept"]:
-    """Draws max(1, round(patches (1 - drop))) patches of each picture by its global row, so alike on every mesh."""
+    """Returns max(1, round(patches (1 - drop))) random patches of each picture, int32, the same on every mesh."""
     key = jax.random.fold_in(key, 2**32 - 1)  # no image has this position, so no pair has this key (pairs.py)
 
     def one(row: Array, picture: Array) -> Array:
@@ -100,7 +100,7 @@ def kept_patches(
 
 
 def clip_halves(pooled: Float[Array, "B N E"], mask: Int[Array, "B N"]) -> tuple[Array, Array]:
-    """Returns the embeddings [B, E] of each clip's even and of its odd slots; for a clip of one frame both are its."""
+    """Returns unit embeddings [B, E] of each clip's even slots and of its odd ones; of one frame, both are of it."""
     slot = jnp.arange(mask.shape[1])[None]
     odd = mask * (slot % 2)
     odd = jnp.where(odd.any(axis=1, keepdims=True), odd, mask)
@@ -117,7 +117,7 @@ class Positives(NamedTuple):
 
 
 def decode_positives(context: LossContext, encoded: Encoded) -> Positives:
-    """Decodes each image of this device with its own clip, `pair_chunk` pairs at a time."""
+    """Returns the results for each image of this device with its own clip, pair_chunk pairs at a time (0: all)."""
     model, options, params = context.model, context.options, context.params
     decoder = functools.partial(apply, model.decoder, params["decoder"])
 
@@ -152,9 +152,10 @@ class HardPairs(NamedTuple):
 
 
 def hard_pairs(context: LossContext, encoded: Encoded, positives: Positives, gathered: GlobalBatch) -> list[HardPairs]:
-    """Mines and decodes hard pairs (docs/official.md 4-5); one result for each direction in options.mining_direction.
+    """Mines and decodes hard pairs (docs/official.md 4-5); returns one result for each direction, image_to_clip first.
 
-    A row's own partner is never hard; with options.exclude_same_product neither is one with the row's product.
+    options.mining_direction names one direction or "both". A row's own partner is never hard; with
+    options.exclude_same_product no partner of the row's product is.
     """
     model, options = context.model, context.options
 
@@ -204,7 +205,7 @@ def local_losses(
 
     Returns the unweighted losses by name (icl and, as configured, frame_icl, pmd, pfr) and two counts:
     negatives_missing, hard partners that mining did not find, and busiest_device_units, pair blocks of the device that
-    decoded most. All are scalars, equal on all devices.
+    decoded most, both 0 without pmd. All are scalars, losses float32 and counts int32, equal on all devices.
     """
     context = loss_context(model, options, specs, params, key, batch["mask"].shape[0])
     encoded = encode_rows(context, batch)

@@ -26,8 +26,13 @@ def mine_hard(
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
     """Finds the k = min(NUM_HARD, G) most similar partners of each anchor, without gradient (docs/official.md 4.1-4.3).
 
+<<<<<<< HEAD
     Returns their positions in the global batch, the most similar first; and whether each was found. Where an anchor has
     fewer than k partners that are not excluded, `found` is false and the position means nothing.
+=======
+    Returns their positions in the global batch, int32, the most similar first; and whether each was found. That is
+    false, and the position means nothing, where an anchor has fewer than k partners that are not excluded.
+>>>>>>> de
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
@@ -43,7 +48,7 @@ def pair_keys(key: Array, image: Int[Array, "*n"], clip: Int[Array, "*n"]) -> Ar
 
 
 def attention_dropout(weights: Float[Array, "n H r S"], keys: Array, rate: float) -> Float[Array, "n H r S"]:
-    """Applies dropout to attention weights with one key for each pair, [n, r] (docs/official.md 5.4)."""
+    """Returns the weights, each 0 with probability `rate`, else divided by 1 - rate; keys [n, r]: one for each pair."""
     shape = (weights.shape[1], weights.shape[3])
     keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, shape)))(keys)  # [n, r, H, S]
     return jnp.where(keep.swapaxes(1, 2), weights / (1 - rate), 0)
@@ -58,10 +63,10 @@ class PairBlocks(NamedTuple):
 
 
 def group_pairs_by_clip(clip_of_pair: Int[Array, " pairs"], *, rows: int, block_size: int, multiple: int) -> PairBlocks:
-    """Groups pairs into blocks of `block_size` by the row of their clip; the row `rows` marks another device's pair.
+    """Returns pairs in blocks of `block_size` by the row of their clip; the row `rows` marks another device's pair.
 
-    U always suffices, even if all pairs have one clip, and is a multiple of `multiple`. With clips (2, 0, 3, 0, 0),
-    3 rows and block_size 2 the blocks are the pairs (1, 3), (4, -), (0, -) of the clips 0, 0, 2.
+    U is rows + pairs // block_size, which always suffices, rounded up to a multiple of `multiple`. With clips (2, 0, 3,
+    0, 0), 3 rows and block_size 2 the used blocks are the pairs (1, 3), (4, -), (0, -) of the clips 0, 0, 2.
     """
     count = clip_of_pair.shape[0]
     most = -(-(rows + count // block_size) // multiple) * multiple
@@ -98,12 +103,12 @@ def decode_blocks(
     count: Int[Array, ""],
     chunk: int,
 ) -> Float[Array, "U r"]:
-    """Returns the logits of the first `count` blocks, computed `chunk` blocks at a time; the others' mean nothing.
+    """Returns the logits of the first `count` blocks, float32, `chunk` blocks at a time; the others' mean nothing.
 
-    `image` contains positions in the global batch, `clip` rows of this device. The loop runs as often as this device
-    has work, because no fixed capacity would do: with an untrained encoder one clip is among the hardest of nearly
-    every image. It contains no collective, so devices may differ. JAX has no gradient for a loop of unknown length, so
-    it is written here: the same loop, which computes each chunk again.
+    `image` contains positions in the global batch, `clip` rows of this device; `chunk` divides U. The gradient goes to
+    `inputs` except their constants. The loop runs as often as this device has work, because no fixed capacity would do:
+    with an untrained encoder one clip is among the hardest of nearly every image. It contains no collective, so devices
+    may differ. JAX has no gradient for a loop of unknown length, so it is written here: the same loop again.
     """
 
     def cut(at: Array, *arrays: Array) -> list[Array]:
@@ -156,8 +161,8 @@ def image_to_clip_logits(
 ) -> tuple[Float[Array, "B k"], Int[Array, ""]]:
     """Decodes every image with its hard clips, each pair on the device of its clip (docs/official.md 4.3-4.5).
 
-    Returns the logits of this device's images, 0 where `found` is false; and the number of blocks of `block_size` pairs
-    that this device decoded, `chunk` blocks at a time.
+    Returns the logits of this device's images, float32, 0 where `found` is false; and the number, int32, of blocks of
+    `block_size` pairs that this device decoded, `chunk` blocks at a time.
     """
     rows, k = hard_clips.shape
     total = inputs.class_tokens.shape[0]
@@ -177,7 +182,7 @@ def clip_to_image_logits(
 ) -> Float[Array, "B k"]:
     """Decodes every clip of this device with its hard images, at most `chunk` clips at a time.
 
-    Returns the logits; where mining found no partner they mean nothing. No device waits for another's logits.
+    Returns the logits, float32; where mining found no partner they mean nothing. No device waits for another's logits.
     """
     rows = hard_images.shape[0]
     chunk = -(-rows // -(-rows // chunk))  # as few chunks as possible, equal in size

@@ -24,7 +24,7 @@ def expand_to(vector: Float[Array, "*_"], x: Float[Array, "*n"]) -> Float[Array,
 def normalise(
     pictures: UInt8[Array, "*n px px 3"] | Float[Array, "*n px px 3"], mask: Int[Array, "*n"] | None = None
 ) -> Float[Array, "*n px px 3"]:
-    """Returns (pixel / 255 - MEAN) / STD in float32 for uint8 pictures; pictures of floats count as normalised.
+    """Returns (pixel / 255 - MEAN) / STD in float32 for uint8 pictures; those of floats keep their values and dtype.
 
     Pictures with mask 0 become zero after that (docs/official.md 2.1). Without a mask no picture does.
     """
@@ -36,7 +36,7 @@ def normalise(
 
 
 def apply(module: nn.Module | None, params: Any, *inputs: Any, method: str | None = None) -> Any:
-    """Calls a module, or its method of the given name, on `inputs` with `params` as the module's own parameters."""
+    """Returns what a module, or its method of that name, returns for `inputs` with `params` as its own parameters."""
     assert module is not None
     return module.apply({"params": params}, *inputs, method=method)
 
@@ -48,7 +48,7 @@ def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
 
 
 def cosines(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """Returns the dot product of each row of `a` with each row of `b`; rows are unit vectors.
+    """Returns the dot product of each row of `a` with each row of `b`, float32; rows are unit vectors.
 
     Computed in float32 at the highest matmul precision for any model.dtype: near 1 bfloat16 has steps of 4e-3, which
     makes logits coarse and near-equal negatives equal (docs/official.md 11, row 36).

@@ -42,7 +42,7 @@ class MatchingDecoder(nn.Module):
         return self.self_layer(tokens)
 
     def keys_values(self, tokens: Float[Array, "n S D"]) -> Float[Array, "n S 2*D"]:
-        """Returns a clip's keys, then its values, from raw tokens unless kv_norm (docs/official.md 5.4; 11, row 4)."""
+        """Returns a clip's keys, then its values, in `dtype`, of raw tokens; kv_norm: after ln_1 (11, row 4)."""
         tokens = self.cross_layer.ln_1(tokens) if self.kv_norm else tokens
         return self.cross_layer.attn.project(tokens, 1, 3)
 
@@ -68,14 +68,14 @@ class MatchingDecoder(nn.Module):
     def logit(
         self, x: Float[Array, "n r D"], weights: Float[Array, "n H r S"], keys_values: Float[Array, "n S 2*D"]
     ) -> Float[Array, "n r"]:
-        """Returns 10 cos(h, w) for image class tokens x against the clip (docs/official.md 5.6)."""
+        """Returns 10 cos(h, w), float32, for image class tokens x against the clip (docs/official.md 5.6)."""
         pooled = self.pooled(self.cross_tokens(x, weights, keys_values))
         return 10 * unit(pooled) @ unit(self.match)
 
     def __call__(
         self, image_tokens: Float[Array, "n T D"], clip_tokens: Float[Array, "n S D"], key_mask: Bool[Array, "n S"]
     ) -> tuple[Float[Array, "n"], Float[Array, "n H T S"]]:
-        """Returns matching logits and masked scores of n (image, clip) pairs, without dropout."""
+        """Returns float32 matching logits and scores, padding at the lowest float32, of n pairs, without dropout."""
         x, keys_values = self.image_tokens(image_tokens), self.keys_values(clip_tokens)
         scores = self.scores(x, keys_values, key_mask)
         return self.logit(x[:, :1], jax.nn.softmax(scores[:, :, :1], axis=-1), keys_values)[:, 0], scores
@@ -99,7 +99,7 @@ class PatchReconstruction(nn.Module):
         self.conv2_bias = self.param("conv2_bias", zeros, (1,))
 
     def read(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n H T S"]:
-        """Returns R: the masked scores, their softmax, or that times sqrt(head_width), as `attention` says."""
+        """Returns R: "score": scores, 0 at padding; "prob": softmax; "prob_scaled": that times sqrt(head_width)."""
         if self.attention == "score":
             return jnp.where(key_mask[:, None, None, :], scores, 0)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -112,9 +112,9 @@ class PatchReconstruction(nn.Module):
         return jax.nn.relu(jnp.einsum("nkts,k->nts", jax.nn.relu(hidden), self.conv2_kernel) + self.conv2_bias[0])
 
     def __call__(self, scores: Float[Array, "n H T S"], key_mask: Bool[Array, "n S"]) -> Float[Array, "n R S"]:
-        """Returns the weights of the S clip tokens for each of R = T image tokens; each row sums to 1.
+        """Returns the weights, float32, of the S clip tokens for each of R = T image tokens; each row sums to 1.
 
-        Without class tokens R = T - 1, and the frames' class tokens have weight 0.
+        Without class tokens R = T - 1, and the frames' class tokens have weight 0. With mask_padding padding has 0.
         """
         tokens = scores.shape[2]
         mixed = self.mix(self.read(scores, key_mask))

@@ -41,8 +41,8 @@ class Rice(nn.Module):
     ) -> dict[str, Array]:
         """Returns all outputs for n (clip, image) pairs, without dropout, by name.
 
-        image_embedding and clip_embedding [n, E] are unit vectors and logit_scale is a scalar. A decoder adds
-        match_logit [n], a reconstruction head coefficients [n, R, S].
+        All are float32: image_embedding and clip_embedding [n, E] are unit vectors and logit_scale is a scalar. A
+        decoder adds match_logit [n], a reconstruction head beside it coefficients [n, R, S].
         """
         n, slots = mask.shape
         image_tokens, image_pooled = self.encoder(normalise(image))
@@ -63,7 +63,7 @@ class Rice(nn.Module):
 
 
 def build_model(config: Config) -> Rice:
-    """Returns the model that a config's `model`, `loss` and data.image_size describe, without parameters."""
+    """Returns the config's model, without parameters: a decoder only for loss.pmd or pfr, the head for loss.pfr."""
     c, dtype = config.model, jnp.dtype(config.model.dtype)
     encoder = VisionTransformer(
         image_size=config.data.image_size,

@@ -35,7 +35,7 @@ class Convolution(nn.Module):
 
 
 def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"], stride: int) -> Float[Array, "n h2 w2 d"]:
-    """Convolves x, padded with one pixel of zeros; h2 = ceil(h / stride), w2 = ceil(w / stride).
+    """Returns x, padded with one pixel of zeros, convolved; h2 = ceil(h / stride), w2 = ceil(w / stride).
 
     With a stride above 1 it is one matmul over the nine shifted views: XLA's gradient of that is twice as fast on CPUs.
     """

@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
 
     def project(self, x: Float[Array, "*n D"], start: int, stop: int) -> Float[Array, "*n c"]:
-        """Returns numbers start to stop - 1 of (q, k, v), concatenated on the last axis: c = (stop - start) D."""
+        """Returns numbers start to stop - 1 of (q, k, v), in one array, side by side: c = (stop - start) D."""
         columns = slice(start * self.width, stop * self.width)
         out = x @ self.in_proj_kernel[:, columns].astype(self.dtype)
         return out + expand_to(self.in_proj_bias[columns], out)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return jnp.einsum("bthd,bshd->bhts", q_bthd * scale, k_bshd, preferred_element_type=jnp.float32)
 
     def mix(self, weights: Float[Array, "n heads t S"], v_bsd: Float[Array, "n S D"]) -> Float[Array, "n t D"]:
-        """Returns the weighted sums of the values, heads concatenated, after out_proj."""
+        """Returns the weighted sums of the values, heads concatenated, after out_proj, in `dtype`."""
         x_bthd = jnp.einsum("bhts,bshd->bthd", weights.astype(self.dtype), self.split_heads(v_bsd))
         return self.out_proj(x_bthd.reshape(*x_bthd.shape[:2], self.width))
 
@@ -170,8 +170,8 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Float[Array, "n T D"], Float[Array, "n E"]]:
         """Encodes normalised pictures: all patches (T = 1 + P), or those with the numbers `kept` (T = 1 + kept).
 
-        Returns the tokens of the last block, before ln_post and in `dtype`; and the pooled vectors, after ln_post and
-        proj, in float32 and not normalised.
+        Returns the tokens of the last block, class token first, before ln_post and in `dtype`; and the pooled vectors,
+        after ln_post and proj, in float32 and not of unit length.
         """
         n, width = pictures.shape[0], self.width
         small = nn.initializers.normal(width**-0.5)
@@ -198,7 +198,7 @@ class VisionTransformer(nn.Module):
         return (self.image_size // self.patch_size) ** 2
 
     def resblocks(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
-        """Applies all blocks in one scan, which compiles a block once and stacks the parameters on a leading axis."""
+        """Returns x after all blocks; one scan compiles a block once and stacks the parameters on a leading axis."""
 
         def layer(block: Block, x: Array, _: None) -> tuple[Array, None]:
             return block(x), None

@@ -25,7 +25,7 @@ class EmbeddingStore:
     BLOCK = 4096  # rows
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder` must be named after all that decides the embeddings; None: nothing is written or read."""
+        """Makes `folder`, which must be named after all that decides the embeddings; None: nothing is kept."""
         self._folder = folder
         if folder is not None and hosts.is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -33,9 +33,9 @@ class EmbeddingStore:
     def blocks(
         self, kinds: Mapping[str, int], rows: np.ndarray, encode: Callable[[np.ndarray], Sequence[np.ndarray]]
     ) -> tuple[np.ndarray, ...]:
-        """Returns encode(rows), one array [n, width] for each kind. Complete blocks are read, others are computed.
+        """Returns encode(rows), float32 [n, width] for each kind. Blocks on disk are read; process 0 writes the others.
 
-        `kinds` are widths by name, in the order of the arrays that `encode` returns.
+        `kinds` are widths by name, in the order of encode's arrays. Raises OSError or ValueError for a bad block.
         """
         out = [[np.zeros((0, width), np.float32) for width in kinds.values()]]
         for start in range(0, len(rows), self.BLOCK):
@@ -67,15 +67,16 @@ class EvaluationPass:
         self._bar.close()
 
     def clips(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """Returns the results of `encode` for the clips at `rows`, in that order.
+        """Returns the results of `encode` for the clips at `rows`, in that order, joined; () for no rows.
 
-        `encode` takes a batch's rows, -1 where it is filled up, and its frames and mask on the devices.
+        `encode` takes a batch's rows, -1 where it is filled up, and its frames and mask on the devices. Raises
+        ValueError for a row outside the split, too few stored frames, or an unreadable record or picture.
         """
         make = functools.partial(clip_batches, seed=self._model.config.seed)
         return self._in_batches(make, ("frames", "mask"), rows, encode)
 
     def images(self, rows: np.ndarray, encode: Callable[..., list[Array]]) -> tuple[np.ndarray, ...]:
-        """Returns the same for shop images; `encode` takes a batch's rows and its images."""
+        """Returns encode(rows, images) of the images at `rows`, joined in order. Raises ValueError if unreadable."""
         return self._in_batches(image_batches, ("image",), rows, encode)
 
     def _in_batches(
@@ -103,7 +104,7 @@ def embed(
     store: EmbeddingStore,
     show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the embeddings of clips [Q, E] and of shop images [I, E], in the order of the split's rows given."""
+    """Returns unit embeddings of clips [Q, E] and images [I, E], float32, by row. Raises ValueError if unreadable."""
     width, total = model.config.model.embedding, len(clip_rows) + len(image_rows)
     with EvaluationPass(model, split, total=total, show_progress=show_progress) as encode:
         clips_of = lambda rows: encode.clips(rows, lambda _, *x: model.run(inference.encode_clips, *x))

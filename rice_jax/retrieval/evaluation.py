@@ -36,7 +36,7 @@ def evaluate_split(
     store: EmbeddingStore | None = None,
     show_progress: bool = False,
 ) -> Result:
-    """Returns Recall@k of a split by the official definition (docs/official.md 10).
+    """Returns figures and rankings of a split by the official definition of Recall@k (docs/official.md 10).
 
     Figures: recall@k, strict_recall@k (ties and NaN count against the model) and chance_recall@k in percent; queries,
     the entries of the truth list (only those in `subset` if given), with or without frames; and mean_gallery_size.
@@ -45,7 +45,8 @@ def evaluate_split(
     by the sum of both. Its further figures are matching_recall@k, sum_recall@k, strict ones of both, and the 95 %
     interval of each recall@1 as NAME_low and NAME_high. "raw-matching" has h . w in place of the decoder's cosine, in
     the sum too. Embeddings are kept in `store` if it is given. Raises ValueError for an unknown score, a split without
-    galleries, an id in `subset` that the truth list lacks, and matching by a model that was not trained to match.
+    galleries, an id in `subset` that the truth list lacks, no query, a picture or file that cannot be read, and
+    matching by a model that was not trained to match.
     """
     if score not in SCORES:
         raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
@@ -87,7 +88,6 @@ def evaluate_split(
 
 
 def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the true image ids by clip id, of the clips in `subset` if it is given."""
     if not split.galleries:
         raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
     truth = split.truth_by_clip
@@ -129,9 +129,10 @@ def _recalls(ranking: Ranking, prefix: str, queries: int) -> dict[str, float]:
 
 
 def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
-    """Yields a dict for each query: "clip", its "rank", and "top", pairs (shop image id, score), the best first.
+    """Yields a dict for each query with a clip: "clip", "rank", and "top", up to 10 pairs (shop image id, score).
 
-    A rank is None without a true image in the gallery. For the other rankings there are NAME_rank and NAME_top.
+    The best is first; scores have six decimals. A rank counts from 1, None without a true image in the gallery. For the
+    rankings in result.others there are NAME_rank and NAME_top too.
     """
     for i, row in enumerate(result.clip_rows.tolist()):
         line: dict[str, Any] = {"clip": split.clip_ids[row]}
@@ -147,7 +148,7 @@ def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def one_line(figures: Mapping[str, int | float]) -> str:
-    """Returns recall@k, chance and the number of queries as one line of text."""
+    """Returns recall@1, 3, 5 and 10, chance of recall@1, in percent, and the number of queries as one line of text."""
     recall = "  ".join(f"R@{k} {figures[f'recall@{k}']:.2f}" for k in KS)
     return f"{recall}  (chance {figures['chance_recall@1']:.2f}, {figures['queries']:.0f} queries)"
 
@@ -155,7 +156,7 @@ def one_line(figures: Mapping[str, int | float]) -> str:
 def table(figures: Mapping[str, int | float]) -> str:
     """Returns the figures as a table of text, in percent with two decimals as the official script prints them.
 
-    The row of strict recall is always there for the embedding, and for other scores if a figure differs from recall.
+    Strict recall always has a row for the embedding, else if a figure differs. Raises ValueError for 0 queries.
     """
     matching = {"": "embedding", "matching_": "matching", "sum_": "their sum"}
     prefixes = matching if "matching_recall@1" in figures else {"": "recall"}

@@ -39,9 +39,9 @@ class GalleryScorer:
         self._class_tokens = jax.make_array_from_process_local_data(NamedSharding(mesh, P()), padded)
 
     def score(self, gallery_of: np.ndarray, frames: Array, mask: Array) -> list[Array]:
-        """Returns embeddings [n, E] and scores [n, width] of a global batch of clips, -inf beyond a gallery's end.
+        """Returns embeddings [n, E] and scores [n, width], float32, of a global batch, -inf beyond a gallery's end.
 
-        gallery_of: int [n], each clip's gallery; -1 for none.
+        gallery_of: int [n], each clip's gallery; -1 for none, with all scores -inf. frames, mask: of encode_clips.
         """
         positions = process_rows(len(gallery_of), self._mesh)
         gallery = to_global(self._rows[gallery_of[positions]], self._mesh)

@@ -19,7 +19,7 @@ Histogram = NDArray[np.float64]
 
 
 def histogram(pixels: Pixels) -> Histogram:
-    """Returns the share of pixels in each bin, float64 [BINS ** 3], of a picture [height, width, 3]."""
+    """Returns the share of pixels in each bin, float64 [BINS ** 3], red slowest, of a picture [height, width, 3]."""
     red, green, blue = np.moveaxis(pixels.astype(np.int64) * BINS // 256, -1, 0)
     counts = np.bincount(((red * BINS + green) * BINS + blue).reshape(-1), minlength=BINS**3)
     return counts / counts.sum()
@@ -33,7 +33,7 @@ def histogram_recall(split: Split, *, frames: int = 10, at: int = 1) -> float:
     """Returns Recall@`at` of the baseline in percent, by the official rules (docs/official.md 10.1, 10.2).
 
     Equal scores rank in file order, a query without a stored clip counts as missed, and at most `frames` of a clip are
-    read.
+    used. Raises ValueError for an unreadable record or picture, KeyError for a clip without a gallery.
     """
     images = np.array([mean_histogram([split.image(row).encoded]) for row in range(split.num_images)])
     hits = 0

@@ -19,7 +19,7 @@ from rice_jax.models.rice import Rice
 
 
 def encode_images(net: Rice, flip: bool, params: Any, images: Array) -> Float[Array, "n E"]:
-    """Returns unit embeddings of shop images, uint8 [n, px, px, 3].
+    """Returns unit embeddings, float32, of shop images, uint8 [n, px, px, 3].
 
     flip: add the pooled vectors of each image and its mirror image before they are scaled to unit length.
     """
@@ -27,14 +27,14 @@ def encode_images(net: Rice, flip: bool, params: Any, images: Array) -> Float[Ar
 
 
 def encode_clips(net: Rice, flip: bool, params: Any, frames: Array, mask: Array) -> Float[Array, "n E"]:
-    """Returns unit embeddings of clips: frames uint8 [n, N, px, px, 3], mask int32 [n, N] with 1 for a frame."""
+    """Returns float32 unit embeddings of frames uint8 [n, N, px, px, 3], mask int32 [n, N]; flip as encode_images."""
     return clip_embedding(_encode_frames(net, flip, params, frames, mask)[1], mask)
 
 
 def encode_images_to_match(
     net: Rice, flip: bool, params: Any, images: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n D"]]:
-    """Returns shop images' unit embeddings, and their class tokens after the decoder's self layer (never mirrored)."""
+    """Returns unit embeddings, and class tokens after the decoder's self layer (never mirrored), both float32."""
     tokens, pooled = _encode(net, flip, params, normalise(images))
     class_tokens = apply(net.decoder, params["decoder"], tokens, method="image_tokens")[:, 0]
     return unit(pooled), class_tokens.astype(jnp.float32)
@@ -43,7 +43,7 @@ def encode_images_to_match(
 def encode_clips_to_match(
     net: Rice, flip: bool, params: Any, frames: Array, mask: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n S DD"], Bool[Array, "n S"]]:
-    """Returns clips' unit embeddings, the decoder's keys and values of their frames (DD = 2*D), and the keys' mask."""
+    """Returns unit embeddings, the decoder's keys and values (DD = 2*D, never mirrored), and the mask of real keys."""
     tokens, pooled = _encode_frames(net, flip, params, frames, mask)
     n, slots, per_frame, width = tokens.shape
     tokens = tokens.reshape(n, slots * per_frame, width)
@@ -103,7 +103,7 @@ def gallery_scores(
 def score_all_pairs(
     net: Rice, raw: bool, params: Any, frames: Array, mask: Array, images: Array
 ) -> Float[Array, "n m"]:
-    """Returns the scores of every clip with every shop image, all at once: it needs memory for [n, H, m, S]."""
+    """Returns float32 scores, cos(h, w), or h . w if `raw`, of all pairs at once: it needs memory for [n, H, m, S]."""
     _, class_tokens = encode_images_to_match(net, False, params, images)
     _, keys_values, key_mask = encode_clips_to_match(net, False, params, frames, mask)
     repeated = jnp.broadcast_to(class_tokens[None], (mask.shape[0], *class_tokens.shape))
@@ -113,7 +113,7 @@ def score_all_pairs(
 def encode_and_score_clips(
     net: Rice, flip: bool, raw: bool, at_once: int, params: Any, frames: Array, mask: Array, *galleries: Array
 ) -> tuple[Float[Array, "n E"], Float[Array, "n L"]]:
-    """Returns clips' unit embeddings and gallery_scores; `galleries` are class_tokens, gallery and steps of these."""
+    """Returns unit embeddings and gallery_scores, float32; `galleries` are its class_tokens, gallery and steps."""
     embedding, keys_values, key_mask = encode_clips_to_match(net, flip, params, frames, mask)
     class_tokens, gallery, steps = galleries
     scores = gallery_scores(net, raw, at_once, params, class_tokens, gallery, steps, keys_values, key_mask)
@@ -121,7 +121,7 @@ def encode_and_score_clips(
 
 
 def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array, Array]:
-    """Returns tokens [n, T, D] and pooled vectors [n, E] of normalised pictures; `flip` adds those of mirror images."""
+    """Returns tokens [n, T, D], pooled vectors [n, E], not unit; `flip` adds the mirror images' to the pooled alone."""
     tokens, pooled = apply(net.encoder, params["encoder"], pictures)
     if flip:
         pooled = pooled + apply(net.encoder, params["encoder"], pictures[:, :, ::-1])[1]
@@ -129,7 +129,6 @@ def _encode(net: Rice, flip: bool, params: Any, pictures: Array) -> tuple[Array,
 
 
 def _encode_frames(net: Rice, flip: bool, params: Any, frames: Array, mask: Array) -> tuple[Array, Array]:
-    """Returns tokens [n, N, T, D] and pooled vectors [n, N, E] of every slot."""
     n, slots = mask.shape
     pictures = normalise(frames, mask).reshape(n * slots, *frames.shape[2:])
     tokens, pooled = _encode(net, flip, params, pictures)

@@ -25,9 +25,9 @@ def score_galleries(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns clip embeddings [Q, E], image embeddings [I, E], and each clip's scores with its gallery, [Q, L].
 
-    Scores beyond a gallery's end are -inf; L is at least the size of the largest gallery. Each of `galleries` has
-    positions in `image_rows`, `gallery_of` is each clip's gallery, int [Q], and `raw` is as in Model.match. Raises
-    ValueError if the model has no decoder that was trained to match.
+    All float32. Scores beyond a gallery's end are -inf; L is the largest gallery's size, rounded up to 32, 64, ... Each
+    of `galleries` has positions in `image_rows`, `gallery_of` is each clip's gallery, int [Q], and scores are cosines,
+    or h . w if `raw`. Raises ValueError if the model was not trained to match, or a picture is unreadable.
     """
     check_decoder(model)
     width = model.config.model.embedding

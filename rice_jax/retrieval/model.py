@@ -26,7 +26,7 @@ from rice_jax.training.step import abstract_state
 
 
 def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
-    """Returns a config's `data` section as options of the input pipeline; evaluation has its own number of slots."""
+    """Returns `data` as FrameOptions, of eval_num_frames slots unless `train`. Raises ValueError for bad values."""
     names = {field.name for field in dataclasses.fields(FrameOptions)}
     options = {name: value for name, value in data.items() if name in names}
     return FrameOptions(**options | {"num_frames": data.num_frames if train else data.eval_num_frames})
@@ -36,7 +36,6 @@ def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
 def _on_mesh(
     function: Callable[..., Any], mesh: Mesh, net: Rice, options: tuple[Any, ...], params: Any, *arrays: Array
 ) -> list[Array]:
-    """Returns function(net, *options, params, *arrays) on every device. Parameters are gathered once, before it."""
     replicated = NamedSharding(mesh, P())
     results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
     return jax.tree.leaves(jax.lax.with_sharding_constraint(results, replicated))
@@ -69,7 +68,7 @@ class Model:
     step: int = 0
 
     def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
-        """Returns pictures as evaluation sees them: decoded, resized and cropped to px = config.data.image_size.
+        """Returns pictures, in order, as evaluation sees them: decoded, resized and cropped to px = data.image_size.
 
         `pictures` are JPEG, PNG or WebP files, each as a path or as its bytes.
 
@@ -129,7 +128,7 @@ class Model:
         `raw`; both are float32.
 
         Raises:
-          ValueError: as in encode_clips and encode_images, or the model was not trained to match.
+          ValueError: frames, mask or images of a wrong shape, dtype or value, or a model not trained to match.
         """
         check_decoder(self)
         frames, mask = self._check_clips(frames, mask)
@@ -140,7 +139,7 @@ class Model:
         return self._in_batches(functools.partial(scorer.score, gallery_of), frames, mask)[1][:, : len(images)]
 
     def run(self, function: Callable[..., Any], *arrays: Any, options: tuple[Any, ...] = ()) -> list[Array]:
-        """Returns the arrays function(net, eval_flip, *options, params, *arrays), compiled and replicated.
+        """Returns the list of arrays of function(net, eval_flip, *options, params, *arrays), compiled and replicated.
 
         `function` is one of rice_jax.retrieval.inference, and `arrays` are on the devices.
         """
@@ -148,12 +147,12 @@ class Model:
 
     @property
     def can_match(self) -> bool:
-        """Whether the decoder was trained by PMD. With PFR alone its matching head keeps its initial values."""
+        """Whether there is a decoder trained by PMD. With PFR alone its matching head keeps its initial values."""
         return self.net.decoder is not None and bool(self.config.loss.pmd)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the parameters, 16 hex digits: equal parameters have equal ones, whatever folder they are in."""
+        """A digest of the parameters' paths, dtypes, shapes and values, 16 hex digits. All processes must read it."""
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
@@ -218,7 +217,8 @@ def load(
 
     Raises:
       FileNotFoundError: the folder has no run, no checkpoint, or none of that step.
-      ValueError: the checkpoint or the config is damaged, or an override is of a field that training depended on.
+      ValueError: the checkpoint or the config is damaged or of another version, no checkpoint is undamaged, or an
+        override is of no field, of one that training depended on, or of a value that the field cannot have.
 
     Example:
       model = rice_jax.load("runs/smoke", overrides={"eval_flip": "true"})

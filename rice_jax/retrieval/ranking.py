@@ -120,7 +120,7 @@ def rank_matrix(
     truth: Sequence[Collection[Hashable]],
     top_k: int = 10,
 ) -> Ranking:
-    """Returns the ranking by given scores.
+    """Returns the ranking by given scores. The arguments are not checked.
 
     Args:
         score_ql: float32 [Q, L], each query's scores of its gallery's entries, in file order. L is at least the size of
@@ -141,7 +141,6 @@ def rank_matrix(
 def _rank_rows(
     score_ql: Float32[Array, "Q L"], size_q: Int32[Array, " Q"], true_qm: Int32[Array, "Q M"], *, top_k: int
 ) -> "_Results":
-    """Returns `rank_scores` of each row, with a gallery size for each."""
 
     def one(row: tuple[Array, Array, Array]) -> Any:
         score_l, size, true_m = row
@@ -265,7 +264,7 @@ def _rank_galleries(
 def _size_classes(
     size_s: Int32[np.ndarray, " S"], count_s: Int32[np.ndarray, " S"], *, at_least: int
 ) -> list[tuple[Int[np.ndarray, " _"], int]]:
-    """Returns (galleries, padded size) for each class of similar size, largest first, of the galleries with queries."""
+    """Returns (galleries, padded size) of each class of galleries with queries, largest first; a size >= `at_least`."""
     members_s = np.flatnonzero(count_s)
     members_s = members_s[np.argsort(-size_s[members_s], kind="stable")]
 
@@ -285,7 +284,7 @@ def _true_positions(
     image_ids: Sequence[Hashable],
     truth: Sequence[Collection[Hashable]],
 ) -> tuple[Int32[np.ndarray, "Q M"], Int32[np.ndarray, " Q"]]:
-    """Returns the positions of each query's true entries in its gallery, padded with -1, and their number."""
+    """Returns the positions of each query's true entries in its gallery, in any order, then -1, and their number."""
     # A join of entries and truth on the pair (gallery, id).
     code_of_id: dict[Hashable, int] = {}
     code_i = np.array([code_of_id.setdefault(image_id, len(code_of_id)) for image_id in image_ids], np.int64)
@@ -315,7 +314,7 @@ def _true_positions(
 
 
 def _count_within_groups(sizes: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
-    """Returns 0, 1, ... for each group in turn: sizes 2 and 3 give 0 1 0 1 2."""
+    """Returns 0, 1, ... for each group in turn, one array: sizes 2 and 3 give 0 1 0 1 2."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 

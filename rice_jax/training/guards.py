@@ -45,7 +45,7 @@ class Stop:
         self._raises = False
 
     def agreed(self, step: int) -> bool:
-        """Returns whether to stop after this step, the same in every process; call it after every step."""
+        """Returns whether to stop after this step, alike in all processes; sets `received` if so. Call it at each."""
         if jax.process_count() == 1:
             return bool(self.received)
         # jax's preemption service learns of a SIGTERM on any host and picks a step that no process has passed.
@@ -76,7 +76,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Context in which this object handles SIGTERM and SIGINT; it yields itself."""
+        """Context that yields this object, which handles SIGTERM and SIGINT meanwhile, if in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python handles signals in the main thread only
             return
@@ -120,7 +120,7 @@ class Stop:
 class Watch:
     """A thread that warns when the loop waits too long, and when memory comes near its limit.
 
-    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it ends the process after twice that.
+    After `stall_seconds` (0: never) it prints all threads' stacks; if `ends`, it exits with status 1 after twice that.
     """
 
     def __init__(self, stall_seconds: float, *, ends: bool) -> None:
@@ -130,11 +130,11 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
 
     def waits_for(self, subject: str, step: int) -> None:
-        """Notes that the loop now waits for the "input" or the "device", after `step` updates."""
+        """Notes that a wait for "input" or "device" begins, after `step` updates. `pause` or another call ends it."""
         self._wait = (subject, step, time.monotonic())
 
     def pause(self) -> None:
-        """Notes that the loop now does work of unknown length, about which Watch does not warn."""
+        """Notes that no wait is under way: of the work until the next `waits_for` Watch does not warn."""
         self._wait = None
 
     def __enter__(self) -> "Watch":
@@ -176,7 +176,7 @@ class Watch:
 
 
 def _warn_of_memory() -> bool:
-    """Warns when this process and its workers hold most of the memory that they may use; returns whether it did."""
+    """Warns if this process and its children hold MEMORY_SHARE of a known memory limit; returns whether it did."""
     limit, held = memory_limit(), resident_bytes()
     if not limit or held < MEMORY_SHARE * limit:
         return False
@@ -188,7 +188,7 @@ def _warn_of_memory() -> bool:
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process and its children in bytes; 0 on a system without /proc."""
+    """Returns the resident memory of this process and its own children, summed, in bytes; 0 without /proc."""
     total, processes = 0, ["self"]
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
@@ -200,7 +200,7 @@ def resident_bytes() -> int:
 
 
 def memory_limit() -> int:
-    """Returns the memory of the machine or the limit of the control group in bytes, the smaller one; 0 if unknown."""
+    """Returns the smallest of the machine's memory and its control groups' limits, in bytes; 0 if none is known."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -211,7 +211,6 @@ def memory_limit() -> int:
 
 
 def _memory_files() -> list[Path]:
-    """Returns files that may contain a limit: of control groups v2 and v1, this process's group and the root group."""
     root, files = Path("/sys/fs/cgroup"), [Path("/sys/fs/cgroup/memory.max")]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -242,7 +241,7 @@ class NotFinite:
         self._last: tuple[int, dict[str, float]] | None = None  # the newest finite update, and its gradient norms
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Checks update `step`: warns at the first of a row, raises ValueError after more than `patience` in a row."""
+        """Reports an update that is not finite. Raises ValueError after more than `patience` in a row, or OSError."""
         norms = dict(zip(self._parameters, np.asarray(values["gradient_norms"], np.float64).tolist(), strict=True))
         if values["finite"]:
             self._in_a_row, self._last = 0, (step, norms)
@@ -259,7 +258,6 @@ class NotFinite:
             warn(f"update {step}: loss or gradient is not finite; the parameters stay as they were. {report}.")
 
     def _report(self, step: int, values: Mapping[str, Any], norms: dict[str, float]) -> str:
-        """Appends the full report to the file and returns a summary of one line."""
         parts = {name: float(values[name]) for name in ("loss", "icl", "frame_icl", "pmd", "pfr") if name in values}
         clips = self._clips_of(step)
         if hosts.is_first():
@@ -282,5 +280,4 @@ def _some(names: list[str]) -> str:
 
 
 def _text(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Returns the values with NaN and infinities as text, because JSON cannot represent them."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

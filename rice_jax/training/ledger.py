@@ -18,12 +18,12 @@ from rice_jax.config import Config
 
 
 def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """Returns the rows that data.skip_clips leaves, or None without skip_clips. Raises ValueError for an unknown id."""
+    """Returns the rows that data.skip_clips leaves, ascending; None without it. Raises ValueError for an unknown id."""
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
-    """Returns the plan of a config with a batch_size. Raises ValueError if the clips do not fill one batch."""
+    """Returns the plan. Raises ValueError if clips fill no batch, or split, columns, seed, size or an id is bad."""
     train = dataset.split(config.data.train_split)
     return Plan(
         train.num_clips,
@@ -36,7 +36,7 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
 
 
 def batch_digest(rows: Int[Array | np.ndarray, " G"], xp: Any = np) -> UInt32[Array | np.ndarray, "2"]:
-    """Returns two position-weighted sums of a global batch's rows, modulo 2^32. xp: numpy, or jax.numpy in a jit."""
+    """Returns two position-weighted sums of a global batch's rows, uint32, modulo 2^32. xp: numpy; in jit jax.numpy."""
     row, position = rows.astype(xp.uint32), xp.arange(len(rows), dtype=xp.uint32)
     first = xp.sum((row + 1) * (2 * position + 1), dtype=xp.uint32)
     return xp.stack([first, xp.sum((row + 7) * (row + 11) * (position + 13), dtype=xp.uint32)])
@@ -48,7 +48,10 @@ def as_hex(digest: UInt32[Array | np.ndarray, "2"]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, except a half-written last one. Raises ValueError if one has no step."""
+    """Returns the lines of a metrics.jsonl, in order, without a half-written last one (no newline at its end).
+
+    Raises ValueError if a line is no JSON or has no integer "step", and OSError if the file cannot be read.
+    """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not text.endswith("\n"):
@@ -62,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(workdir: Path) -> dict[int, str]:
-    """Returns each update's digest, by its number from 1. Raises FileNotFoundError, or ValueError as read_metrics."""
+    """Returns each update's digest by its number. Raises FileNotFoundError, or ValueError for a line without step."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a training run.")
@@ -82,7 +85,7 @@ class Epoch(NamedTuple):
 
 
 def check_epoch(plan: Plan, ledger: dict[int, str], number: int, *, last_update: int) -> Epoch:
-    """Compares an epoch's updates, up to `last_update`, with the plan; updates not yet in the ledger are skipped."""
+    """Returns epoch `number`, from 0, compared with the plan up to `last_update`, without updates the ledger lacks."""
     first = number * plan.batches_per_epoch + 1
     updates = range(first, min(first + plan.batches_per_epoch, last_update + 1))
     batches = {update: plan.batch(update - 1) for update in updates if update in ledger}

@@ -17,7 +17,7 @@ from rice_jax.training.ledger import as_hex, read_metrics
 
 
 def as_json(value: Any) -> Any:
-    """Returns a metric as JSON has it: a number, None if it is not finite, or the digits of the ledger's digest."""
+    """Returns a metric as JSON has it: a number or bool, None if not finite; of uint32, the ledger's 16 hex digits."""
     array = np.asarray(value)
     if array.dtype == np.uint32:
         return as_hex(array)
@@ -48,7 +48,7 @@ class Log:
         return read_metrics(self._path) if self._path.exists() else []
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line: the metrics of update number `step`, from 1, or of an evaluation after it."""
+        """Writes a line, in process 0 only: the metrics of update `step`, from 1, or of an evaluation after it."""
         values = {name: as_json(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -60,7 +60,8 @@ class Log:
     ) -> list[tuple[int, Any]]:
         """Writes the metrics of `updates`, pairs of number and metrics, and waits until the device has computed them.
 
-        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Returns [].
+        Calls check(number, metrics) after each line, with gradient_norms, which are not written. Its error passes.
+        Sets `newest`. Returns [].
         """
         for step, on_device in updates:
             values = jax.device_get(on_device)
@@ -80,12 +81,12 @@ class Log:
         return any(line["step"] == step for line in self._evaluations(split))
 
     def last_evaluation(self, split: str) -> dict[str, int | float]:
-        """Returns the figures of the newest evaluation of a split by name; {} if there is none."""
+        """Returns the figures of a split's newest evaluation by name, null as None; {} without; on all processes."""
         found = self._evaluations(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
     def recalls(self, split: str) -> dict[int, float]:
-        """Returns the Recall@1 of each evaluation of a split, by step."""
+        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one, on all processes."""
         name = f"{split}/recall@1"
         return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
 
@@ -110,13 +111,16 @@ class Progress:
         self._since = time.monotonic()
 
     def start(self, step: int) -> str:
-        """Starts the clock after the first update; returns the time since the object was created, as text."""
+        """Starts the clock after the first update; returns the time since the object was created, as "3 min 2 s"."""
         self.started, since = True, self._since
         self.pause(step)
         return duration(self._since - since)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """Returns 'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'."""
+        """Returns 'step 150/3000  loss 3.912 (icl ...)  0.412 s/step  155 examples/s  19 min 34 s left'.
+
+        Without metrics there is no loss, without an update since the last report no speed. Restarts the clock.
+        """
         seconds = (time.monotonic() - self._since) / max(1, step - self._step)
         rate = ""
         if step > self._step:

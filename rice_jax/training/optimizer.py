@@ -13,7 +13,7 @@ from rice_jax.parallel.mesh import path_name
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate as a function of the update u = 0, 1, ... (docs/official.md 7.4).
+    """Returns a function of the update u = 0, 1, ... that returns the learning rate, a scalar (docs/official.md 7.4).
 
     It rises linearly from 0 to the peak, then follows a cosine to 0 at num_updates. (1 + cos 2x) / 2 is written as
     sin^2(pi/2 - x): 1 + cos cancels in float32 near 0. Relative error at most 3e-7; with jax's x64, 1e-12.
@@ -29,16 +29,17 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def lr_multiplier(name: str, config: Config) -> float:
-    """Returns the factor of the learning rate for the parameter of that path (docs/official.md 7.1)."""
+    """Returns the lr's factor of that parameter: 1.0 in the encoder, else logit_scale_ or decoder_lr_multiplier."""
     if name in ("logit_scale", "logit_bias"):
         return config.optimizer.logit_scale_lr_multiplier
     return 1.0 if name.startswith("encoder/") else config.optimizer.decoder_lr_multiplier
 
 
 def decays(name: str, ndim: int, config: Config) -> bool:
-    """Returns whether weight decay applies to the parameter of that path (docs/official.md 7.2).
+    """Returns whether weight decay applies to the parameter of that path, of `ndim` axes (docs/official.md 7.2).
 
-    "official" exempts biases only, since its other exemption matches no parameter; "no_1d" exempts vectors and scalars.
+    "official" exempts biases only, since its other exemption matches no parameter; "no_1d" exempts vectors and scalars,
+    not counting the axis of stacked blocks, which a path with "resblocks" has.
     """
     if config.optimizer.decay_rule == "no_1d":
         return ndim - ("resblocks" in name) > 1  # stacked blocks have one axis more
@@ -46,14 +47,14 @@ def decays(name: str, ndim: int, config: Config) -> bool:
 
 
 def one_minus_power(b: float, count: Int[Array, ""]) -> Float[Array, ""]:
-    """Returns 1 - b^count with a relative error of 2e-7; computed directly, float32 has 1e-5 for 1 - 0.999."""
+    """Returns 1 - b^count, float32, with a relative error of 2e-7; computed directly, 1 - 0.999 has 1e-5."""
     return -jnp.expm1(count.astype(float) * (math.log(b) if b else -math.inf))
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Returns Adam with eps added to the uncorrected sqrt(v), as in transformers 4.10 (docs/official.md 7.3).
 
-    It equals Adam with an eps of eps / sqrt(1 - b2^t), so early steps are smaller.
+    It equals Adam with an eps of eps / sqrt(1 - b2^t), so early steps are smaller. It does not negate or scale by lr.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -72,7 +73,7 @@ class ScheduleState(NamedTuple):
 def step_then_decay(config: Config) -> optax.GradientTransformation:
     """Returns theta <- theta - lr u, then theta <- theta - lr wd theta, as a transformation (docs/official.md 7.3).
 
-    lr is the schedule's rate times each parameter's lr_multiplier.
+    It maps u to theta's change. lr: the schedule's rate times lr_multiplier. wd: weight_decay, or 0 unless `decays`.
     """
     rate = schedule(config)
 
@@ -96,7 +97,7 @@ def step_then_decay(config: Config) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns the optimiser of a config; it maps gradients to changes that are added to the parameters."""
+    """Returns the optimiser of a config, which clips unless clip_norm is 0: from gradients to changes to be added."""
     o = config.optimizer
     adam = {"uncorrected": scale_by_uncorrected_adam, "corrected": optax.scale_by_adam}[o.eps_placing]
     clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []

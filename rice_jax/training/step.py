@@ -29,26 +29,26 @@ class State(NamedTuple):
 
 
 def random_key(seed: int) -> Array:
-    """Returns a Threefry key: other generators give other numbers on another mesh, or equal numbers under vmap."""
+    """Returns a typed key, shape [], of Threefry: other generators depend on the mesh, or repeat numbers under vmap."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def init_params(model: Rice, config: Config, key: Array) -> Any:
-    """Returns random parameters, a tree of dicts."""
+    """Returns random parameters, float32 arrays in nested dicts. The pictures' size is data.image_size."""
     side = config.data.image_size
     picture = jnp.zeros((1, side, side, 3), jnp.uint8)
     return model.init(key, picture[:, None], jnp.ones((1, 1), jnp.int32), picture)["params"]
 
 
 def abstract_state(model: Rice, config: Config, mesh: Mesh) -> State:
-    """Returns the state as ShapeDtypeStructs with shardings; nothing is allocated."""
+    """Returns the state as ShapeDtypeStructs with shardings. Raises ValueError if no rule fits a parameter."""
     shapes = jax.eval_shape(lambda: _init(model, config))
     shardings = state_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def init_state(model: Rice, config: Config, abstract: State) -> State:
-    """Returns the state at step 0, created sharded as `abstract`: no device and no host ever holds all of it."""
+    """Returns the random state at step 0, created sharded as `abstract`: no device and no host ever holds all of it."""
     return jax.jit(lambda: _init(model, config), out_shardings=_shardings(abstract))()
 
 
@@ -65,12 +65,12 @@ def _shardings(abstract: State) -> State:
 def make_train_step(
     model: Rice, config: Config, mesh: Mesh, abstract: State, *, make_loss: Callable[..., Any] = global_batch.make_loss
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
-    """Returns the jitted update; it donates its state.
+    """Returns the jitted update, (state, batch) to (state, metrics); it donates its state.
 
     `abstract` is from abstract_state; benchmarks replace make_loss. Metrics are scalars, except gradient_norms, one for
-    each parameter in the order of the tree, and ledger, as from batch_digest. The losses are of the global batch before
-    the update (docs/official.md 6.8). If loss or gradient is not finite, `finite` is false, and parameters, moments and
-    average stay as they were; the counters go on.
+    each parameter in the order of the tree, and ledger, uint32 [2] from batch_digest. The losses are of the global
+    batch before the update (docs/official.md 6.8). If loss or gradient is not finite, `finite` is false, and
+    parameters, moments and average stay as they were; the counters go on.
     """
     optimizer = make_optimizer(config)
     loss = make_loss(model, config.loss, mesh, parameter_specs(abstract.params, mesh))
