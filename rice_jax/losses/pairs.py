@@ -26,13 +26,8 @@ def mine_hard(
 ) -> tuple[Int[Array, "B k"], Bool[Array, "B k"]]:
     """Finds the k = min(NUM_HARD, G) most similar partners of each anchor, without gradient (docs/official.md 4.1-4.3).
 
-<<<<<<< HEAD
-    Returns their positions in the global batch, the most similar first; and whether each was found. Where an anchor has
-    fewer than k partners that are not excluded, `found` is false and the position means nothing.
-=======
     Returns their positions in the global batch, int32, the most similar first; and whether each was found. That is
     false, and the position means nothing, where an anchor has fewer than k partners that are not excluded.
->>>>>>> de
     """
     similarity = cosines(jax.lax.stop_gradient(anchors), jax.lax.stop_gradient(partners))
     value, position = jax.lax.top_k(jnp.where(excluded, -jnp.inf, similarity), min(NUM_HARD, partners.shape[0]))
