@@ -51,7 +51,7 @@ class _BatchParts:
         return -(-self.batch_size // PART_EXAMPLES)
 
     def part(self, number: int) -> tuple[int, slice]:
-        """Returns the batch that a part belongs to, and the part's examples within it."""
+        """Returns the batch, from 0, that a part belongs to, and the slice of the part's examples within it."""
         batch, part = divmod(number, self.per_batch)
         return batch, slice(part * PART_EXAMPLES, min(self.batch_size, (part + 1) * PART_EXAMPLES))
 
@@ -99,7 +99,7 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
     """An iterator of batches (dicts of arrays by name) that owns threads and processes; num_batches is their number.
 
     Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
-    threads or workers below 0 or prefetch_batches below 1.
+    threads or workers below 0 or prefetch_batches below 1. next() raises errors of reading, and ValueError once closed.
     """
 
     def __init__(self, parts: _BatchParts, *, threads: int, workers: int, prefetch_batches: int) -> None:
@@ -157,7 +157,7 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
         self.close()
 
     def close(self) -> None:
-        """Ends threads and workers. A second call does nothing."""
+        """Ends threads and workers, so that next() raises ValueError. A second call does nothing."""
         self._finalizer()
 
 
