@@ -45,8 +45,8 @@ def shard_name(split: str, kind: str, number: int, count: int) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of the converted set in the folder `path`, after a check of its version and its hashes.
 
-    Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another schema version, OSError
-    otherwise.
+    Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another version, OSError if
+    unreadable.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))

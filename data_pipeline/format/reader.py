@@ -28,8 +28,9 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
     """Opens the converted data set in the folder `path` and returns it. Its files are opened when they are needed.
 
     verify: compare the size of every file and the checksums of indices, columns and tables with the manifest. Hashes of
-    the manifest and checksums of a record are always compared. Raises FileNotFoundError if no conversion was finished
-    there, and ValueError, which names the file, for another schema version or a file that is missing or damaged.
+    the manifest, here, and checksums of a record, when it is read, are always compared. Raises FileNotFoundError if no
+    conversion was finished there; ValueError, which names the file, for a manifest that is damaged or of another schema
+    version and, with `verify`, a file that is missing or damaged; OSError for a file that cannot be read.
 
     Example:
         from data_pipeline import open_dataset
@@ -177,7 +178,7 @@ class Split:
 
         image: row of this split's images. frames, original_frames: number of stored and of all frames. ordinal: index
         among the clips that the source lists. Others: index into `Dataset.tables`. -1: none. Raises ValueError for a
-        missing or damaged file.
+        file that is missing or of another type or length.
         """
         return {name: self._column(f"clips-{name}.npy", self.num_clips) for name in CLIP_COLUMNS}
 
@@ -188,13 +189,13 @@ class Split:
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Rows of images, int32, by livestream ("": all share one), as the source orders and repeats; {}: train."""
+        """Rows of images, int32, by livestream ("": all share one), as in the source; {}: train. ValueError: damage."""
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
 
     def gallery_name(self, row: int) -> str:
-        """Returns the name of clip `row`'s gallery: "" if all share one, else its livestream (IndexError beyond)."""
+        """Returns clip `row`'s gallery: "" if all clips share one, else its livestream (IndexError beyond the rows)."""
         return "" if "" in self.galleries else self._livestreams[self.columns["livestream"][row]]
 
     def gallery_of(self, row: int) -> NDArray[np.int32]:
@@ -202,7 +203,7 @@ class Split:
         return self.galleries[self.gallery_name(row)]
 
     def truth(self, row: int) -> tuple[str, ...]:
-        """Returns the ids of clip `row`'s true images, as Recall compares; () if none. Raises IndexError beyond."""
+        """Returns the ids of clip `row`'s true images; () if none. Raises IndexError for a row beyond the last."""
         if self.name == "test":
             return self.truth_by_clip[self.clip_ids[row]]
         image = int(self.columns["image"][row])

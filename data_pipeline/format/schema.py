@@ -176,7 +176,7 @@ def decode_clip(data: bytes) -> ClipRecord:
 
 
 def encode_image(image: ShopImage, encoded: bytes, *, ordinal: int, product_index: int) -> bytes:
-    """Returns the data of a shop image's record, a serialized tf.train.Example. encoded: its picture file."""
+    """Returns a shop image's record as bytes. encoded: its picture file. ValueError: a number beyond 64 bits."""
     return encode_example(
         {
             "schema_version": [SCHEMA_VERSION],

@@ -72,7 +72,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's entries to the disk, so that files in a manifest survive a power cut. Raises OSError."""
+    """Flushes a folder's entries to the disk, so that its files survive a power cut. Raises OSError if that fails."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

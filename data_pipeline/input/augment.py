@@ -83,7 +83,7 @@ def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
 
 
 def balance(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
-    """Returns a copy, rounded, with red, green and blue each scaled by its own factor, 1 - strength to 1 + strength."""
+    """Returns a uint8 copy, clipped, with each colour scaled by its own factor of 1 - strength to 1 + strength."""
     factors = [uniform(words[position], 1 - strength, 1 + strength) for position in (RED, GREEN, BLUE)]
     return np.clip(pixels * np.array(factors, np.float32) + 0.5, 0, 255).astype(np.uint8)
 

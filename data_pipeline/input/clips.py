@@ -87,7 +87,7 @@ class ClipLoader:
                 arrays["image"][position] = self._crop(pixels, example, epoch, SHOP_IMAGE)
 
     def _fill_slots(self, slots: Pixels, row: int, epoch: int) -> int:
-        """Writes a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many. Raises ValueError."""
+        """Fills `slots`, [N, px, px, 3], from the front with frames; returns how many. ValueError: a bad record."""
         words = augment_words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
         count = int(self.split.columns["frames"][row])
         chosen = choose_frames(count, self.options, words, train=self.train).tolist()
@@ -102,7 +102,7 @@ class ClipLoader:
         return augment(pixels, self.options, augment_words(self.seed, epoch, example, picture))
 
     def _load(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
-        """Returns the record's pictures at `positions`, as load_picture does. Raises ValueError if one is unreadable."""
+        """Returns the record's pictures at `positions`, as load_picture does. Raises ValueError for a bad record."""
         encoded: Sequence[bytes] = ()
         loaded = []
         for position in positions:

@@ -62,7 +62,7 @@ def convert_rgb(picture: Image.Image) -> Image.Image:
 
 
 def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
-    """Returns the picture decoded and, if not `train` with a random-scale crop, resized; with it, only shrunk.
+    """Returns the picture decoded and resized, or, if `train` takes crops at random scale, only shrunk.
 
     Raises ValueError if it cannot be decoded, or "keep_ratio" would make more than MAX_PIXELS of it.
     """
