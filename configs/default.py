@@ -36,7 +36,7 @@ Factor = Annotated[float, Limit("at least 1", lambda x: 1 <= x < math.inf)]
 
 
 def field(default: T, meaning: str, unit: str = "", *, change: Change = "no") -> T:
-    """Declares a field. To mypy it is the default value; `rows` reads the rest of it."""
+    """Returns (default, meaning, unit, change), a field's declaration. To mypy it is the default; `rows` reads it."""
     row: Any = (default, meaning, unit, change)
     return row
 
@@ -223,7 +223,7 @@ class Field(NamedTuple):
 
     @property
     def values(self) -> str:
-        """The allowed values in words."""
+        """The allowed values in words, never empty: "one of stretch, keep_ratio", "a whole number of at least 1"."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         one = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[self.item]
@@ -232,7 +232,7 @@ class Field(NamedTuple):
 
 
 def rows(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """Yields (dotted name, field) of a section and of the sections in it."""
+    """Yields (dotted name, field) of a section and of the sections in it, in the order of declaration."""
     for name, kind in section.__annotations__.items():
         if not hasattr(section, name):
             yield from rows(kind, f"{prefix}{name}.")
@@ -263,7 +263,7 @@ STAGES = ("icl", "icl_pmd", "icl_pmd_pfr")
 
 
 def stage(name: str) -> tuple[float, float]:
-    """Returns whether a stage has PMD and PFR, each as 0 or 1. Raises ValueError for an unknown stage."""
+    """Returns whether a stage has PMD and PFR, each as 0.0 or 1.0. Raises ValueError for an unknown stage."""
     if name not in STAGES:
         raise ValueError(f"--config ...:{name}: no such stage; stages are {', '.join(STAGES)}.")
     return float("pmd" in name), float("pfr" in name)
@@ -281,7 +281,7 @@ run may have its own value too. A number in brackets, as [15], is a row of the t
 
 
 def document() -> str:
-    """Returns the text of docs/config.md: a table for each section."""
+    """Returns the text of docs/config.md, Markdown: a table for the run's own fields, then one for each section."""
     sections = {name: kind for name, kind in Config.__annotations__.items() if not hasattr(Config, name)}
     text = HEADER
     for section, kind in {"": Config, **sections}.items():

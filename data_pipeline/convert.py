@@ -51,7 +51,8 @@ def convert(options: Options) -> dict[str, Any]:
     """Converts a source unless it is converted already, and returns the report (the content of report.json).
 
     Raises WrongUseError for a source or an output that do not fit the options, BadInputError for faults of whole lists,
-    FailedError for faults that are not to be skipped, and OSError.
+    FailedError for faults that are not to be skipped or a split without a clip, OSError for a file that cannot be read
+    or written, and BrokenProcessPool if a worker died.
     """
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
     layout, splits = open_source(
@@ -118,7 +119,8 @@ def write_shards(
     """Writes all shards of one kind, "clips" or "images", and returns their notes in order.
 
     The shard of an entry depends on the sorted ids alone. make_entry(ordinal) returns what to write, or None. It is
-    called when its shard is due, since LPR4M has 4 million clips.
+    called when its shard is due, since LPR4M has 4 million clips. Unless faults are skipped, more than MAX_FAULTS end
+    it early.
     """
     size = options.clips_per_shard or min(1024, max(64, -(-len(listing) // 64)))
     total = len(listing)
@@ -144,7 +146,7 @@ def write_shards(
 
 
 def convert_split(workers: Workers, options: Options, listing: Listing, products: Sequence[str]) -> Converted:
-    """Writes all shards of a split and returns it. products: the texts that the column "product" numbers."""
+    """Writes all shards of a split and returns it as Converted. products: the texts of the column "product"."""
 
     def image_entry(ordinal: int) -> Entry:
         image = listing.images[ordinal]
@@ -173,19 +175,23 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
 
 
 def show_faults(faults: Sequence[Fault]) -> str:
-    """Returns the first SHOWN_FAULTS faults, one a line, then the number of the others if there are any."""
+    """Returns the first SHOWN_FAULTS faults, one a line, then the number of the others; "" without faults."""
     more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
     return "\n".join([*map(str, faults[:SHOWN_FAULTS]), *more])
 
 
 def refuse_list_faults(layout: Layout) -> None:
-    """Raises BadInputError with the faults of lists and names as a whole, if there are any."""
+    """Returns None if the lists and names as a whole have no faults. Raises BadInputError that shows them otherwise."""
     if faults := list(dict.fromkeys(layout.faults)):
         raise BadInputError("bad lists", show_faults(faults))
 
 
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
-    """Writes all faults to faults.txt. Raises FailedError if none may be skipped, or too many of a split are."""
+    """Writes all faults to faults.txt and their number on stderr; without faults deletes the file.
+
+    Raises FailedError at any fault if on_error is "fail", else if skipped clips or images of a split exceed
+    max_skip_rate.
+    """
     faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
     path = options.output / FAULTS
     path.unlink(missing_ok=True)
@@ -214,7 +220,7 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
 
 
 def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
-    """Returns the options in the arguments of the command, by default sys.argv. Raises SystemExit for wrong ones."""
+    """Returns the options in the arguments, by default sys.argv. Raises SystemExit: 2 for wrong ones, 0 for --help."""
     parser = make_parser(prog, __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="layout of the source on disk")
     folder: dict[str, Any] = {"required": True, "type": Path, "metavar": "DIR"}
@@ -254,7 +260,7 @@ def _rate(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pipeline.convert") -> int:
-    """Runs the command and returns its exit status."""
+    """Runs the command and returns its exit status, 0, 1 or 2. Raises SystemExit for wrong options and --help."""
     options = parse_options(arguments, prog)
     return exit_status(lambda: convert(options), output=options.output, kept="finished shards are kept")
 

@@ -41,7 +41,8 @@ SHOWN = 5  # faults of a kind on the screen: thousands of missing frames of one 
 def inspect(options: argparse.Namespace) -> dict[str, Any]:
     """Inspects the data, writes report.html and report.json, and returns the report.
 
-    Raises WrongUseError if another run uses the output folder, or the source cannot be opened as the layout given.
+    Raises WrongUseError if another run uses the output folder, or the source cannot be opened as the layout given, and
+    OSError if the output cannot be written. Faults of the data are in the report.
     """
     begin = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def _json(report: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Returns the text with bytes that are not UTF-8, as in file names, as escapes, which JSON reads back."""
+    """Returns the text with bytes that are not UTF-8 (surrogates, from file names) as backslash escapes of JSON."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -141,7 +142,7 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namesp
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Sets a missing options.layout. Raises WrongUseError for a PATH of no known layout, or an output inside it."""
+    """Sets a missing options.layout. Raises WrongUseError if PATH is no folder, of no layout, or has the output."""
     if not options.path.is_dir():
         raise WrongUseError(f"{options.path}: found no folder, needs a source or a converted set; correct the path.")
     options.layout = options.layout or (CONVERTED if _is_converted(options.path) else layout_of(options.path))
@@ -157,7 +158,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def _is_converted(path: Path) -> bool:
-    """Returns whether PATH is a converted set, even if it is unfinished or its manifest is lost."""
+    """Returns whether PATH has a manifest, shards or a work folder: a converted set, even an unfinished one."""
     return (path / MANIFEST).exists() or any(path.glob("*.tfrecord")) or (path / WORK).is_dir()
 
 

@@ -32,9 +32,10 @@ class BadInputError(ValueError):
         return f"{self.file}: {self.detail}" if self.file else self.detail
 
     def at(self, file: str, line: int = 0, subject: str = "") -> Fault:
-        """Returns the error as a fault in `file`, the list that the caller reads, or in the error's own file.
+        """Returns the error as a fault of line `line` of `file`, the list that the caller reads.
 
-        The detail of the latter also names list and line, unless the error's file is in a folder called `file`.
+        If the error names another file, the fault is in that one, with line 0. Its detail then names `file` and `line`,
+        unless the error's file is in a folder called `file`.
         """
         if self.file is not None and self.file != file:
             named = "" if self.file.startswith(f"{file}/") else f" (named by {file}{f' line {line}' if line else ''})"

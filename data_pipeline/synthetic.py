@@ -46,7 +46,8 @@ Boxes = list[Box | None]  # of a clip's frames; None: the product is not shown
 def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: int) -> Shop:
     """Draws the shop into `output`, unless it is there already, and returns its plan.
 
-    Raises WrongUseError if it cannot be planned (see `plan_shop`), or `output` has other files or is in use.
+    Raises WrongUseError if the seed is not 0 to 2**64 - 1, there are too few or too many products, or too few clips for
+    them, or if `output` has other files or is in use; OSError if it cannot be written.
     """
     shop = plan_shop(products=products, clips=clips, seed=seed)
     identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}
@@ -67,7 +68,6 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
 
 
 def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
-    """Draws all pictures; returns the boxes by clip."""
     shop = studio.shop
     (studio.output / WORK / "sprites").mkdir(exist_ok=True)
     seconds = [sum(clip.length for clip in clips) for clips in shop.clips_by_livestream]
@@ -96,7 +96,7 @@ class Studio:
     output: Path
 
     def draw_product(self, index: int) -> None:
-        """Draws the product's sprite, for the clips, and its shop image into every folder that shows it."""
+        """Draws the product's sprite and, in every folder that shows it, its shop image, unless the sprite exists."""
         kept = self.sprite_path(index)
         if kept.exists():
             return
@@ -110,11 +110,11 @@ class Studio:
         write_file(kept, _encode(picture, "PNG", compress_level=1))  # last: then the shop images are complete
 
     def draw_livestream(self, index: int) -> dict[int, Boxes]:
-        """Draws the livestream's clips; returns their boxes by clip."""
+        """Draws the livestream's clips; returns by clip index a list of a box (pixels) or None for each frame."""
         return {clip.index: self._draw_clip(clip) for clip in self.shop.clips_by_livestream[index]}
 
     def _draw_clip(self, clip: Clip) -> Boxes:
-        """Draws the clip's folder, unless it is there; it appears only when it is complete. Returns the boxes."""
+        """Draws the clip's folder, unless it is there; it appears only when it is complete. Returns a box a frame."""
         scene = self.scene(clip)
         folder = self.output / clip.folder
         if not folder.exists():
@@ -148,7 +148,6 @@ def _sprite(studio: Studio, index: int) -> Sprite:
 
 @functools.lru_cache(maxsize=2)
 def _stage(studio: Studio, livestream: int) -> tuple[Room, Sprite, Sprite, Image.Image]:
-    """Returns the livestream's room, the palm and the fingers of its host, and its overlay."""
     dice = Dice(studio.shop.seed, "room", livestream)
     shelf = studio.shop.livestreams[livestream].shelf
     room = draw_room(dice, [_sprite(studio, index).picture for index in shelf[:SHELF]])
@@ -165,13 +164,13 @@ def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def image_paths(shop: Shop, product: Product) -> list[str]:
-    """Returns the paths of the product's shop image: for training if it is seen there, and in every gallery with it."""
+    """Returns the relative paths of a product's shop image: for training if seen there, then in its galleries."""
     training = [f"training_image/{product.image_id}.jpg"] if product.seen else []
     return [*training, *(f"gallery/{live.id}/{product.image_id}-0.jpg" for live in shop.galleries_of[product.index])]
 
 
 def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
-    """Writes the folder of annotations, which appears only when it is complete: the converter looks for it."""
+    """Writes the folder of annotations, which appears only when it is complete, in place of an older one."""
     products = shop.products
     test = shop.clips_of("test")
     truth = {clip.id: [products[clip.product].image_id] for clip in test}
@@ -214,7 +213,7 @@ def write_lists(shop: Shop, output: Path, boxes: dict[int, Boxes]) -> None:
 
 
 def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
-    """Returns a line of thirteen columns: ten of docs/official.md 8.3, and the last three of 8.4."""
+    """Returns a line of thirteen columns, by tabs: ten of docs/official.md 8.3, and the last three of 8.4."""
     frames = [f"{clip.folder}/{frame}.jpg" for frame in clip.frame_ids]
     category = str(list(CATEGORIES).index(product.category))
     cells = [
@@ -226,20 +225,20 @@ def _training_row(clip: Clip, product: Product, boxes: Boxes) -> str:
 
 
 def scale_of(boxes: Boxes) -> str:
-    """Returns small, medium or large, by the mean share of the frame that the boxes cover where there is one."""
+    """Returns "small", "medium" or "large", by the mean share of the frame that the boxes cover; one box at least."""
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in boxes if box]
     share = sum(areas) / len(areas) / (WIDTH * HEIGHT)
     return next(name for name, most in SCALES if share <= most)
 
 
 def duration_of(clip: Clip) -> str:
-    """Returns short, medium or long, by the seconds that the clip shows its product."""
+    """Returns "short", "medium" or "long", by the seconds that the clip shows its product."""
     seconds = clip.shown[1] - clip.shown[0]
     return next(name for name, most in DURATIONS if seconds <= most)
 
 
 def summarize(shop: Shop) -> dict[str, Any]:
-    """Returns the shop's counts by name, and as "chance" the Recall@1 of a random guess, in per cent."""
+    """Returns the shop's counts, ints by name, and as "chance" the Recall@1 of a random guess, in per cent."""
     test = shop.clips_of("test")
     shelf = [len(shop.livestreams[clip.livestream].shelf) for clip in test]
     return {

@@ -63,7 +63,7 @@ def encode_example(features: Features) -> bytes:
     """Returns the features as a serialized tf.train.Example, sorted by key: equal features give equal bytes.
 
     A feature is a list of bytes, of signed 64-bit ints or of floats (stored in 32 bits). Raises TypeError for other
-    kinds or a mixture, and ValueError for a number out of range; both name the feature.
+    kinds or a mixture, and ValueError for an int beyond 64 bits or a finite float beyond 32; both name the feature.
     """
     example = EXAMPLE()
     example.features.SetInParent()
@@ -90,7 +90,7 @@ def _fill_feature(feature: Any, key: str, values: Sequence[Any]) -> None:
 
 
 def decode_example(data: bytes) -> dict[str, list]:
-    """Returns the features of a serialized tf.train.Example. A feature that is empty or has no kind is an empty list.
+    """Returns the features of a serialized tf.train.Example by key: lists of bytes, ints or floats; [] without any.
 
     Raises ValueError, and no other error, if the bytes are not an Example or contain an unknown field.
     """

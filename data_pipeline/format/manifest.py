@@ -26,7 +26,7 @@ TABLE_FILES = {  # column: the file of its texts without .txt; a number in the c
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 (hex) of all data files' names, sizes and checksums. Raises KeyError if it lacks them."""
+    """Returns the SHA-256 (hex) of the entries schema_version, files and splits. Raises KeyError if one is missing."""
     content = {"schema_version": manifest["schema_version"], "files": manifest["files"], "splits": manifest["splits"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -38,14 +38,15 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def shard_name(split: str, kind: str, number: int, count: int) -> str:
-    """Returns the file name of shard `number`, from 0, of `count`. kind: "clips" or "images"."""
+    """Returns "SPLIT-KIND-00000-of-00002.tfrecord" for shard number 0 of a count of 2. kind: "clips" or "images"."""
     return f"{split}-{kind}-{number:05d}-of-{count:05d}.tfrecord"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of the converted set in the folder `path`, after a check of its version and its hashes.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged, was edited or has another schema version.
+    Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another version, OSError if
+    unreadable.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))

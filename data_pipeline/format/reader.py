@@ -28,8 +28,9 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
     """Opens the converted data set in the folder `path` and returns it. Its files are opened when they are needed.
 
     verify: compare the size of every file and the checksums of indices, columns and tables with the manifest. Hashes of
-    the manifest and checksums of a record are always compared. Raises FileNotFoundError if no conversion was finished
-    there, and ValueError, which names the file, for another schema version or a file that is missing or damaged.
+    the manifest, here, and checksums of a record, when it is read, are always compared. Raises FileNotFoundError if no
+    conversion was finished there; ValueError, which names the file, for a manifest that is damaged or of another schema
+    version and, with `verify`, a file that is missing or damaged; OSError for a file that cannot be read.
 
     Example:
         from data_pipeline import open_dataset
@@ -64,7 +65,7 @@ class Dataset:
         self.tables: Mapping[str, Sequence[str]] = {name: _table(path, name) for name in TABLE_FILES}
 
     def split(self, name: str) -> "Split":
-        """Returns the split of this name. Raises ValueError if the data set does not have it."""
+        """Returns the split of this name. Raises ValueError if `splits` does not contain it."""
         if name not in self.splits:
             raise ValueError(
                 f"{self.path}: found splits {', '.join(self.splits)}, needs {name}; convert it, or choose another."
@@ -72,12 +73,12 @@ class Dataset:
         return Split(self.path, self.manifest, name)
 
     def verify(self) -> None:
-        """Raises ValueError for the first of `disagreements`."""
+        """Raises ValueError, which names the file, for the first of `disagreements`; OSError if one cannot be read."""
         for name, detail in self.disagreements():
             raise ValueError(f"{self.path / name}: {detail}")
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """Yields name and fault of every file that is missing or has another size or checksum (shards: size alone)."""
+        """Yields (name, fault) of each file that is missing or has another size or checksum (shards: size alone)."""
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
@@ -92,7 +93,7 @@ class Dataset:
 
 
 class Texts(Sequence[str]):
-    """The lines of a UTF-8 file as a sequence. The file is memory-mapped: 4 million ids are not 4 million objects."""
+    """The lines of a UTF-8 file, memory-mapped, as a sequence; a slice is a list. Reading raises OSError without it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,25 +150,25 @@ class Split:
         return Split, (self.path, self.manifest, self.name)
 
     def clip(self, row: int) -> ClipRecord:
-        """Returns the clip in a row, read from its shard.
+        """Returns the clip in a row, read from its shard. Raises IndexError for a row outside 0 to num_clips - 1.
 
-        Raises IndexError for a row outside the split, and ValueError, which names shard and record, for a record that
-        cannot be read, is damaged or belongs to another row.
+        Raises ValueError, which names the file, for a column, shard or index that is missing or damaged, and, which
+        names shard and record, for a record that cannot be read, is damaged or belongs to another row.
         """
         return self._clips.read(row, self.columns["ordinal"], decode_clip)
 
     def image(self, row: int) -> ImageRecord:
-        """Returns the shop image in a row, read from its shard. Raises as `clip` does."""
+        """Returns the shop image in a row. Raises IndexError for a row outside, ValueError for a damaged file."""
         return self._images.read(row, self.image_columns["ordinal"], decode_image)
 
     def where(self, kind: str, row: int) -> str:
-        """Returns "SHARD record NUMBER" for a message. kind: "clip", "image". Raises IndexError for a row outside."""
+        """Returns "SHARD record NUMBER", from 0. kind: "clip" or "image". Raises IndexError for a row outside."""
         shards = self._clips if kind == "clip" else self._images
         shard, number = shards.place(row)
         return f"{shards.paths[shard]} record {number}"
 
     def shard_rows(self, kind: str) -> list[tuple[int, int]]:
-        """Returns (first row, last row + 1) of each shard, in order. kind: "clip" or "image"."""
+        """Returns (first row, last row + 1) of each shard, in order; [] without a shard. kind: "clip" or "image"."""
         ends = (self._clips if kind == "clip" else self._images).ends.tolist()
         return list(zip([0, *ends], ends, strict=False))
 
@@ -177,32 +178,32 @@ class Split:
 
         image: row of this split's images. frames, original_frames: number of stored and of all frames. ordinal: index
         among the clips that the source lists. Others: index into `Dataset.tables`. -1: none. Raises ValueError for a
-        missing or damaged file.
+        file that is missing or of another type or length.
         """
         return {name: self._column(f"clips-{name}.npy", self.num_clips) for name in CLIP_COLUMNS}
 
     @cached_property
     def image_columns(self) -> dict[str, NDArray[np.int32]]:
-        """Columns "product" and "ordinal" of the shop images, each int32 [num_images], as `columns` of the clips."""
+        """Columns "product" (-1: none) and "ordinal", int32 [num_images]. Raises ValueError for a damaged file."""
         return {name: self._column(f"images-{name}.npy", self.num_images) for name in IMAGE_COLUMNS}
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Rows of images by livestream ("" if all share one), in the source's order, repetitions kept; {} for train."""
+        """Rows of images, int32, by livestream ("": all share one), as in the source; {}: train. ValueError: damage."""
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
 
     def gallery_name(self, row: int) -> str:
-        """Returns the name of the gallery in which clip `row` is ranked."""
+        """Returns clip `row`'s gallery: "" if all clips share one, else its livestream (IndexError beyond the rows)."""
         return "" if "" in self.galleries else self._livestreams[self.columns["livestream"][row]]
 
     def gallery_of(self, row: int) -> NDArray[np.int32]:
-        """Returns the rows of the images in clip `row`'s gallery. Raises KeyError if its livestream has none."""
+        """Returns the rows of the images in clip `row`'s gallery, int32. Raises KeyError if its livestream has none."""
         return self.galleries[self.gallery_name(row)]
 
     def truth(self, row: int) -> tuple[str, ...]:
-        """Returns the ids of the true images of clip `row`; () if it has none. Recall compares ids, not rows."""
+        """Returns the ids of clip `row`'s true images; () if none. Raises IndexError for a row beyond the last."""
         if self.name == "test":
             return self.truth_by_clip[self.clip_ids[row]]
         image = int(self.columns["image"][row])
@@ -210,7 +211,7 @@ class Split:
 
     @cached_property
     def truth_by_clip(self) -> dict[str, tuple[str, ...]]:
-        """Ids of the true images by clip id, for every query that Recall divides by, stored or not."""
+        """Ids of the true images by clip id: of test every entry of the truth file, else every clip, () for none."""
         if self.name == "test":
             truth = json.loads(self._column_path("truth.json").read_bytes())
             return {clip: tuple(images) for clip, images in truth.items()}
@@ -242,7 +243,7 @@ class _Shards:
         self._lock = threading.Lock()
 
     def place(self, row: int) -> tuple[int, int]:
-        """Returns the number of the shard that contains a row, and the record's number in it. Raises IndexError."""
+        """Returns a row's shard number and its record number in it, from 0. Raises IndexError for a row outside."""
         total = int(self.ends[-1]) if len(self.ends) else 0
         if not 0 <= row < total:
             raise IndexError(f"found row {row}, needs 0 to {total - 1} of the split's {self.kind}.")
@@ -250,7 +251,7 @@ class _Shards:
         return shard, int(row - (self.ends[shard - 1] if shard else 0))
 
     def read(self, row: int, ordinals: NDArray[np.int32], decode: Callable[[bytes], Record]) -> Record:
-        """Returns decode(data) of the record in a row, which must have the row's of `ordinals`. Raises as `clip`."""
+        """Returns decode(data) of a row's record, of ordinals[row]. Raises IndexError outside, ValueError if bad."""
         shard, number = self.place(row)
         file, offsets = self._open(shard)
         begin, end = int(offsets[number]), int(offsets[number + 1])
@@ -265,7 +266,7 @@ class _Shards:
         return record
 
     def _open(self, shard: int) -> tuple[BinaryIO, NDArray[np.uint64]]:
-        """Returns a shard's file and offsets. A file that is dropped from the cache closes after its last read."""
+        """Returns a shard's file, open until its last read, and uint64 offsets. Raises ValueError if damaged."""
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)

@@ -94,7 +94,7 @@ class ClipRecord:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The texts that a text encoder can read: "title", "speech" and "category_name"; "" where not given."""
+        """A dict of the texts that a text encoder can read: title, speech and category_name; "" where not given."""
         return {"title": self.title, "speech": self.speech, "category_name": self.category_name}
 
 
@@ -128,7 +128,7 @@ CLIP_TEXTS = {  # feature: field of Clip and ClipRecord
 
 
 def encode_clip(clip: Clip, frames: Sequence[bytes], *, ordinal: int, image_index: int, product_index: int) -> bytes:
-    """Returns the data of a clip's record. frames: the encoded pictures. `clip.boxes` must be in their pixels."""
+    """Returns a clip's record as bytes. `clip.boxes` must be in pixels of `frames`. ValueError: a number too large."""
     boxes = clip.boxes or ()
     features: Features = {
         "schema_version": [SCHEMA_VERSION],
@@ -176,7 +176,7 @@ def decode_clip(data: bytes) -> ClipRecord:
 
 
 def encode_image(image: ShopImage, encoded: bytes, *, ordinal: int, product_index: int) -> bytes:
-    """Returns the data of a shop image's record. encoded: its picture file."""
+    """Returns a shop image's record as bytes. encoded: its picture file. ValueError: a number beyond 64 bits."""
     return encode_example(
         {
             "schema_version": [SCHEMA_VERSION],

@@ -26,13 +26,13 @@ def masked_crc(data: bytes) -> int:
 
 
 def frame_record(data: bytes) -> bytes:
-    """Returns the bytes of a record in its shard: the data with length and checksums."""
+    """Returns the bytes of a record in its shard: length, its checksum, the data, their checksum."""
     length = struct.pack("<Q", len(data))
     return b"".join((length, FOOTER.pack(masked_crc(length)), data, FOOTER.pack(masked_crc(data))))
 
 
 def unframe_record(framed: bytes) -> bytes:
-    """Returns the data of a record, given its bytes in the shard. Raises ValueError if length or checksum disagree."""
+    """Returns the data of a framed record. Raises ValueError if it is too short, or length or checksum disagrees."""
     if len(framed) < OVERHEAD:
         raise ValueError(f"found {len(framed)} bytes, needs at least {OVERHEAD}")
     length, length_crc = HEADER.unpack_from(framed)
@@ -47,7 +47,7 @@ def unframe_record(framed: bytes) -> bytes:
 
 
 def file_crc(path: Path) -> int:
-    """Returns the CRC32C of a whole file."""
+    """Returns the CRC32C of a whole file, an int. Raises OSError if it cannot be read."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(READ_BYTES):
@@ -57,7 +57,7 @@ def file_crc(path: Path) -> int:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that gets the name `path` when the `with` block ends; after an error it is deleted instead."""
+    """Yields a binary file that becomes `path` when the `with` block ends; after an error, which passes, deletes it."""
     # In the same folder, since a rename is atomic only within a file system. Each process has its own file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -72,7 +72,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's entries to the disk, so that files which a manifest names survive a power cut as it does."""
+    """Flushes a folder's entries to the disk, so that its files survive a power cut. Raises OSError if that fails."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -81,7 +81,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a whole file atomically; an older one of that name is replaced."""
+    """Writes a whole file atomically; an older one of that name is replaced. Raises OSError if that fails."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -103,7 +103,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def new_shard(path: Path) -> Iterator[ShardWriter]:
-    """Yields a writer of the shard `path`. Its index is written when the `with` block ends; an error leaves neither."""
+    """Yields a writer of the shard `path`. The block's end writes it and its index; an error, which passes, neither."""
     with atomic_file(path) as file:
         writer = ShardWriter(file)
         yield writer

@@ -27,7 +27,7 @@ def augment_words(seed: int, epoch: int, example: int, picture: int, count: int 
 
 
 def augment(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
-    """Returns a loaded picture after the random changes of `options`: uint8 [image_size, image_size, 3]."""
+    """Returns a picture of load_picture after the random changes of `options`: uint8 [image_size, image_size, 3]."""
     crop = random_scale_crop if options.crops_at_random_scale else random_crop
     pixels = crop(pixels, options, words)
     if options.flip and below(words[FLIP], 2):
@@ -48,7 +48,7 @@ def mirror(pixels: Pixels) -> Pixels:
 
 
 def random_crop(pixels: Pixels, options: FrameOptions, words: RandomWords) -> Pixels:
-    """Returns a view of image_size x image_size pixels, each position within the picture equally likely."""
+    """Returns a view, [image_size, image_size, 3], each position within the picture equally likely."""
     size = options.image_size
     top = below(words[CROP_Y], pixels.shape[0] - size + 1)
     left = below(words[CROP_X], pixels.shape[1] - size + 1)
@@ -74,7 +74,7 @@ def random_scale_crop(pixels: Pixels, options: FrameOptions, words: RandomWords)
 
 
 def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
-    """Returns the pixels with brightness, then contrast, then saturation scaled by 1 - strength to 1 + strength."""
+    """Returns a copy with brightness, then contrast, then saturation scaled by 1 - strength to 1 + strength."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     steps = ((ImageEnhance.Brightness, BRIGHTNESS), (ImageEnhance.Contrast, CONTRAST), (ImageEnhance.Color, SATURATION))
     for enhancer, position in steps:
@@ -83,13 +83,13 @@ def jitter(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
 
 
 def balance(pixels: Pixels, strength: float, words: RandomWords) -> Pixels:
-    """Returns the pixels with red, green and blue each scaled by a factor of its own, 1 - strength to 1 + strength."""
+    """Returns a uint8 copy, clipped, with each colour scaled by its own factor of 1 - strength to 1 + strength."""
     factors = [uniform(words[position], 1 - strength, 1 + strength) for position in (RED, GREEN, BLUE)]
     return np.clip(pixels * np.array(factors, np.float32) + 0.5, 0, 255).astype(np.uint8)
 
 
 def erase(pixels: Pixels, chance: float, words: RandomWords) -> Pixels:
-    """Returns, with probability `chance`, a copy with a square of 0.2 to 0.5 of its side ERASED; else `pixels`."""
+    """Returns, with probability `chance`, a copy with a square, 0.2 to 0.5 of its side, in ERASED; else `pixels`."""
     if uniform(words[ERASE], 0.0, 1.0) >= chance:
         return pixels
     height, width = pixels.shape[:2]

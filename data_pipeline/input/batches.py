@@ -51,7 +51,7 @@ class _BatchParts:
         return -(-self.batch_size // PART_EXAMPLES)
 
     def part(self, number: int) -> tuple[int, slice]:
-        """Returns the batch that a part belongs to, and the part's examples within it."""
+        """Returns the batch, from 0, that a part belongs to, and the slice of the part's examples within it."""
         batch, part = divmod(number, self.per_batch)
         return batch, slice(part * PART_EXAMPLES, min(self.batch_size, (part + 1) * PART_EXAMPLES))
 
@@ -99,7 +99,8 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
     """An iterator of batches (dicts of arrays by name) that owns threads and processes; num_batches is their number.
 
     Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
-    threads or workers below 0 or prefetch_batches below 1.
+    threads or workers below 0 or prefetch_batches below 1. next() raises ValueError for a bad record or picture and
+    once closed before the end, and RuntimeError if a worker died.
     """
 
     def __init__(self, parts: _BatchParts, *, threads: int, workers: int, prefetch_batches: int) -> None:
@@ -157,7 +158,7 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
         self.close()
 
     def close(self) -> None:
-        """Ends threads and workers. A second call does nothing."""
+        """Ends threads and workers; next() then raises ValueError, or StopIteration at the end. May be repeated."""
         self._finalizer()
 
 
@@ -216,9 +217,9 @@ def train_batches(
         index: int32 [b], the clip's row in the split.
 
     Raises:
-      ValueError: no position, or one outside 0 to G - 1; a clip without shop image; a clip with fewer than N stored
-        frames where the source had more; threads, workers or prefetch_batches out of range. From next(): a record or
-        picture that cannot be read (the message names it), a negative start_step, or batches that were closed.
+      ValueError: no position, or one outside 0 to G - 1; a clip of the plan without shop image, or with fewer than N
+        stored frames where the source had more; threads, workers or prefetch_batches out of range. From next(): a
+        record or picture that cannot be read (the message names it), a negative start_step, or closed batches.
       RuntimeError: from next(), a worker process died.
 
     Example:
@@ -266,7 +267,8 @@ def clip_batches(
     Args:
       split: a split of a converted data set.
       rows: rows of its clips. -1 means no clip: a host with too few clips for its part of a batch fills it up with -1.
-      options, threads, workers: as for `train_batches`.
+      options: how pictures become arrays; N = options.num_frames, px = options.image_size.
+      threads, workers: decoding threads of this process, or of each of so many worker processes.
       batch_size: examples of a batch, b.
       seed: of the random tail cut, used only with options.test_tail_cut.
 
@@ -278,9 +280,9 @@ def clip_batches(
         valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0).
 
     Raises:
-      ValueError: a row outside -1 to num_clips - 1; batch_size below 1; a clip with fewer than N stored frames where
-        the source had more; threads or workers below 0. From next(): a record or picture that cannot be read (the
-        message names it), or batches that were closed before their end.
+      ValueError: a row outside -1 to num_clips - 1; rows not of one axis; batch_size below 1; a clip with fewer than N
+        stored frames where the source had more; threads or workers below 0. From next(): a record or picture that
+        cannot be read (the message names it), or batches that were closed before their end.
       RuntimeError: from next(), a worker process died.
 
     Example:
@@ -301,7 +303,7 @@ def image_batches(
 ) -> Batches:
     """Returns an iterator of evaluation batches: the shop images `rows`, in this order, each exactly once.
 
-    The arguments are those of `clip_batches`, with rows of shop images.
+    -1 in rows means no image. threads: decoding threads of this process, or of each of so many `workers` processes.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
@@ -310,7 +312,9 @@ def image_batches(
         valid: bool [b], False for black images that fill up a batch: their row is -1.
 
     Raises:
-      ValueError, RuntimeError: as `clip_batches`.
+      ValueError: a row outside -1 to num_images - 1; rows not of one axis; batch_size below 1; threads or workers below
+        0. From next(): a record or picture that cannot be read, or batches that were closed before their end.
+      RuntimeError: from next(), a worker process died.
 
     Example:
         from data_pipeline import FrameOptions, image_batches, open_dataset

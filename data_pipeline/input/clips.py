@@ -55,7 +55,7 @@ class ClipLoader:
     cache: PictureCache
 
     def zeros(self, count: int, names: Sequence[str]) -> Arrays:
-        """Returns the named arrays of `count` examples, filled with zeros."""
+        """Returns zeros of `count` examples by name: bool for "valid", uint8 for pictures, int32 for the others."""
         side, slots = self.options.image_size, self.options.num_frames
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "frames": ((slots, side, side, 3), np.uint8),
@@ -69,7 +69,7 @@ class ClipLoader:
     def fill_clips(self, arrays: Arrays, rows: NDArray[np.integer], epoch: int) -> None:
         """Writes the clips `rows` into "frames" and "mask", which must be zero. PADDING gets one black frame.
 
-        Raises ValueError for a record or picture that cannot be read; the message names it.
+        Raises ValueError, which names the record, if it or a picture cannot be read, and IndexError for a row outside.
         """
         for position, row in enumerate(rows.tolist()):
             shown = 1 if row == PADDING else self._fill_slots(arrays["frames"][position], row, epoch)
@@ -78,7 +78,8 @@ class ClipLoader:
     def fill_images(self, arrays: Arrays, rows: NDArray[np.integer], examples: NDArray[np.integer], epoch: int) -> None:
         """Writes the shop images `rows` into "image", which must be zero; a PADDING row stays black.
 
-        examples: for each image, the clip row that decides its augmentation. Raises ValueError as `fill_clips` does.
+        examples: for each image, the clip row that decides its augmentation. Raises ValueError for a record or picture
+        that cannot be read or another number of examples, and IndexError for a row outside.
         """
         for position, (row, example) in enumerate(zip(rows.tolist(), examples.tolist(), strict=True)):
             if row != PADDING:
@@ -86,7 +87,7 @@ class ClipLoader:
                 arrays["image"][position] = self._crop(pixels, example, epoch, SHOP_IMAGE)
 
     def _fill_slots(self, slots: Pixels, row: int, epoch: int) -> int:
-        """Writes a clip's frames into `slots`, [N, px, px, 3], from the front; returns how many."""
+        """Fills `slots`, [N, px, px, 3], from the front with frames; returns how many. ValueError: a bad record."""
         words = augment_words(self.seed, epoch, row, WHOLE_CLIP, 2 + self.options.num_frames)
         count = int(self.split.columns["frames"][row])
         chosen = choose_frames(count, self.options, words, train=self.train).tolist()
@@ -101,7 +102,7 @@ class ClipLoader:
         return augment(pixels, self.options, augment_words(self.seed, epoch, example, picture))
 
     def _load(self, kind: Kind, row: int, positions: Sequence[int]) -> list[Pixels]:
-        """Returns the record's pictures at `positions`, loaded. Reads the record only if the cache lacks one."""
+        """Returns the record's pictures at `positions`, as load_picture does. Raises ValueError for a bad record."""
         encoded: Sequence[bytes] = ()
         loaded = []
         for position in positions:
@@ -118,7 +119,7 @@ class ClipLoader:
         return loaded
 
     def _read(self, kind: Kind, row: int) -> Sequence[bytes]:
-        """Returns the encoded pictures of a record. Raises ValueError if it cannot be read or lacks frames."""
+        """Returns a record's encoded pictures. Raises ValueError if unreadable or another number than in "frames"."""
         try:
             pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [picture.encoded for picture in pictures]

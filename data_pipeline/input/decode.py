@@ -62,7 +62,10 @@ def convert_rgb(picture: Image.Image) -> Image.Image:
 
 
 def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
-    """Returns the picture decoded and resized, or only shrunk if a training crop resizes it. Raises ValueError."""
+    """Returns the picture decoded and resized, or, if `train` takes crops at random scale, only shrunk.
+
+    Raises ValueError if it cannot be decoded, or "keep_ratio" would make more than MAX_PIXELS of it.
+    """
     pixels = decode(data, apply_exif=options.apply_exif)
     return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
 
@@ -70,7 +73,7 @@ def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
 def resize(pixels: Pixels, options: FrameOptions) -> Pixels:
     """Returns the pixels resized to resize x resize ("stretch"), or their shorter side to `resize` ("keep_ratio").
 
-    Pixels of that size are returned as they are. Raises ValueError if the result would have more than MAX_PIXELS.
+    Pixels of that size are returned as they are. Raises ValueError if "keep_ratio" would make more than MAX_PIXELS.
     """
     height, width = pixels.shape[:2]
     size = (options.resize, options.resize)
@@ -99,6 +102,6 @@ def resampling(options: FrameOptions) -> Image.Resampling:
 
 
 def centre_crop(pixels: Pixels, options: FrameOptions) -> Pixels:
-    """Returns a view of the middle image_size x image_size pixels: offset 16 of 256 for 224."""
+    """Returns a view of the middle, [image_size, image_size, 3]: offset 16 of 256 for 224."""
     top, left = (round((side - options.image_size) / 2) for side in pixels.shape[:2])  # torchvision's rounding
     return pixels[top : top + options.image_size, left : left + options.image_size]

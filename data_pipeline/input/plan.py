@@ -87,7 +87,7 @@ class Plan:
         return digest.hexdigest()[:32]
 
     def epoch(self, step: int) -> int:
-        """Returns the epoch, from 0, that global batch `step` belongs to."""
+        """Returns the epoch, from 0, that global batch `step` belongs to. Does not check `step`."""
         return step // self.batches_per_epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
@@ -141,7 +141,7 @@ def _epoch_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=2)
 def _spread_order(plan: Plan, epoch: int) -> NDArray[np.int64]:
-    """Returns the epoch's permutation after spreading: clip k of a product's c clips moves to (u + k) / c of the epoch.
+    """Returns the epoch's order, int64 [num_kept], with clip k of a product's c clips at (u + k) / c of the epoch.
 
     u is uniform in [0, 1), one for each product and epoch. A product's clips stay in the permutation's order.
     """

@@ -16,7 +16,7 @@ AUGMENT_STREAM, ORDER_STREAM, SPREAD_STREAM = (int.from_bytes(use) for use in (b
 def random_words(seed: int, stream: int, count: int, *, epoch: int, example: int = 0, picture: int = 0) -> RandomWords:
     """Returns `count` random words, uint64 [count], each uniform over 0 to 2**64 - 1.
 
-    Equal arguments give equal words, and a larger count appends to them. All arguments are 0 to 2**64 - 1.
+    Equal arguments give equal words, and a larger count appends to them. Raises OverflowError outside 0 to 2**64 - 1.
     """
     key, counter = np.array((seed, stream), np.uint64), np.array((0, picture, example, epoch), np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)

@@ -8,7 +8,7 @@ from data_pipeline.input.random_words import RandomWords, below
 
 
 def sample_frames(count: int, slots: int) -> NDArray[np.int64]:
-    """Returns the positions of the frames that represent a clip of `count` frames, ascending (docs/official.md 9.1).
+    """Returns the positions, int64, of the frames that represent a clip of `count`, ascending (docs/official.md 9.1).
 
     All positions if count <= slots, otherwise `slots` evenly spaced ones with the first and the last (one slot: the
     first). Raises ValueError if count is below 1.
@@ -21,7 +21,7 @@ def sample_frames(count: int, slots: int) -> NDArray[np.int64]:
 
 
 def random_subset(count: int, slots: int, words: RandomWords) -> NDArray[np.int64]:
-    """Returns `slots` of the positions 0 to count - 1, ascending, every subset equally likely (Floyd's algorithm).
+    """Returns `slots` of the positions 0 to count - 1, int64, ascending, every subset equally likely (Floyd).
 
     Raises ValueError unless there is one word per slot.
     """
@@ -44,10 +44,10 @@ def frames_kept(count: int, slots: int, gate: int, fraction: int) -> int:
 
 
 def choose_frames(count: int, options: FrameOptions, words: RandomWords, *, train: bool) -> NDArray[np.int64]:
-    """Returns the positions of the frames shown of a clip of `count` frames, ascending, 1 to num_frames of them.
+    """Returns the positions, int64, of the frames shown of a clip of `count`, ascending, 1 to num_frames of them.
 
     words: 2 + num_frames random words of the clip, for the tail cut's gate and fraction and for random sampling. Raises
-    ValueError if count is below 1.
+    ValueError if count is below 1, or random sampling gets another number of words.
     """
     slots = options.num_frames
     if train and options.frame_sampling == "random" and count > slots:

@@ -21,12 +21,12 @@ def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Adds --workers N, by default one per core."""
+    """Adds --workers N, an int of at least 1, by default one per core; parsing another value raises SystemExit."""
     parser.add_argument("--workers", type=parse_count, default=cores(), metavar="N", help=f"processes ({cores()})")
 
 
 def parse_count(text: str) -> int:
-    """Returns the whole number in `text`. Raises ArgumentTypeError if it is none or less than 1."""
+    """Returns the whole number in `text`, an int. Raises ArgumentTypeError if it is none or less than 1."""
     count = parse_number(int, text, "a whole number")
     if count < 1:
         raise argparse.ArgumentTypeError(f"found {text}, needs at least 1")
@@ -44,8 +44,8 @@ def parse_number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
 def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:
     """Runs the job of a command and returns its exit status: 0 done, 1 failed or `job` returned False, 2 wrong use.
 
-    WrongUseError, FailedError, BadInputError, OSError, Ctrl-C and the death of a worker become one message on stderr.
-    Other exceptions pass. kept: a clause for the message that says which work the next run finds done.
+    WrongUseError (2), FailedError, BadInputError, OSError, Ctrl-C and the death of a worker (1) become one message on
+    stderr. Other exceptions pass. kept: a clause for the message that says which work the next run finds done.
     """
     again = f"run the same command again: {kept}."
     try:

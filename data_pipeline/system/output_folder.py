@@ -17,7 +17,7 @@ WORK = ".work"  # folder in an output folder for notes of unfinished work
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Locks a folder against this machine's other processes for the `with` block. Raises WrongUseError if locked."""
+    """Locks a folder for the `with` block. Raises WrongUseError if another process has it, OSError if it is missing."""
     import fcntl  # here, since Windows has none and `new_folder` does not need it. SIGKILL unlocks, too.
 
     folder = os.open(output, os.O_RDONLY)
@@ -38,7 +38,8 @@ def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change:
 
     identity: the options and inputs that define the job, as JSON. finished: the file that the job writes last, a JSON
     object with the identity. may_change: keys of the identity that may differ in an unfinished run. Temporary files are
-    deleted. Raises WrongUseError if the folder has another job's identity, or none and any other file.
+    deleted. Raises WrongUseError if the folder has another job's identity, or none and any other file, or `finished`
+    has none, and OSError if the folder cannot be read or written.
     """
     mark = output / WORK / "identity.json"
     if finished.exists():
@@ -77,7 +78,8 @@ def _refuse_difference(output: Path, found: dict[str, Any], needed: dict[str, An
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. It is renamed to `output` when the `with` block ends, deleted after an error.
 
-    Raises ValueError if `output` is a file or a folder that is not empty.
+    Makes the folders above. Raises ValueError if `output` is a file or a folder that is not empty; the block's errors
+    pass.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: found content there, needs an empty or new folder; choose another.")

@@ -9,12 +9,12 @@ POLL_SECONDS = 1.0
 
 
 def cores() -> int:
-    """Returns the number of cores that this process may use."""
+    """Returns the number of cores that this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
-    """Starts a thread that ends this process, a child of multiprocessing, when its parent ends, also by kill -9."""
+    """Starts a thread that ends this child of multiprocessing, with status 1, when its parent ends, also by kill -9."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -47,7 +47,8 @@ class Workers:
     ) -> Iterator[Any]:
         """Yields function(context, *task) of every task, in the order of the tasks, and prints a progress bar.
 
-        total: units of the whole bar. weigh: the units of one task. An error of a task is raised in its turn.
+        total: units of the whole bar; 0: no bar. weigh: the units of one task. An error of a task, of any type, is
+        raised in its turn, and BrokenProcessPool if a worker died.
         """
         interval = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file keeps every line
         options: dict[str, Any] = {"file": sys.stdout, "mininterval": interval, "disable": not total}
