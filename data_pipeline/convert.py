@@ -119,8 +119,7 @@ def write_shards(
     """Writes all shards of one kind, "clips" or "images", and returns their notes in order.
 
     The shard of an entry depends on the sorted ids alone. make_entry(ordinal) returns what to write, or None. It is
-    called when its shard is due, since LPR4M has 4 million clips. Unless faults are skipped, more than MAX_FAULTS end
-    it early.
+    called when its shard is due, since LPR4M has 4 million clips. Without skip, over MAX_FAULTS faults end it early.
     """
     size = options.clips_per_shard or min(1024, max(64, -(-len(listing) // 64)))
     total = len(listing)
@@ -189,8 +188,7 @@ def refuse_list_faults(layout: Layout) -> None:
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
     """Writes all faults to faults.txt and their number on stderr; without faults deletes the file.
 
-    Raises FailedError at any fault if on_error is "fail", else if skipped clips or images of a split exceed
-    max_skip_rate.
+    Raises FailedError at any fault if on_error is "fail", else if more than max_skip_rate of a split are skipped.
     """
     faults = list(dict.fromkeys(fault for split in converted for fault in split.faults))  # splits share shop images
     path = options.output / FAULTS

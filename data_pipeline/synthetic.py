@@ -110,7 +110,7 @@ class Studio:
         write_file(kept, _encode(picture, "PNG", compress_level=1))  # last: then the shop images are complete
 
     def draw_livestream(self, index: int) -> dict[int, Boxes]:
-        """Draws the livestream's clips; returns by clip index a list of a box (pixels) or None for each frame."""
+        """Draws a livestream's clips; returns each frame's box or None by clip index. FileNotFoundError: no sprite."""
         return {clip.index: self._draw_clip(clip) for clip in self.shop.clips_by_livestream[index]}
 
     def _draw_clip(self, clip: Clip) -> Boxes:

@@ -45,8 +45,7 @@ def shard_name(split: str, kind: str, number: int, count: int) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of the converted set in the folder `path`, after a check of its version and its hashes.
 
-    Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another version, OSError if
-    unreadable.
+    Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another version, else OSError.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))

@@ -78,7 +78,7 @@ class Dataset:
             raise ValueError(f"{self.path / name}: {detail}")
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """Yields (name, fault) of each file that is missing or has another size or checksum (shards: size alone)."""
+        """Yields (name, fault) of files missing or of other size or checksum (shards: size). OSError: unreadable."""
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
@@ -158,7 +158,7 @@ class Split:
         return self._clips.read(row, self.columns["ordinal"], decode_clip)
 
     def image(self, row: int) -> ImageRecord:
-        """Returns the shop image in a row. Raises IndexError for a row outside, ValueError for a damaged file."""
+        """Returns the shop image in a row. Raises IndexError for a row outside, ValueError if it cannot be read."""
         return self._images.read(row, self.image_columns["ordinal"], decode_image)
 
     def where(self, kind: str, row: int) -> str:
@@ -184,12 +184,15 @@ class Split:
 
     @cached_property
     def image_columns(self) -> dict[str, NDArray[np.int32]]:
-        """Columns "product" (-1: none) and "ordinal", int32 [num_images]. Raises ValueError for a damaged file."""
+        """Columns "product" (-1: none) and "ordinal", int32 [num_images]. ValueError: a missing or damaged file."""
         return {name: self._column(f"images-{name}.npy", self.num_images) for name in IMAGE_COLUMNS}
 
     @cached_property
     def galleries(self) -> dict[str, NDArray[np.int32]]:
-        """Rows of images, int32, by livestream ("": all share one), as in the source; {}: train. ValueError: damage."""
+        """Rows of images, int32 [n], by livestream ("" if all share one), in the source's order, repetitions kept.
+
+        {} for train. Raises ValueError if the file of rows is missing or of another type or length.
+        """
         rows = self._column("gallery.npy", self._counts["gallery_rows"])
         ends = np.cumsum(list(self._counts["galleries"].values()), dtype=np.int64)
         return dict(zip(self._counts["galleries"], np.split(rows, ends[:-1]), strict=True)) if len(ends) else {}
@@ -251,7 +254,7 @@ class _Shards:
         return shard, int(row - (self.ends[shard - 1] if shard else 0))
 
     def read(self, row: int, ordinals: NDArray[np.int32], decode: Callable[[bytes], Record]) -> Record:
-        """Returns decode(data) of a row's record, of ordinals[row]. Raises IndexError outside, ValueError if bad."""
+        """Returns decode(data) of a row's record. Raises IndexError outside, ValueError if bad or not ordinals[row]."""
         shard, number = self.place(row)
         file, offsets = self._open(shard)
         begin, end = int(offsets[number]), int(offsets[number + 1])
@@ -266,7 +269,7 @@ class _Shards:
         return record
 
     def _open(self, shard: int) -> tuple[BinaryIO, NDArray[np.uint64]]:
-        """Returns a shard's file, open until its last read, and uint64 offsets. Raises ValueError if damaged."""
+        """Returns a shard's file, open until its last read, and uint64 offsets. ValueError: missing or damaged."""
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)

@@ -55,7 +55,7 @@ class ClipLoader:
     cache: PictureCache
 
     def zeros(self, count: int, names: Sequence[str]) -> Arrays:
-        """Returns zeros of `count` examples by name: bool for "valid", uint8 for pictures, int32 for the others."""
+        """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures, int32 others. KeyError: other name."""
         side, slots = self.options.image_size, self.options.num_frames
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "frames": ((slots, side, side, 3), np.uint8),

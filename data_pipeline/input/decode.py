@@ -26,7 +26,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, 
 
 
 def decode(data: bytes, *, apply_exif: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Returns the pixels of an encoded picture, equal to Pillow's convert("RGB") (docs/official.md 8.9).
+    """Returns the pixels of an encoded picture, uint8 [h, w, 3], as Pillow's convert("RGB") (docs/official.md 8.9).
 
     apply_exif: rotate the picture by its EXIF orientation. Raises ValueError if bytes are empty, damaged, of another
     format than FORMATS, or declare more than max_pixels. The message says what is wrong; the caller adds the place.

@@ -22,7 +22,7 @@ class FrameOptions:
         (docs/official.md 9.2).
       test_tail_cut: the same cut in evaluation, as the official code does (docs/official.md 11, row 15).
       flip: mirror a picture with probability 0.5.
-      consistent_augment: all frames of a clip share crop, flip, colours and erasure (docs/official.md 11, row 16).
+      consistent_augment: all frames of a clip share crop, flip, colours, erased square (docs/official.md 11, row 16).
       min_scale: below 1, a crop has a random share of the area, at least this, and is resized to image_size, in place
         of resize and crop.
       max_aspect: largest factor by which such a crop's width : height differs from 1, either way. Above 1, crops are

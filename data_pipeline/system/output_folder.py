@@ -78,8 +78,7 @@ def _refuse_difference(output: Path, found: dict[str, Any], needed: dict[str, An
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. It is renamed to `output` when the `with` block ends, deleted after an error.
 
-    Makes the folders above. Raises ValueError if `output` is a file or a folder that is not empty; the block's errors
-    pass.
+    Errors pass. Raises ValueError if `output` is a file or a folder that is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: found content there, needs an empty or new folder; choose another.")
