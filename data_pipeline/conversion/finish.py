@@ -49,7 +49,7 @@ class Converted:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Number of faults by reason, sorted, then of clips left out because their shop image is."""
+        """Number of faults by reason, sorted; last, unless 0, "shop image left out": clips whose image has no row."""
         counts = collections.Counter(fault.reason for fault in self.faults)
         left_out = np.count_nonzero((self.true_rows == NONE) & (self.listing.columns["image"] != NONE))
         return dict(sorted(counts.items())) | ({"shop image left out": int(left_out)} if left_out else {})
@@ -78,7 +78,7 @@ class Converted:
 
     @cached_property
     def galleries(self) -> dict[str, list[int]]:
-        """Rows of the stored images of each livestream's gallery, in the order of the source; livestreams sorted."""
+        """Rows of each livestream's gallery, images without one left out, in the source's order; livestreams sorted."""
         return {
             livestream: [int(row) for row in self.image_rows[images] if row != NONE]
             for livestream, images in sorted(self.listing.galleries.items())
@@ -118,7 +118,7 @@ def make_manifest(
 
 
 def _column_files(split: Converted) -> dict[str, bytes]:
-    """Returns the contents of a split's files in columns/, by name without the split."""
+    """Returns the contents of a split's files in columns/, by name without the split; truth.json only for test."""
     listing, clips, images = split.listing, split.clip_ordinals, split.image_ordinals
     columns = {name: listing.columns[name][clips] for name in TABLES}
     columns["image"] = split.true_rows[clips]
@@ -138,7 +138,7 @@ def _column_files(split: Converted) -> dict[str, bytes]:
 
 
 def _counts(split: Converted) -> dict[str, Any]:
-    """Returns a split's counts in the manifest. "truth" counts the queries of Recall, stored or not."""
+    """Returns a split's counts in the manifest. "truth": of test all entries of its truth, else the stored clips."""
     return {
         "clips": {"records": len(split.clip_ordinals), "shards": [len(note.ordinals) for note in split.clips]},
         "images": {"records": len(split.image_ordinals), "shards": [len(note.ordinals) for note in split.images]},

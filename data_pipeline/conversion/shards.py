@@ -165,13 +165,13 @@ def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> byte
 
 
 def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, int]]:
-    """Returns the bytes, width and height of a picture that was decoded as a check. Raises BadInputError."""
+    """Returns a picture's bytes and (width, height), decoded as a check. Raises BadInputError if it cannot be used."""
     data = pictures.read(picture)
     return data, decode_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path).size
 
 
 def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...]:
-    """Returns boxes given in pixels of the original picture in pixels of the stored one. size: its width and height."""
+    """Returns boxes in the original's pixels in those of the stored picture, of `size` (w, h); equal if not shrunk."""
     if picture.original_size is None:
         return tuple(boxes)
     x, y = (stored / original for stored, original in zip(size, picture.original_size, strict=True))
@@ -186,7 +186,7 @@ def _fault(error: BadInputError, entry: Entry) -> Fault:
 
 
 def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:
-    """Returns the note of a finished shard with these inputs; None if there is none or the shard has other bytes."""
+    """Returns a finished shard's note; None if there is none, inputs differ, or shard or index have other bytes."""
     try:
         note = ShardNote(**json.loads(note_path.read_bytes()))
         sound = note.inputs == inputs and (note.size, note.crc) == (path.stat().st_size, file_crc(path))
@@ -198,7 +198,7 @@ def _finished(path: Path, note_path: Path, inputs: str) -> ShardNote | None:
 
 
 def _still_at_fault(pictures: PictureReader, found: Found, left_out: Sequence[int]) -> bool:
-    """Returns False if an entry that a finished shard left out can be encoded now: its picture was corrected."""
+    """Returns whether no entry that a finished shard left out can be encoded now: no picture was corrected."""
     for entry, item in found:
         if entry.ordinal in left_out:
             with contextlib.suppress(BadInputError):

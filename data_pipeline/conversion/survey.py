@@ -25,7 +25,7 @@ NumberedImages = dict[tuple[str, str], tuple[int, ShopImage]]  # by id and refer
 def list_splits(layout: Layout, splits: Iterable[str], run: RunTasks) -> tuple[list[Listing], dict[str, list[str]]]:
     """Returns the listings of the splits, with their faults, and the sorted texts by the column that numbers them.
 
-    Raises BadInputError or WrongUseError for a list that cannot be read at all.
+    Raises WrongUseError for a list that is missing or ambiguous, BadInputError for one that cannot be read at all.
     """
     tables: Tables = {name: {} for name in TABLES}
     listings: list[Listing] = []
@@ -57,7 +57,7 @@ def list_splits(layout: Layout, splits: Iterable[str], run: RunTasks) -> tuple[l
 
 
 def _training_images(layout: TextLayout, listings: Sequence[Listing], run: RunTasks) -> Iterator[ShopImage]:
-    """Yields the shop images of the training list, converted or not: validation's gallery contains them."""
+    """Yields the training list's shop images, converted or not, if it exists: validation's gallery contains them."""
     if listings:
         yield from listings[0].images
     elif "train" in layout.splits():
@@ -94,7 +94,7 @@ class Survey:
 
 
 def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey:
-    """Returns the rows that start in the PART_BYTES from byte `begin` of a training list's file. Runs in a worker."""
+    """Returns the survey of the PART_BYTES from byte `begin` of a list, number `file`. Raises OSError on reading."""
     survey = Survey()
     for number, offset, content in read_lines(path, begin, begin + PART_BYTES):
         survey.num_lines = number
@@ -123,14 +123,14 @@ def _number(numbers: dict[str, int], text: str) -> int:
 
 
 def _number_image(images: NumberedImages, image: ShopImage | None) -> int:
-    """Returns the number of a shop image as `_number` does; NONE for None. Images of one id and reference are one."""
+    """Returns a shop image's number, from 0, adding a new one; NONE for None. Equal id and reference are one image."""
     return images.setdefault((image.id, image.reference), (len(images), image))[0] if image else NONE
 
 
 def list_training(
     layout: TextLayout, split: str, tables: Tables, run: RunTasks, gallery: Iterable[ShopImage] = ()
 ) -> Listing:
-    """Returns the listing of a training or validation list. gallery: further shop images of validation's gallery."""
+    """Returns a training or validation list's listing, with images of `gallery`. Raises as `list_splits` does."""
     paths = layout.training_lists(split)
     images: NumberedImages = {}
     faults: list[Fault] = []
@@ -199,7 +199,7 @@ def _refuse_row(listing: Listing, row: int, reason: str, detail: str) -> None:
 
 
 def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> None:
-    """Makes rows with another number of columns than most rows of their file faults without an image."""
+    """Adds a fault for rows with another number of columns than most of their file, and sets their image to NONE."""
     for file in range(len(listing.files)):
         rows = np.flatnonzero((listing.lines["file"] == file) & (columns > 0))
         usual = np.argmax(np.bincount(columns[rows], minlength=1))
@@ -210,7 +210,7 @@ def _refuse_odd_lines(listing: Listing, columns: NDArray[np.int32]) -> None:
 
 
 def _refuse_duplicates(listing: Listing) -> NDArray[np.bool_]:
-    """Returns which rows to keep: the first of each clip id. The others become faults."""
+    """Returns which rows to keep, bool [len(listing)]: the first of each clip id. The others become faults."""
     keep = np.ones(len(listing), bool)
     order = np.argsort(listing.clip_ids, kind="stable")  # stable: of rows with one id the first in the files is first
     first = -1  # index into order of the first of a group of equal ids; -1: no group
@@ -240,7 +240,7 @@ def _sort_clips(listing: Listing, keep: NDArray[np.bool_]) -> None:
 
 
 def list_clips(layout: Layout, split: str, tables: Tables) -> Listing:
-    """Returns the listing of a split without a training list. A clip at fault gets an entry without an image."""
+    """Returns the listing of a split without a training list; clips at fault lack an image. Raises as `list_splits`."""
     clips, faults = layout.listed_clips(split)
     galleries, gallery_faults = layout.galleries(split)
     numbered: NumberedImages = {}

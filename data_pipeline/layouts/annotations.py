@@ -34,7 +34,8 @@ LIST_OF_STRINGS = re.compile(  # possessive (+): matching a hostile cell takes t
 def parse_row(line: bytes) -> TrainingRow:
     """Returns the row in a line, given without its line end but unstripped: the last cell may be empty.
 
-    Column 4 is the picture's path in LPR750K, its title in LPR4M: docs/official.md 8.3, 8.4. Raises BadInputError.
+    Column 4 is the picture's path in LPR750K, its title in LPR4M: docs/official.md 8.3, 8.4. Raises BadInputError for
+    bytes that are not UTF-8, a wrong number of columns, a bad id, and lists of frames or boxes that cannot be parsed.
     """
     try:
         cells = line.decode("utf-8").split("\t")
@@ -63,7 +64,7 @@ def parse_row(line: bytes) -> TrainingRow:
 
 
 def parse_frames(cell: str) -> tuple[str, ...]:
-    """Returns the strings of a list written as JSON or Python writes it. Raises BadInputError for anything else."""
+    """Returns a JSON or Python list's strings. Raises BadInputError if it is none, empty or has unprintable ones."""
     frames = _parse_list(cell, "frame")
     if not frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the line.")
@@ -73,7 +74,10 @@ def parse_frames(cell: str) -> tuple[str, ...]:
 
 
 def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | None:
-    """Returns the boxes of each frame, () for none. Returns None for an empty cell or list. Raises BadInputError."""
+    """Returns the boxes of each frame, () for a frame without; None if the cell or its list is empty.
+
+    Raises BadInputError if the cell is no list, has not `num_frames` entries, or an entry is neither box nor boxes.
+    """
     boxes = _parse_list(cell, "box") if cell.strip() else []
     if not boxes:
         return None
@@ -84,7 +88,7 @@ def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | Non
 
 
 def parse_frame_boxes(value: Any) -> tuple[Box, ...]:
-    """Returns the boxes of one frame, given as [x1, y1, x2, y2] or a list of those. Raises BadInputError."""
+    """Returns the boxes in [x1, y1, x2, y2] or a list of those, zeros left out. Raises BadInputError for all else."""
     boxes = value if isinstance(value, list) and all(isinstance(each, list) for each in value) else [value]
     return tuple(box for box in map(_box, boxes) if any(box))  # zeros: there is no box (docs/official.md 8.5)
 
@@ -101,7 +105,6 @@ def _box(value: Any) -> Box:
 
 
 def _parse_list(cell: str, what: str) -> list:
-    """Returns the list in a cell of the column `what`, "frame" (a list of strings) or "box". Raises BadInputError."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -118,7 +121,7 @@ def _parse_list(cell: str, what: str) -> list:
 
 
 def checked_id(text: str, what: str) -> str:
-    """Returns `text` if it can be an id. Raises BadInputError, which names the kind of id by `what`, if it cannot."""
+    """Returns `text` if printable and of 1 to MAX_ID_BYTES bytes. Raises BadInputError, which names `what`, if not."""
     if not text or not text.isprintable() or len(text.encode()) > MAX_ID_BYTES:
         detail = f"found the {what} id {text!r:.80}, needs 1 to {MAX_ID_BYTES} printable bytes; correct it."
         raise BadInputError("bad id", detail)
@@ -126,7 +129,7 @@ def checked_id(text: str, what: str) -> str:
 
 
 def livestream_of(clip_id: str) -> str:
-    """Returns the livestream id of a clip: the first five groups of the clip id (docs/official.md 8.5)."""
+    """Returns a clip's livestream: the first five groups between hyphens of its id, or all (docs/official.md 8.5)."""
     return "-".join(clip_id.split("-")[:5])
 
 
@@ -134,7 +137,7 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
     """Yields (number, offset, content without line end) of the lines that start in bytes [begin, end) of a file.
 
     Numbers count from 1 at the first of these lines. Empty lines are counted and left out. A line longer than
-    MAX_LINE_BYTES ends there, and its rest is another line.
+    MAX_LINE_BYTES ends there, and its rest is another line. end None: to the file's end. Raises OSError on reading.
     """
     with path.open("rb") as file:
         file.seek(max(0, begin - 1))
@@ -149,7 +152,7 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
 
 
 def read_row(source: Path, location: RowLocation) -> TrainingRow:
-    """Returns the training row at a location in a source folder. Raises BadInputError if it cannot be parsed."""
+    """Returns the row at a location. Raises BadInputError if it cannot be parsed, OSError if it cannot be read."""
     with open(source / location.file, "rb") as file:
         file.seek(location.offset)
         return parse_row(file.read(location.length))
@@ -161,8 +164,8 @@ def read_row(source: Path, location: RowLocation) -> TrainingRow:
 def training_lists(source: Path, chosen: str | None) -> list[Path]:
     """Returns the files of the training list: the `chosen` list or part, else the only list that is not validation's.
 
-    Files are parts of one list if their names differ only in a trailing _part_NN (docs/official.md 8.2, 8.4). Returns
-    [] if there is no list and none is chosen. Raises WrongUseError if there are several, or none has the chosen name.
+    Files, sorted, are of one list if names differ only in a trailing _part_NN (docs/official.md 8.2, 8.4). [] if there
+    is no list and none is chosen. Raises WrongUseError for several if none is chosen, or if none has the chosen name.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted((source / "annotations").glob("training_videoinfo_*")):
@@ -185,7 +188,10 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
 
 
 def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises BadInputError if the file is too large or contains no JSON object."""
+    """Returns the JSON object in a file. Raises BadInputError if it is too large or no such object, OSError on reading.
+
+    Bytes that are not UTF-8, which are replaced, and keys given twice, of which the first counts, become `faults`.
+    """
     file = _name_in_source(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
@@ -220,7 +226,7 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
 
 
 def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]:
-    """Returns lists of ids by id, such as truth, from a JSON object. Raises BadInputError if the file has none."""
+    """Returns tuples of ids by id of a JSON object. Others become `faults`. Raises as `load_json_object` does."""
     lists = {}
     for key, ids in load_json_object(path, faults).items():
         try:
@@ -234,13 +240,13 @@ def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]
 
 
 def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
-    """Returns texts by id, from the lines ID<tab>TEXT of titles or speech; {} without a file."""
+    """Returns each id's last text in lines ID<tab>TEXT; {} for None. Adds faults and raises as `decoded_lines` does."""
     parts = (line.partition("\t") for line in decoded_lines(path, faults)) if path else ()
     return {key: text for key, _, text in parts}
 
 
 def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
-    """Yields the lines of a small list. Those that are not UTF-8 become `faults`."""
+    """Yields a list's lines but empty ones. Those that are not UTF-8 become `faults`. Raises OSError on reading."""
     for number, _, line in read_lines(path):
         try:
             yield line.decode("utf-8")
@@ -250,7 +256,7 @@ def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
 
 
 def load_boxes(path: Path | None, faults: list[Fault]) -> dict[str, tuple[Box, ...]]:
-    """Returns boxes by frame id, from a JSON object; {} without a file. Raises BadInputError if the file has none."""
+    """Returns boxes by frame id; {} for None. Unusable entries become `faults`. Raises as `load_json_object` does."""
     boxes: dict[str, tuple[Box, ...]] = {}
     if path:
         for frame_id, value in load_json_object(path, faults).items():

@@ -26,9 +26,11 @@ def open_source(
 ) -> tuple[Layout, tuple[str, ...]]:
     """Returns a source folder as the layout `name`, and the splits to read in the order train, val, test.
 
-    wanted: splits to read; None: all that the source has, with a message on stderr about the others. The others are as
-    in `TextLayout`. Raises WrongUseError if the folder does not have the layout, a wanted split, or any split. Other
-    faults of its lists are in the layout's `faults`.
+    wanted: splits to read; None: all that the source has, with a message on stderr about the others. train_annotation,
+    stored_frames: as in `TextLayout`. Raises WrongUseError if the folder lacks the layout's folders, a wanted split or
+    any split, has several training lists, or lacks the one that train_annotation names (an own folder has none), and
+    BadInputError if an own folder's table cannot be read. Other faults are in the layout's `faults`; with one there may
+    be no split. Raises KeyError for a `name` that is not in LAYOUTS.
     """
     kind = LAYOUTS[name]
     if absent := [f"{folder}/" for folder in kind.FOLDERS if not (source / folder).is_dir()]:
@@ -55,7 +57,7 @@ def open_source(
 
 
 def layout_of(source: Path) -> str | None:
-    """Returns the name of the layout that a folder has, by the names of its subfolders; None if it has none of them."""
+    """Returns the layout that a folder's subfolders show: "folder", "lpr4m" or "lpr750k"; None if they show none."""
     if (source / "clips").is_dir() and (source / "shop").is_dir():
         return "folder"
     if not (source / "annotations").is_dir():

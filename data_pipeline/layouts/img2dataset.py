@@ -61,7 +61,7 @@ class Download:
     shards: tuple[str, ...]  # their numbers as written, sorted
 
     def picture(self, name: str, place: np.void) -> Picture:
-        """Returns the picture called `name` of a stored download. place: its PLACE."""
+        """Returns the location, in a tar or as a file, of the picture `name` of a stored download. place: its PLACE."""
         shard = self.shards[place["shard"]]
         member = f"{int(place['key']):0{int(place['digits'])}d}{SUFFIX_LIST[place['suffix']]}"
         original = (int(place["width"]), int(place["height"]))
@@ -98,7 +98,7 @@ def name_of(text: str) -> str:
 
 
 def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
-    """Returns 64 bits of each name, uint64 [len(names)]. The probability of a confusion in LPR4M is 1e-3."""
+    """Returns 64 bits of BLAKE2b of each name, uint64 [len(names)]. The probability of a confusion in LPR4M is 1e-3."""
     digests = b"".join(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in names)
     return np.frombuffer(digests, "<u8")
 
@@ -119,7 +119,11 @@ class ShardScan:
 
 
 def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Path) -> ShardScan:
-    """Returns the wanted names in shard `number`. hashes_file: their sorted hashes. Runs in a worker."""
+    """Returns the wanted names in shard `number`. hashes_file: their sorted hashes. Runs in a worker.
+
+    A shard that cannot be read gives the scan a `fault`. Raises WrongUseError if there is a table but no sidecars, and
+    pyarrow is not installed, and OSError if a tar or folder cannot be opened.
+    """
     wanted = np.load(hashes_file, mmap_mode="r")
     scan = ShardScan(np.zeros(0, np.uint64), np.zeros(0, PLACE))
     rows: list[tuple] = []
@@ -149,7 +153,7 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
 def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, int]]]:
     """Returns a shard's pictures (suffix, offset, size) and sidecars (offset, size), both by key, numbers as in PLACE.
 
-    Raises BadInputError for a tar that cannot be read.
+    Raises BadInputError for a tar that is damaged, OSError for a tar or folder that cannot be opened.
     """
     pictures: dict[str, tuple[int, int, int]] = {}
     sidecars: dict[str, tuple[int, int]] = {}
@@ -178,10 +182,7 @@ def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _read_table(download: Download, number: int) -> list[Entry] | None:
-    """Returns the entry of every download in a shard, failed ones included.
-
-    Returns None if the shard has no table or pyarrow is not installed. Raises BadInputError if it cannot be read.
-    """
+    """Returns every download's entry; None without a table or pyarrow. Raises BadInputError if it cannot be read."""
     path = download.source / download.folder / f"{download.shards[number]}.parquet"
     if not path.exists():
         return None
@@ -213,7 +214,7 @@ def _refuse_long_texts(table: Any) -> None:
 
 
 def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> Entry:
-    """Returns the entry of a download. Raises ValueError, TypeError or OverflowError for values that none has."""
+    """Returns a download's entry; a missing size is 0. Raises ValueError, TypeError or OverflowError for bad values."""
     size = int(width or 0), int(height or 0)
     if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
@@ -244,7 +245,7 @@ def _read_sidecars(download: Download, number: int, sidecars: dict[str, tuple[in
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Yields the name of every download, shard by shard. Raises BadInputError and WrongUseError as `_read_sidecars`."""
+    """Yields each download's name, shard by shard. Raises as `_members`, `_read_table` and `_read_sidecars` do."""
     for number in range(len(download.shards)):
         table = _read_table(download, number)
         entries = table if table is not None else _read_sidecars(download, number, _members(download, number)[1])
@@ -252,7 +253,7 @@ def list_names(download: Download) -> Iterator[str]:
 
 
 def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault]:
-    """Returns a fault for each sidecar that disagrees with the shard's table, which counts. Runs in a worker."""
+    """Returns faults: of each sidecar unlike its shard's table, if both exist, and of what of them cannot be read."""
     faults: list[Fault] = []
     shard = f"{download.folder}/{download.shards[number]}"
     try:
@@ -296,7 +297,7 @@ class Index:
         return np.load(self.places_file, mmap_mode="r")
 
     def add(self, hashes: NDArray[np.uint64], run: RunTasks) -> None:
-        """Looks up names by their hashes in every shard, except for those that the index already has."""
+        """Looks up new hashes in every shard; sets counts, `complete` and `faults`. Raises as `scan_shard` does."""
         wanted = np.setdiff1d(hashes, self.hashes)
         if not len(wanted):
             return
@@ -325,7 +326,7 @@ class Index:
             np.save(path, values)
 
     def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.void]:
-        """Returns the PLACE of each name, by its hash. The state of names that are not in the index is ABSENT."""
+        """Returns the PLACE of each name, by its hash. The state is ABSENT for names not indexed or in no shard."""
         if not len(self.hashes):
             return np.zeros(len(hashes), PLACE)
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)

@@ -93,7 +93,7 @@ class Layout(abc.ABC):
         self.copies: list[str] = []  # paths of listed pictures that are not stored, as one of that name has their bytes
 
     def stored_positions(self, count: int) -> list[int]:
-        """Returns the positions of the frames to store of a clip of `count`: sampled (docs/official.md 9.1), or all."""
+        """Returns the ascending positions of the frames to store of `count`: sampled (docs/official.md 9.1), or all."""
         if self.stored_frames is None or not count:
             return list(range(count))
         positions: list[int] = sample_frames(count, self.stored_frames).tolist()
@@ -101,31 +101,34 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Returns the splits that the source has clips for, in the order train, val, test."""
+        """Returns its splits in order. Raises WrongUseError for several training lists or without the chosen one."""
 
     @abc.abstractmethod
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
-        """Returns [size, CRC32C] of each list or table that the splits are read from, by its name."""
+        """Returns [bytes, CRC32C] by name: of lists, or a folder's tables and "pictures". Raises as `listed_clips`."""
 
     @abc.abstractmethod
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
-        """Returns the clips of a split without a training list, and faults of clips whose entry cannot be read."""
+        """Returns the clips of a split without a training list, and faults of clips whose entry cannot be read.
+
+        Raises WrongUseError if a list or download is missing or ambiguous, BadInputError if a file cannot be read.
+        """
 
     @abc.abstractmethod
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Returns the shop images by livestream, in the order of the source, and faults of those that are left out."""
+        """Returns shop images by livestream, in the source's order, and faults of others. Raises as `listed_clips`."""
 
     @property
     @abc.abstractmethod
     def truth(self) -> dict[str, tuple[str, ...]]:
-        """The ids of the true images by test clip id. Clips that the source does not list are included."""
+        """True images' ids by test clip id, also of clips not listed; {} without any. Raises as `listed_clips` does."""
 
     def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
-        """Returns names of a clip's frames that `locate` must look up; none if paths say where pictures are."""
+        """Returns the names of a clip's frames that `locate` must look up; () if paths say where pictures are."""
         return ()
 
     def locate(self, listings: Sequence["Listing"], run: RunTasks, work: Path) -> list[str]:
-        """Looks up the pictures of all listings, adds faults to them, and returns remarks. work: a folder for files."""
+        """Looks up pictures, adds faults to listings, returns remarks; here []. LPR4M: WrongUseError if it has none."""
         return []
 
     @abc.abstractmethod
@@ -133,12 +136,13 @@ class Layout(abc.ABC):
         """Returns a clip as it is listed, and its frames at `stored_positions` with their pictures, sorted by position.
 
         If a download misses one of them, they are sampled again from the frames that it has. All frames that it misses
-        are then returned too, with None (failed) or the error. Raises BadInputError for a line that cannot be parsed.
+        are then returned too, with None (failed) or the error. LPR750K's missing frames have the error. Raises
+        BadInputError for a line that cannot be parsed, OSError on reading it; LPR4M raises KeyError before `locate`.
         """
 
     @abc.abstractmethod
     def find_image(self, image: ShopImage, split: str) -> Picture:
-        """Returns the location of a shop image's picture. Raises BadInputError if it has none."""
+        """Returns where a shop image's picture is. Raises BadInputError if there is none; own folders do not look."""
 
 
 @dataclasses.dataclass
@@ -165,7 +169,7 @@ class Listing:
         return len(self.clip_ids)
 
     def source(self, ordinal: int) -> ClipSource:
-        """Returns where clip `ordinal` is listed, for `Layout.find_frames`."""
+        """Returns clip `ordinal`'s ClipListing, or its line's RowLocation. Raises IndexError for an ordinal outside."""
         if self.clips:
             return self.clips[ordinal]
         file, number, offset, length = self.lines[ordinal].item()
@@ -173,7 +177,7 @@ class Listing:
 
 
 def sort_images(listing: Listing) -> None:
-    """Sorts a listing's images by id, then reference, and adapts all indices into them."""
+    """Sorts `images` by id, then reference, and the gallery "", and adapts columns["image"] and galleries, in place."""
     order = sorted(range(len(listing.images)), key=lambda row: (listing.images[row].id, listing.images[row].reference))
     renumber = np.full(len(order) + 1, NONE, np.int32)
     renumber[order] = np.arange(len(order))

@@ -46,7 +46,10 @@ class Lpr4m(TextLayout):
         return [name_of(listed.frames[position]) for position in self.stored_positions(len(listed.frames))]
 
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
-        """Returns the test clips, grouped from frame ids (CLIP-NUMBER), since LPR4M has no list of its queries."""
+        """Returns the test clips, grouped from frame ids (CLIP-NUMBER) as LPR4M does not list its queries, and faults.
+
+        Raises WrongUseError if a list or test_frame is missing, ambiguous or needs pyarrow, BadInputError on reading.
+        """
         urls = self._frame_urls()
         if urls is None:
             names = list_names(find_download(self.source, "test_frame"))
@@ -134,7 +137,6 @@ def _unique(hashes: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 def _clips_with_gaps(listing: Listing, index: Index) -> NDArray[np.int64]:
-    """Returns the ordinals of the clips that miss the picture of a frame to locate."""
     missing = np.concatenate([[0], np.cumsum(index.find(listing.frame_hashes)["state"] != STORED)])
     ends = np.cumsum(listing.hash_counts)
     return np.flatnonzero(missing[ends] > missing[ends - listing.hash_counts])
@@ -147,7 +149,7 @@ def _hash_frames(listing: Listing, ordinals: NDArray[np.int64], run: RunTasks) -
 
 
 def hash_frames(layout: Lpr4m, sources: Sequence[ClipSource]) -> NDArray[np.uint64]:
-    """Returns the hashes of all frame names of some clips, one clip after the other. Runs in a worker."""
+    """Returns `hash_names` of all frames of clips, in order. Raises BadInputError for bad lines, OSError on reading."""
     return np.concatenate([hash_names([name_of(text) for text in layout.read_listed(each).frames]) for each in sources])
 
 

@@ -34,7 +34,7 @@ class Lpr750k(TextLayout):
         return self.read_queries(path, annotations.load_json_object(path, self.faults), _query_frames)
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Returns the gallery of each livestream, and faults of its rows. Files of one name and bytes are one image."""
+        """Returns galleries and row faults. Files of one name and bytes are one image. WrongUseError: not one list."""
         path = self.find_list(GALLERY)
         titles = annotations.load_texts(self.find_optional(TITLES), self.faults)
         galleries: dict[str, list[ShopImage]] = {}
@@ -82,7 +82,6 @@ def _query_frames(entry: Any) -> tuple[str, ...]:
 
 
 def _gallery_row(line: bytes) -> tuple[str, str]:
-    """Returns the livestream and the file name in a line of the gallery file. Raises BadInputError."""
     try:
         livestream, name = line.decode("utf-8").split("/")
     except UnicodeDecodeError as err:
@@ -94,7 +93,7 @@ def _gallery_row(line: bytes) -> tuple[str, str]:
 
 
 def _image_id(name: str) -> str:
-    """Returns the image id of a gallery file: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError."""
+    """Returns a file's image id: <uuid> for <uuid>-0.jpg, <uuid>.jpg and <uuid>. Raises BadInputError if it is none."""
     stem, suffix = os.path.splitext(name)  # the official parser leaves the second's suffix: docs/official.md 8.8
     stem = stem if suffix.lower() in SUFFIXES else name
     return annotations.checked_id("-".join(stem.split("-")[:5]), "image")

@@ -72,7 +72,10 @@ class OwnFolder(Layout):
     FOLDERS: ClassVar[tuple[str, ...]] = ("clips", "shop")
 
     def __init__(self, source: Path, train_annotation: str | None, stored_frames: int | None) -> None:
-        """Reads names and tables, but no picture; their faults are in `faults`. Raises WrongUseError without a clip."""
+        """Reads names and tables, but no picture; their faults are in `faults`.
+
+        Raises WrongUseError for a train_annotation, or if there is no clip and no fault; BadInputError for a bad table.
+        """
         if train_annotation:
             raise WrongUseError(
                 "--train-annotation: found a training list's name, but a folder has none; put splits into clips.csv."
@@ -95,7 +98,7 @@ class OwnFolder(Layout):
     # --- names --------------------------------------------------------------------------------------------------------
 
     def _entries(self, folder: str) -> list[FolderEntry]:
-        """Returns the entries of a folder in natural order. Names that cannot be part of an id become faults."""
+        """Returns a folder's entries in natural order, without hidden files. Bad or repeated names become faults."""
         entries: dict[str, FolderEntry] = {}
         with os.scandir(self.source / folder) as found:
             for each in sorted(found, key=lambda each: each.name):
@@ -116,7 +119,7 @@ class OwnFolder(Layout):
         return sorted(entries.values(), key=lambda entry: natural(entry.stem))
 
     def _read_clips(self) -> dict[str, ClipFolder]:
-        """Returns the clips by id, in natural order of product and clip."""
+        """Returns the clips by id, in natural order. Bad ids, products without clips are faults; files `left_out`."""
         clips: dict[str, ClipFolder] = {}
         for product in self._entries("clips"):
             if not product.is_folder:
@@ -143,7 +146,7 @@ class OwnFolder(Layout):
         return clips
 
     def _read_shop(self) -> dict[str, tuple[str, ...]]:
-        """Returns the paths of each product's shop images, in natural order. More than one is a fault of its clips."""
+        """Returns the shop images' paths by product, in natural order, perhaps several. Bad ids become faults."""
         images: dict[str, tuple[str, ...]] = {}
         for entry in self._pictures(self._entries("shop")):
             try:
@@ -153,7 +156,7 @@ class OwnFolder(Layout):
         return images
 
     def _pictures(self, content: Sequence[FolderEntry]) -> list[FolderEntry]:
-        """Returns the pictures among a folder's content and adds the other entries to `left_out`."""
+        """Returns the pictures among a folder's content, notes their sizes, and adds other entries to `left_out`."""
         pictures = [entry for entry in content if entry.is_picture]
         self.picture_sizes |= {entry.path: entry.size for entry in pictures}
         self.left_out += [entry.path for entry in content if not entry.is_picture]
@@ -171,7 +174,7 @@ class OwnFolder(Layout):
                 self.faults.append(err.at("products.csv", line))
 
     def _read_splits(self) -> None:
-        """Sets each clip's split as clips.csv names it (clips that it does not name are for training).
+        """Sets each clip's split as clips.csv names it (others: training). Raises BadInputError if it is unreadable.
 
         Without clips.csv `default_splits` decides. A clip without pictures does not count as its product's last clip.
         """
@@ -190,7 +193,7 @@ class OwnFolder(Layout):
                     clip.split = split
 
     def _rows(self, file: str, known: Set[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
-        """Yields (line, id, cells by column) of each row of a table with a `known`, new id, if the table exists."""
+        """Yields (line, id, cells) of rows with a new `known` id, else adds faults. Raises BadInputError on reading."""
         if not (self.source / file).exists():
             return
         first: dict[str, int] = {}
@@ -247,7 +250,7 @@ class OwnFolder(Layout):
         return _two_images(images) if len(images) > 1 else None
 
     def galleries(self, split: str) -> tuple[dict[str, list[ShopImage]], list[Fault]]:
-        """Returns the shop images of each livestream, and faults of products with several.
+        """Returns the shop images of each livestream, in natural order, and faults of products with several.
 
         The products are those of the training clips for "train", else all, also those without clips.
         """
@@ -267,7 +270,7 @@ class OwnFolder(Layout):
         return {clip.id: (clip.product,) for clip in self.clips.values() if clip.split == "test"}
 
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
-        """Warns of oddities of the folder, once, and returns the same remarks for the report."""
+        """Returns remarks on equal shop images and entries left out; prints them as warnings to stderr. [] for none."""
         same = "found the same picture for several products, needs one that tells them apart; replace one."
         remarks = [f"{' and '.join(paths)}: {same}" for paths in self._same_pictures(listings)]
         if self.left_out:
@@ -279,7 +282,6 @@ class OwnFolder(Layout):
         return remarks
 
     def _same_pictures(self, listings: Sequence[Listing]) -> list[list[str]]:
-        """Returns groups of paths of shop images that have the same bytes."""
         references = {image.reference for listing in listings for image in listing.images}
         by_size = collections.defaultdict(list)
         for path in sorted(references, key=natural):
@@ -310,19 +312,19 @@ def _picture(path: str) -> Picture:
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """Returns a key that sorts frame2 before frame10 and ignores the case of letters."""
+    """Returns a key that sorts frame2 before frame10 and ignores the case of letters, unless names are else equal."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)], name
 
 
 def default_splits(count: int) -> list[str]:
-    """Returns the splits of a product's clips, in order: train, then one val if `count` is 4 or more, then one test."""
+    """Returns the splits of a product's `count` > 0 clips, in order: train, one val if there are 4 or more, a test."""
     held_out = ["val", "test"] if count >= 4 else ["test"]
     return ["train"] * (count - len(held_out)) + held_out
 
 
 def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line, cells by column) of each row of a CSV file, below its line of columns. Others become `faults`."""
+    """Yields (line, cells by column) of the rows below a CSV file's first, but empty ones. Others become `faults`."""
     try:
         text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as err:

@@ -49,7 +49,7 @@ class PictureReader:
         raise BadInputError(missing, f"{detail}or leave the clip out with --on-error=skip.", path)
 
     def read(self, picture: Picture) -> bytes:
-        """Returns the bytes of a picture. Raises BadInputError if they cannot be read, are too many or too few."""
+        """Returns a picture's bytes. Raises BadInputError if unreadable, too many or few, or outside the folder."""
         self._refuse_leaving(picture.path)
         path = os.path.join(self.root, picture.path)
         self._refuse_link_out(path, picture.path)
@@ -98,7 +98,7 @@ def _real_folder(folder: str) -> str:
 
 
 def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image:
-    """Returns the first picture of a file, decoded. Raises BadInputError if that fails or the picture is too large.
+    """Returns the first picture of a file, decoded. Raises BadInputError if that fails or it has over MAX_PIXELS.
 
     named: also if its format is not that of the suffix of `path`, which is otherwise only for messages.
     """

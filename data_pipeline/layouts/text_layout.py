@@ -32,7 +32,7 @@ class TextLayout(Layout):
 
     @abc.abstractmethod
     def shop_image(self, row: TrainingRow) -> ShopImage:
-        """Returns the shop image of a training row. Raises BadInputError if the row is of another layout."""
+        """Returns the shop image of a training row. LPR750K raises BadInputError if the row has no picture's path."""
 
     def splits(self) -> tuple[str, ...]:
         folder = self.source / "annotations"
@@ -44,7 +44,10 @@ class TextLayout(Layout):
         return tuple(split for split in SPLITS if exists[split])
 
     def training_lists(self, split: str) -> list[Path]:
-        """Returns the files of the training or validation list. Raises WrongUseError if there is not one such list."""
+        """Returns the files of the training list, [] if there is none, or the one validation list.
+
+        Raises WrongUseError if the validation or chosen training list is missing, or if there are several of either.
+        """
         if split == "train":
             return annotations.training_lists(self.source, self.train_annotation)
         return [self.find_list(VALIDATION, needed_for="validation")]
@@ -65,7 +68,7 @@ class TextLayout(Layout):
         return self.find_list(pattern) if any((self.source / "annotations").glob(pattern)) else None
 
     def test_lists(self) -> list[Path]:
-        """Returns the files that the test split is read from. Raises WrongUseError if one is missing or ambiguous."""
+        """Returns the test split's files. Raises WrongUseError if a needed one is missing or any is ambiguous."""
         optional = map(self.find_optional, (BOXES, SPEECH, TITLES))
         return [*map(self.find_list, self.TEST_LISTS), *(path for path in optional if path)]
 
@@ -82,7 +85,7 @@ class TextLayout(Layout):
         return annotations.load_id_lists(self.find_list(TRUTH), self.faults)
 
     def read_listed(self, source: ClipSource) -> ListedClip:
-        """Returns a clip as it is listed. Raises BadInputError for a line that cannot be parsed."""
+        """Returns a ClipListing itself, or a location's row. Raises BadInputError if it is bad, OSError on reading."""
         return source if isinstance(source, ClipListing) else annotations.read_row(self.source, source)
 
     def read_queries(
@@ -91,6 +94,7 @@ class TextLayout(Layout):
         """Returns the test clips of `file` with their truth, boxes and speech, and a fault for each that is unusable.
 
         entries: the content of the file by clip id. frames_of: returns the frames of an entry or raises BadInputError.
+        Raises WrongUseError if truth is missing or a list ambiguous, BadInputError if truth or boxes cannot be read.
         """
         truth = self.truth  # loaded first, for the order of the faults
         boxes = annotations.load_boxes(self.find_optional(BOXES), self.faults)
