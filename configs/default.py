@@ -18,10 +18,10 @@ Change = Literal["no", "in evaluation", "on resume", "per host"]
 
 
 class Limit(NamedTuple):
-    """What a number must be, in words and as a test."""
+    """A bound of a number, as text and as a test."""
 
-    words: str
-    holds: Callable[[float], bool]
+    text: str
+    allows: Callable[[float], bool]
 
 
 Count = Annotated[int, Limit("at least 1", lambda x: x >= 1)]
@@ -57,7 +57,7 @@ class Section:
 
 
 class DataConfig(Section):
-    """Which clips and pictures are read, and how pictures become arrays."""
+    """The choice of clips and pictures, and how pictures become arrays."""
 
     path: str = field("", "folder made by data_pipeline.convert", change="per host")
     train_split: str = field("train", "split to train on")
@@ -169,7 +169,7 @@ class OptimizerConfig(Section):
 
 
 class MeshConfig(Section):
-    """How the devices of all hosts share the work. One of the two may be -1: all devices that the other leaves."""
+    """The mesh of all hosts' devices. One of the two may be -1: all devices that the other leaves."""
 
     data: Devices = field(-1, "devices along the batch", change="on resume")
     fsdp: Devices = field(1, "devices that share the parameters' memory", change="on resume")
@@ -207,7 +207,7 @@ class Config(Section):
 
 
 class Field(NamedTuple):
-    """What the table says of a field."""
+    """One row of the table."""
 
     item: type  # of the value, or of a tuple's items: bool, int, float or str
     limit: Limit
@@ -219,7 +219,7 @@ class Field(NamedTuple):
 
     def allows(self, value: Any) -> bool:
         items = value if isinstance(value, tuple) else (value,)
-        return all(self.limit.holds(item) and (not self.choices or item in self.choices) for item in items)
+        return all(self.limit.allows(item) and (not self.choices or item in self.choices) for item in items)
 
     @property
     def values(self) -> str:
@@ -227,7 +227,7 @@ class Field(NamedTuple):
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         one = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[self.item]
-        one = f"{one} of {self.limit.words}" if self.limit.words else one
+        one = f"{one} of {self.limit.text}" if self.limit.text else one
         return f"values separated by commas, each {one}" if isinstance(self.default, tuple) else one
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from configs import default, lpr750k, smoke
-from rice_jax import config as configuration
+from rice_jax import config as config_module
 
 ROOT = Path(__file__).parent.parent
 
 
 def parse(*words: str) -> argparse.Namespace:
-    return configuration.parse_arguments(argparse.ArgumentParser(), list(words))
+    return config_module.parse_arguments(argparse.ArgumentParser(), list(words))
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke.py", "configs/smoke.py"])
@@ -91,11 +91,11 @@ def test_every_fault_of_a_config_is_named_at_once() -> None:
         ValueError,
         match=r"squash.*one of stretch, keep_ratio; .*eval_batch_size is 0, needs a whole number of at least 1",
     ):
-        configuration.validate(config)
+        config_module.validate(config)
     config = default.get_config()
     config.model.heads = 7
     with pytest.raises(ValueError, match=r"model.width 768 does not divide by model.heads 7; data.path is not set"):
-        configuration.validate(config)
+        config_module.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_every_fault_of_a_config_is_named_at_once() -> None:
 def test_a_value_that_cannot_be_meant_is_refused(field: str, value: object) -> None:
     config = default.get_config()
     config.data.path = "somewhere"
-    configuration.validate(config)
-    configuration.set_field(config, field, value)
+    config_module.validate(config)
+    config_module.set_field(config, field, value)
     with pytest.raises(ValueError, match=field):
-        configuration.validate(config)
+        config_module.validate(config)
 
 
 @pytest.mark.parametrize("name", ["grocery:icl_pdm", "lpr750k:pfr", "grocery:"])
@@ -133,15 +133,15 @@ def test_a_config_without_argument_refuses_one(capsys: pytest.CaptureFixture[str
 
 def test_a_config_survives_its_text() -> None:
     config = smoke.get_config()
-    again = configuration.from_json(configuration.to_json(config))
-    assert again == config and not configuration.differences(again, config)
+    again = config_module.from_json(config_module.to_json(config))
+    assert again == config and not config_module.differences(again, config)
     config.data.path = "elsewhere"
-    assert configuration.differences(again, config) == ["data.path: '' -> 'elsewhere'"]
-    assert not configuration.differences(again, config, free=("data.path", "seed"))
+    assert config_module.differences(again, config) == ["data.path: '' -> 'elsewhere'"]
+    assert not config_module.differences(again, config, free=("data.path", "seed"))
 
 
 def test_every_field_says_what_it_is_and_allows_its_default() -> None:
-    assert configuration.flatten(default.get_config()) == {
+    assert config_module.flatten(default.get_config()) == {
         name: field.default for name, field in default.FIELDS.items()
     }
     for name, field in default.FIELDS.items():
@@ -157,9 +157,9 @@ def test_the_documentation_is_the_table() -> None:
 
 
 def test_what_may_change_after_a_run_began() -> None:
-    free, evaluated = set(configuration.FREE), set(configuration.EVALUATED)
+    free, evaluated = set(config_module.FREE), set(config_module.EVALUATED)
     assert evaluated - free == {"data.apply_exif"}
-    assert set(configuration.PER_HOST) == {"data.path", "data.threads", "data.workers", "data.cache_bytes"} <= free
+    assert set(config_module.PER_HOST) == {"data.path", "data.threads", "data.workers", "data.cache_bytes"} <= free
     assert {"mesh.fsdp", "eval_every", "checkpoints_kept", "data.eval_split", "stall_seconds"} <= free
     assert not free & {"seed", "batch_size", "num_updates", "init_from", "data.skip_clips", "loss.micro_batch"}
     assert not any(name.startswith(("model.", "loss.", "optimizer.")) for name in evaluated)
@@ -170,12 +170,12 @@ def test_a_field_of_the_users_own_keeps_its_type() -> None:
     with config.unlocked():
         config.notes, config.sizes, config.best = "mine", ("a",), None
     for field, text in (("notes", "yours"), ("sizes", "b,c")):
-        configuration.override(config, field, text)
+        config_module.override(config, field, text)
     assert (config.notes, config.sizes) == ("yours", ("b", "c"))
     with pytest.raises(ValueError, match="needs a value of type NoneType"):
-        configuration.override(config, "best", "1")
+        config_module.override(config, "best", "1")
 
 
 def test_gradient_accumulation_is_refused_with_what_to_use() -> None:
     with pytest.raises(ValueError, match=r"another loss; .* set loss.micro_batch"):
-        configuration.override(default.get_config(), "optimizer.accumulation_steps", "4")
+        config_module.override(default.get_config(), "optimizer.accumulation_steps", "4")

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, new_shard, write_file
-from data_pipeline.layouts.listing import NONE, ClipListing, ClipSource, FoundFrame, Layout, ListedClip, RowLocation
+from data_pipeline.layouts.listing import NONE, ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, RowLocation
 from data_pipeline.layouts.pictures import PictureReader, decode_picture
 
 
@@ -118,7 +118,7 @@ def _find_pictures(layout: Layout, entries: Sequence[Entry], split: str, faults:
     return found
 
 
-def make_clip(listed: ListedClip, found: Sequence[FoundFrame]) -> Clip:
+def make_clip(listed: ClipEntry, found: Sequence[FoundFrame]) -> Clip:
     """Returns the clip that `Layout.find_frames` found, with the frames to store and boxes in original pixels.
 
     Raises BadInputError if a frame has no picture although its download did not fail, or if no frame has one.

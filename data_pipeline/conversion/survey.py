@@ -130,7 +130,7 @@ def _number_image(images: NumberedImages, image: ShopImage | None) -> int:
 def list_training(
     layout: TextLayout, split: str, tables: Tables, run: RunTasks, gallery: Iterable[ShopImage] = ()
 ) -> Listing:
-    """Returns a training or validation list's listing, with images of `gallery`. Raises as `list_splits` does."""
+    """Returns the listing of split's list, with `gallery`. WrongUseError: none or several; OSError: unreadable."""
     paths = layout.training_lists(split)
     images: NumberedImages = {}
     faults: list[Fault] = []

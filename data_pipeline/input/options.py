@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameOptions:
-    """How frames are chosen and how pictures become arrays. The defaults are the official code's (docs/official.md 9).
+    """Options of frames and pictures as arrays. The defaults are the official code's (docs/official.md 9).
 
     Evaluation takes evenly spaced frames and centre crops. What is random happens in training only, except for
     test_tail_cut.

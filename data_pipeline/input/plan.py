@@ -1,4 +1,4 @@
-"""Which examples make global batch i: a pure function of (seed, i), the same on every machine.
+"""The plan of examples for each global batch i: a pure function of (seed, i), the same on every machine.
 
 An epoch is a permutation of the examples, cut in order into batches of G. The last n mod G examples are left out, as
 the official loader does. Nothing here depends on the numbers of hosts, workers or threads. So a run may resume with

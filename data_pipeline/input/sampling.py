@@ -1,4 +1,4 @@
-"""Which frames of a clip fill its slots."""
+"""The choice of the frames that fill a clip's slots."""
 
 import numpy as np
 from numpy.typing import NDArray

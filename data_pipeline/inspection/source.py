@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class SourceContext:
-    """What the workers share."""
+    """The data that all workers need."""
 
     layout: Layout
     folder: PictureReader

@@ -240,7 +240,7 @@ def load_id_lists(path: Path, faults: list[Fault]) -> dict[str, tuple[str, ...]]
 
 
 def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
-    """Returns each id's last text in lines ID<tab>TEXT; {} for None. Adds faults and raises as `decoded_lines` does."""
+    """Returns each id's last text in lines ID<tab>TEXT; {} for None. Bad UTF-8 becomes faults. OSError on reading."""
     parts = (line.partition("\t") for line in decoded_lines(path, faults)) if path else ()
     return {key: text for key, _, text in parts}
 

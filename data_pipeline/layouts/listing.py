@@ -71,7 +71,7 @@ class ClipListing:
     fault: BadInputError | None = None  # the clip has an ordinal, but gets no record
 
 
-ListedClip = TrainingRow | ClipListing
+ClipEntry = TrainingRow | ClipListing
 ClipSource = RowLocation | ClipListing  # from which a clip can be read again
 
 
@@ -123,7 +123,7 @@ class Layout(abc.ABC):
     def truth(self) -> dict[str, tuple[str, ...]]:
         """True images' ids by test clip id, also of clips not listed; {} without any. Raises as `listed_clips` does."""
 
-    def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: ClipEntry) -> Sequence[str]:
         """Returns the names of a clip's frames that `locate` must look up; () if paths say where pictures are."""
         return ()
 
@@ -132,7 +132,7 @@ class Layout(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ClipEntry, list[FoundFrame]]:
         """Returns a clip as it is listed, and its frames at `stored_positions` with their pictures, sorted by position.
 
         If a download misses one of them, they are sampled again from the frames that it has. All frames that it misses

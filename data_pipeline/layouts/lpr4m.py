@@ -12,10 +12,10 @@ from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts.annotations import decoded_lines, load_id_lists, load_texts
 from data_pipeline.layouts.img2dataset import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
 from data_pipeline.layouts.listing import (
+    ClipEntry,
     ClipListing,
     ClipSource,
     FoundFrame,
-    ListedClip,
     Listing,
     RunTasks,
     TrainingRow,
@@ -42,7 +42,7 @@ class Lpr4m(TextLayout):
     def shop_image(self, row: TrainingRow) -> ShopImage:
         return ShopImage(row.image_id, row.image_id, row.image_title, row.product)
 
-    def frames_to_locate(self, listed: ListedClip) -> Sequence[str]:
+    def frames_to_locate(self, listed: ClipEntry) -> Sequence[str]:
         return [name_of(listed.frames[position]) for position in self.stored_positions(len(listed.frames))]
 
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
@@ -92,8 +92,8 @@ class Lpr4m(TextLayout):
             users[0].faults += index.faults
         return [remark for folder, index in self.indices.items() for remark in _remarks(folder, index)]
 
-    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
-        listed = self.read_listed(source)
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ClipEntry, list[FoundFrame]]:
+        listed = self.read_entry(source)
         index = self.indices[_download_of(split, "frame")]
         names = [name_of(text) for text in listed.frames]
         positions = self.stored_positions(len(names))
@@ -150,7 +150,7 @@ def _hash_frames(listing: Listing, ordinals: NDArray[np.int64], run: RunTasks) -
 
 def hash_frames(layout: Lpr4m, sources: Sequence[ClipSource]) -> NDArray[np.uint64]:
     """Returns `hash_names` of all frames of clips, in order. Raises BadInputError for bad lines, OSError on reading."""
-    return np.concatenate([hash_names([name_of(text) for text in layout.read_listed(each).frames]) for each in sources])
+    return np.concatenate([hash_names([name_of(text) for text in layout.read_entry(each).frames]) for each in sources])
 
 
 def _remarks(folder: str, index: Index) -> list[str]:

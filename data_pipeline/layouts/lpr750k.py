@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts import annotations
-from data_pipeline.layouts.listing import ClipListing, ClipSource, FoundFrame, ListedClip, TrainingRow
+from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, TrainingRow
 from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
@@ -57,8 +57,8 @@ class Lpr750k(TextLayout):
                 faults.append(err.at(str(path.relative_to(self.source)), number))
         return galleries, faults
 
-    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
-        listed = self.read_listed(source)
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ClipEntry, list[FoundFrame]]:
+        listed = self.read_entry(source)
         folder = "query/" if isinstance(listed, ClipListing) else ""
         positions = self.stored_positions(len(listed.frames))
         return listed, [FoundFrame(each, self._find_frame(folder + listed.frames[each])) for each in positions]

@@ -27,7 +27,7 @@ from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts.annotations import checked_id
-from data_pipeline.layouts.listing import ClipListing, ClipSource, FoundFrame, Layout, ListedClip, Listing, RunTasks
+from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, Listing, RunTasks
 from data_pipeline.layouts.pictures import PictureReader
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -295,7 +295,7 @@ class OwnFolder(Layout):
             same[hashlib.sha256(data).digest()].append(path)
         return [paths for paths in same.values() if len(paths) > 1]
 
-    def find_frames(self, source: ClipSource, split: str) -> tuple[ListedClip, list[FoundFrame]]:
+    def find_frames(self, source: ClipSource, split: str) -> tuple[ClipEntry, list[FoundFrame]]:
         assert isinstance(source, ClipListing)
         positions = self.stored_positions(len(source.frames))
         return source, [FoundFrame(position, _picture(source.frames[position])) for position in positions]

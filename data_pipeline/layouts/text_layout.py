@@ -12,7 +12,7 @@ from data_pipeline.format.schema import ShopImage
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.img2dataset import name_of
-from data_pipeline.layouts.listing import ClipListing, ClipSource, Layout, ListedClip, TrainingRow
+from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, Layout, TrainingRow
 
 TRUTH, BOXES = "test_videoid_to_gtimage_*.json", "test_frameid2gtbox_*.json"
 SPEECH, TITLES = "test_videoid_asr_*.txt", "test_image_title_*.txt"
@@ -84,7 +84,7 @@ class TextLayout(Layout):
     def truth(self) -> dict[str, tuple[str, ...]]:
         return annotations.load_id_lists(self.find_list(TRUTH), self.faults)
 
-    def read_listed(self, source: ClipSource) -> ListedClip:
+    def read_entry(self, source: ClipSource) -> ClipEntry:
         """Returns a ClipListing itself, or a location's row. Raises BadInputError if it is bad, OSError on reading."""
         return source if isinstance(source, ClipListing) else annotations.read_row(self.source, source)
 

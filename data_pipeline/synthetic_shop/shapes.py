@@ -90,7 +90,7 @@ class Stencil:
 
 
 def stencil(part: Part, side: int) -> Stencil:
-    """Returns the part's stencil on a canvas of side x side pixels, drawn at twice the size for smooth borders."""
+    """Returns the part's cover (0 to 1) and light at the edge, in its window of a canvas of side x side pixels."""
     radius = part.width / 2
     xs, ys = zip(*part.outline, strict=True)
     left, top = (max(0, math.floor(side * (min(axis) - radius)) - 1) for axis in (xs, ys))

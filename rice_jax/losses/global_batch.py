@@ -117,7 +117,7 @@ class Positives(NamedTuple):
 
 
 def decode_positives(context: LossContext, encoded: Encoded) -> Positives:
-    """Returns the results for each image of this device with its own clip, pair_chunk pairs at a time (0: all)."""
+    """Returns each own image's decoder results and PFR loss with its own clip, pair_chunk pairs at a time (0: all)."""
     model, options, params = context.model, context.options, context.params
     decoder = functools.partial(apply, model.decoder, params["decoder"])
 

@@ -148,7 +148,7 @@ class Channel:
         self._listener.start()
 
     def leave(self, reason: str | None = None) -> None:
-        """Tells the others that this process ends: when all have done their work, or with the reason of its failure."""
+        """Tells the others that this process ends: at once when its work is done, or after 2 s why it failed."""
         # The cause of a broken collective is often another process. Its reason comes first, and ends this one.
         time.sleep(2.0 if reason else 0.0)
         self._leaving = True

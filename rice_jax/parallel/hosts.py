@@ -217,7 +217,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Makes a folder, in process 0. Raises ValueError if not all see the same one, OSError if it cannot be made."""
+    """Makes a folder, in process 0 (there OSError if it cannot). Raises ValueError in all if one does not see it."""
     token = folder / f".shared-{ask_first(lambda: secrets.token_hex(16))}"
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ class Collective(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """How often the program runs it. A loop of unknown length counts as one run."""
+        """The number of times that the program runs it. A loop of unknown length counts as one run."""
         return math.prod(count or 1 for count in self.trip_counts)
 
     @property

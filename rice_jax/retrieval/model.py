@@ -147,7 +147,7 @@ class Model:
 
     @property
     def can_match(self) -> bool:
-        """Whether there is a decoder trained by PMD. With PFR alone its matching head keeps its initial values."""
+        """True if there is a decoder trained by PMD. With PFR alone its matching head keeps its initial values."""
         return self.net.decoder is not None and bool(self.config.loss.pmd)
 
     @property

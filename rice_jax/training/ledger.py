@@ -18,7 +18,7 @@ from rice_jax.config import Config
 
 
 def kept_rows(config: Config, train: Split) -> Int[np.ndarray, " kept"] | None:
-    """Returns the rows that data.skip_clips leaves, ascending; None without it. Raises ValueError for an unknown id."""
+    """Returns the rows left without the ids in data.skip_clips, ascending; None if it is (). ValueError: unknown id."""
     return rows_without(train.clip_ids, config.data.skip_clips) if config.data.skip_clips else None
 
 
