@@ -115,7 +115,7 @@ def torch_step(
 
 
 def differences(ours: Ours, official: "OfficialStep", inputs: Any) -> dict[str, float]:
-    """Returns the differences of the two over three updates, of which the first has rate 0 (docs/official.md 7.4).
+    """Returns the differences of the two over three updates; the first has rate 0 (docs/official.md 7.4).
 
     loss: the largest absolute difference of a loss. gradient: the largest difference in the first update over the
     largest entry of its tensor, or over 0.01 if that is larger (a bias before a softmax has only rounding as gradient).

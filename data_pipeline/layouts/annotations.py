@@ -190,7 +190,7 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
 def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises BadInputError if it is too large or no such object, OSError on reading.
 
-    Bytes that are not UTF-8, which are replaced, and keys given twice, of which the first counts, become `faults`.
+    Bytes that are not UTF-8 are replaced. Of a key given twice the first counts. Both become `faults`.
     """
     file = _name_in_source(path)
     if path.stat().st_size > MAX_JSON_BYTES:

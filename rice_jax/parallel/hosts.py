@@ -174,7 +174,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def _exchange(decision: str, value: Any) -> list[Any]:
-    """Returns all processes' values, by jax's store, whose errors pass. Raises ValueError if `decision` differs."""
+    """Returns all processes' values, by jax's store. Raises its errors, and ValueError if `decision` differs."""
     if _channel is None:
         return [value]
     number, info = next(_numbers), _channel.info

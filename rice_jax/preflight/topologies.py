@@ -23,7 +23,7 @@ SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # Of cubes of 4x4x4; 16x16x24 is the largest slice.
 CUBES = tuple(f"{a}x{b}x{c}" for a in (4, 8, 12, 16) for b in range(a, 17, 4) for c in range(b, 25, 4))
 CHIPS = {
-    # Memory: libtpu 0.0.52 refuses programs that need more. The chip has more, of which the runtime keeps a part.
+    # Memory: libtpu 0.0.52 refuses programs that need more. The chip has more, and the runtime keeps a part of it.
     # FLOP and links: from the tables of https://cloud.google.com/tpu/docs/v5e (also v5p, v6e). Links are half of
     # "bidirectional ICI bandwidth per chip": 400 GB/s of v5e, 1,200 of v5p (given as 4,800 Gbit/s a way), 800 of v6e.
     "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 197e12, 200e9, SQUARES),
