@@ -18,5 +18,14 @@ def read_config(workdir: Path) -> str | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether `folder` has a subfolder `checkpoints`, as runs and imported weights have; it may be empty."""
-    return (folder / "checkpoints").is_dir()
+    """Returns whether `folder` is a run or imported weights: its subfolder `checkpoints` has a step or no file at all.
+
+    Other programs have a folder of that name too, with files such as epoch_3.pt.
+    """
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir():
+        return False
+    entries = list(checkpoints.iterdir())
+    return any(entry.name.isdecimal() and entry.is_dir() for entry in entries) or not any(
+        entry.suffix and entry.is_file() for entry in entries
+    )

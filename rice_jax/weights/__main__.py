@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    path, faults = arguments.path, list[str]()
+    path, faults, notes = arguments.path, list[str](), tuple[str, ...]()
     if is_run(path):
         model = load_on_one_device(path)
         kind, config = Kind.RUN, model.config
@@ -53,14 +53,14 @@ def _show(arguments: argparse.Namespace) -> None:
     else:
         weights = inspect_weights(path)
         path, kind = weights.path, weights.kind
-        config, faults = infer_config(weights)
+        notes, (config, faults) = weights.notes, infer_config(weights)
         rows = [(name, x.shape, x.dtype, _destination(name, weights.table)) for name, x in weights.tensors.items()]
     if arguments.json:
         tensors = [dict(zip(("name", "shape", "dtype", "to"), row, strict=True)) for row in rows]
         sizes = {"image_size": config.data.image_size, **config.model}
         print(json.dumps({"file": str(path), "kind": kind, "model": sizes, "tensors": tensors, "faults": faults}))
         return
-    print(f"{path}: {kind}, {describe_model(config)}")
+    print(f"{path}: {kind}, {describe_model(config)}", *notes, sep="\n  ")
     width = max(len(name) for name, *_ in rows)
     for name, shape, dtype, destination in rows:
         print(f"  {name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>14}  {dtype:>8}  {destination}")

@@ -139,12 +139,7 @@ class _TorchArchive:
         script, name = f"{self.root}constants.pkl" in self.entries, f"{self.root}data.pkl"
         content = bytes(self.entry(name))
         try:
-            found = _Unpickler(_checked(content), self, script=script).load()
-            # A training loop saves the weights beside the optimizer's state.
-            for key in ("model", "state_dict"):
-                if isinstance(found, dict) and isinstance(found.get(key), dict):
-                    found = found[key]
-            tensors = _named(found)
+            tensors = _named(_Unpickler(_checked(content), self, script=script).load())
         except _PickleError as error:
             raise ValueError(f"{self.path}: {name} {error}") from error
         except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:

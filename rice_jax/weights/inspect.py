@@ -4,13 +4,14 @@ The tensors' names decide. Models that this project cannot use are recognised by
 """
 
 import enum
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rice_jax.weights import archives, naming
+from rice_jax.weights.files import find_files, read_json
+from rice_jax.weights.wrappers import unwrap
 
 
 class Kind(enum.StrEnum):
@@ -42,8 +43,13 @@ OTHER_MODELS = (  # checked first: pattern of a tensor's name, the model that ha
 TEXT_MODEL = (
     r"text_model\..*|transformer\.resblocks\..*|token_embedding\.weight|(.*\.)?(word_embeddings|wte|embed_tokens)\..*"
 )
-FILE_NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+_WHOLE = "save the whole model (of transformers: CLIPVisionModelWithProjection or CLIPModel), and give that"
+PROJECTIONS = {  # the tensor that makes embeddings of the tower's outputs, and what to do without it
+    Kind.HUGGING_FACE: ("visual_projection.weight", f"a CLIPVisionModel has none: {_WHOLE}"),
+    Kind.OPEN_CLIP: ("visual.proj", f"no embedding can be made without it: {_WHOLE}"),
+}
 
 
 class WeightsFile(NamedTuple):
@@ -54,46 +60,29 @@ class WeightsFile(NamedTuple):
     tensors: Mapping[str, archives.StoredTensor]
     table: naming.Table
     description: Mapping[str, Any]  # the JSON beside the file; empty if there is none
+    notes: tuple[str, ...] = ()  # for the user: what was read beside or around the model
 
 
 def inspect_weights(path: Path) -> WeightsFile:
     """Returns the kind, the tensors, the table of names and the JSON description of a file or folder of weights.
 
-    Names lose the prefix "module." if all have it. Raises FileNotFoundError if there is no such file, folder or part,
-    and ValueError for a damaged file, JSON that is no object, a folder that does not have exactly one model, a tensor
-    in two parts, and a model of another kind, which is named.
+    Wrappers around the model are seen through. Raises FileNotFoundError if there is no such file, folder or part, and
+    ValueError for a damaged file, JSON that is no object, a folder or file that does not have exactly one model, a
+    tensor in two parts, a tower without its projection, and a model of another kind, which is named.
     """
-    files, tensors = _files(path), dict[str, archives.StoredTensor]()
+    (files, notes), found = find_files(path), dict[str, archives.StoredTensor]()
     for file in files:
         archive = archives.read(file)
-        twice = sorted(tensors.keys() & archive.tensors.keys())
+        twice = sorted(found.keys() & archive.tensors.keys())
         if twice:
             raise ValueError(f"{file}: found {', '.join(twice)}, which another part has too; fetch all parts again.")
-        tensors |= archive.tensors
-    if tensors and all(name.startswith("module.") for name in tensors):  # docs/official.md 15.1
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        found |= archive.tensors
+    tensors, more = unwrap(found, files[0])
     kind = _kind(files[0], tensors, archive.container)
-    return WeightsFile(files[0], kind, tensors, _table(kind, tensors), _description(files[0], kind))
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        parts = read_json(index).get("weight_map")
-        names = set(parts.values()) if isinstance(parts, dict) else set()
-        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ValueError(f"{index}: found no weight_map to files in its own folder; fetch it again.")
-        return [path / name for name in sorted(names)]
-    for name in FILE_NAMES:
-        if (path / name).exists():
-            return [path / name]
-    others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if len(others) != 1:
-        found = ", ".join(file.name for file in others) or "none"
-        raise ValueError(f"{path}: found neither a run nor one file of weights ({found}); give the file itself.")
-    return others
+    if kind in PROJECTIONS and PROJECTIONS[kind][0] not in tensors:
+        name, advice = PROJECTIONS[kind]
+        raise ValueError(f"{files[0]}: found a vision tower without its projection {name}; {advice}.")
+    return WeightsFile(files[0], kind, tensors, _table(kind, tensors), _description(files[0], kind), notes + more)
 
 
 def _kind(file: Path, tensors: Mapping[str, Any], container: str) -> Kind:
@@ -102,7 +91,7 @@ def _kind(file: Path, tensors: Mapping[str, Any], container: str) -> Kind:
 
     needs = "needs a vision transformer of CLIP or of RICE"
     for pattern, model, advice in OTHER_MODELS:
-        if has(pattern):
+        if has(rf"(?:.*\.)?(?:{pattern})"):
             raise ValueError(f"{file}: found {model}, {needs}; {advice}.")
     if has(r"image_encoder\.model\..*"):
         return Kind.OFFICIAL
@@ -113,7 +102,7 @@ def _kind(file: Path, tensors: Mapping[str, Any], container: str) -> Kind:
         return Kind.HUGGING_FACE
     if has(r"visual\..*"):
         return Kind.OPENAI if container == "TorchScript" else Kind.OPEN_CLIP
-    if has(TEXT_MODEL):
+    if has(rf"(?:.*\.)?(?:{TEXT_MODEL})"):
         raise ValueError(f"{file}: found a text model without a vision model, {needs}; {GIVE_CLIP}.")
     names = ", ".join(list(tensors)[:3]) or "no tensor"
     raise ValueError(f"{file}: found no model that is known here ({names}, ...), {needs}; {GIVE_CLIP}.")
@@ -138,16 +127,3 @@ def _description(file: Path, kind: Kind) -> Mapping[str, Any]:
     description = read_json(file.parent / "config.json")
     ours = "loss" in description and "data" in description  # our exports in the official names have our config
     return description if ours == (kind == Kind.OFFICIAL) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, {} without a file. Raises ValueError for other content, OSError on reading."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: found no JSON ({error}); fetch it again.") from error
-    if isinstance(found, dict):
-        return found
-    raise ValueError(f"{path}: found a {type(found).__name__}, needs a JSON object; fetch it again.")

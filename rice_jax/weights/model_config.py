@@ -19,7 +19,8 @@ from rice_jax.models.rice import build_model
 from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.training.step import init_params
 from rice_jax.weights import archives, naming
-from rice_jax.weights.inspect import Kind, WeightsFile, read_json
+from rice_jax.weights.files import read_json
+from rice_jax.weights.inspect import Kind, WeightsFile
 
 JSON = "the JSON beside the file"
 

@@ -65,7 +65,7 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
     unused = {name: x for name, x in tensors.items() if naming.find_rule(name, weights.table)[0].path is None}
     tensors = {name: x for name, x in tensors.items() if name not in unused}
     dtypes = ", ".join(sorted({weights.tensors[name].dtype for name in tensors}))
-    notes = (f"{len(tensors)} tensors ({dtypes}) converted to float32",)
+    notes = (*weights.notes, f"{len(tensors)} tensors ({dtypes}) converted to float32")
     if len(tensors) < len(weights.tensors):
         notes += (f"{len(weights.tensors) - len(tensors)} tensors are known and not used",)
     params = naming.convert(tensors, weights.table)

@@ -78,10 +78,10 @@ def test_a_torchscript_archive_is_a_tree_of_attributes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_a_training_checkpoint_gives_its_model(key: str, tmp_path: Path) -> None:
+def test_a_training_checkpoint_gives_all_its_tensors_by_dotted_names(key: str, tmp_path: Path) -> None:
     checkpoint = {"epoch": 3, "optimizer": {"moment": random(3)}, key: {"a": random(2)}, "best": None}
     torch_files.write_state_dict(tmp_path / "file", checkpoint)
-    assert archives.read(tmp_path / "file").tensors.keys() == {"a"}
+    assert archives.read(tmp_path / "file").tensors.keys() == {"optimizer.moment", f"{key}.a"}
 
 
 class _Evil:
