@@ -37,7 +37,7 @@ def unwrap(tensors: Mapping[str, T], file: Path) -> tuple[dict[str, T], tuple[st
     plain = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise ValueError(
-            f"{file}: found two tensors of one name apart from {', '.join(sorted(WRAPPERS))}; fetch it again."
+            f"{file}: found two tensors whose names differ only in {', '.join(sorted(WRAPPERS))}; save one of them."
         )
     notes = () if plain.keys() == tensors.keys() else ("names were read without what wrappers add, such as module.",)
     places = sorted({place for name in plain if (place := _place(name)) is not None})

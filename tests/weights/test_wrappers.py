@@ -124,8 +124,7 @@ def test_other_models_are_recognised_below_a_prefix(tmp_path: Path) -> None:
 
 
 def write_parts(folder: Path, tower: Tensors, *, index: bool, count: int = 3) -> list[Path]:
-    whole = clip_files.write_hugging_face(folder, tower)
-    single = whole / "model.safetensors" if whole.is_dir() else whole
+    single = clip_files.write_hugging_face(folder, tower) / "model.safetensors"
     tensors = load_file(single)
     single.unlink()
     paths = [folder / f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
@@ -140,11 +139,11 @@ def write_parts(folder: Path, tower: Tensors, *, index: bool, count: int = 3) ->
 
 @pytest.mark.parametrize("index", [True, False])
 def test_a_part_by_itself_stands_for_the_whole_model(index: bool, tower: Tensors, tmp_path: Path) -> None:
-    paths = write_parts(tmp_path, tower, index=index)
+    paths = write_parts(tmp_path / "model", tower, index=index)
     assert any("part of a model" in note for note in check_same_encoder(paths[1], tower, Kind.HUGGING_FACE))
-    check_same_encoder(tmp_path, tower, Kind.HUGGING_FACE)
+    check_same_encoder(tmp_path / "model", tower, Kind.HUGGING_FACE)
     if index:
-        check_same_encoder(tmp_path / "model.safetensors.index.json", tower, Kind.HUGGING_FACE)
+        check_same_encoder(tmp_path / "model" / "model.safetensors.index.json", tower, Kind.HUGGING_FACE)
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -152,10 +151,10 @@ def test_a_part_by_itself_stands_for_the_whole_model(index: bool, tower: Tensors
 def test_a_model_without_all_its_parts_is_refused_by_their_names(
     index: bool, given: str, tower: Tensors, tmp_path: Path
 ) -> None:
-    paths = write_parts(tmp_path, tower, index=index)
+    paths = write_parts(tmp_path / "model", tower, index=index)
     paths[0].unlink()
     with pytest.raises(FileNotFoundError, match=r"3 parts, and model-00001-of-00003.safetensors are missing here"):
-        inspect_weights(paths[1] if given == "part" else tmp_path)
+        inspect_weights(paths[1] if given == "part" else tmp_path / "model")
 
 
 # --- Folders ---
