@@ -22,6 +22,7 @@ from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.training.logs import Log, Progress
 from rice_jax.training.step import State
 from rice_jax.weights.writers import import_weights
+from tests.parallel.test_hosts import run_script
 from tests.system.test_lease import lease_of
 from tests.test_train import command, command_that_at, lines_of, one_device_environment, smoke_config
 
@@ -78,6 +79,8 @@ def test_a_run_whose_lease_was_taken_ends_and_writes_nothing_more(
 
     def taken(self: Progress, done: int, *rest: Any) -> str:
         if done == 4:
+            while not (tmp_path / "checkpoints" / "3" / "digest.json").exists():
+                time.sleep(0.01)  # or how far it came would depend on chance
             take_over(tmp_path)
             left.update(files_of(tmp_path))
         return line(self, done, *rest)
@@ -94,9 +97,29 @@ def test_a_run_whose_lease_was_taken_ends_and_writes_nothing_more(
 
 
 def test_a_run_that_failed_leaves_no_lease(converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is nothing"):
+    with pytest.raises(FileNotFoundError, match="is nothing"):
         train.train_and_evaluate(smoke_config(converted, init_from=str(tmp_path / "is nothing")), tmp_path / "run")
     assert not (tmp_path / "run" / LEASE).exists()
+
+
+ONE_WRITER = """
+    from pathlib import Path
+    from rice_jax.checkpoints.run_folder import one_writer
+    with one_writer(Path("{folder}")):
+        print("at work")
+"""
+
+
+def test_of_several_processes_the_first_has_the_lease_and_all_end_when_it_is_refused(tmp_path: Path) -> None:
+    script, folder = ONE_WRITER.format(folder=tmp_path / "run"), tmp_path / "run"
+    folder.mkdir()
+    with Lease(folder):
+        for end in run_script(tmp_path, script):
+            assert end.status == 1 and not end.out, end
+            assert f"found another run that writes to it (process {os.getpid()} on host" in end.error, end
+    for end in run_script(tmp_path, script):
+        assert end.status == 0, end
+    assert list(folder.iterdir()) == []
 
 
 # --- checkpoints and metrics ------------------------------------------------------------------------------------------
