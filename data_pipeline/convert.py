@@ -23,8 +23,10 @@ from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import sync_folder, write_file
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, open_source
 from data_pipeline.layouts.listing import NONE, Layout, Listing
+from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
-from data_pipeline.system.output_folder import WORK, claim, locked
+from data_pipeline.system.lease import Lease
+from data_pipeline.system.output_folder import WORK, claim
 from data_pipeline.system.workers import Workers
 
 IMAGES_A_CLIP = 8  # an images shard has so many times the records of a clips shard
@@ -50,9 +52,9 @@ class Options:
 def convert(options: Options) -> dict[str, Any]:
     """Converts a source unless it is converted already, and returns the report (the content of report.json).
 
-    Raises WrongUseError for a source or an output that do not fit the options, BadInputError for faults of whole lists,
-    FailedError for faults that are not to be skipped or a split without a clip, OSError for a file that cannot be read
-    or written, and BrokenProcessPool if a worker died.
+    Raises WrongUseError for a source or an output that do not fit the options or an output that another run writes to,
+    BadInputError for faults of whole lists, FailedError for faults that are not to be skipped, a split without a clip
+    or a lost lease, OSError for a file that cannot be read or written, and BrokenProcessPool if a worker died.
     """
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
     layout, splits = open_source(
@@ -69,16 +71,18 @@ def convert(options: Options) -> dict[str, Any]:
         "lists": layout.checksums(splits),
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    with locked(options.output):
+    with Lease(options.output) as lease:
         # The lists may change between the runs, when a fault is corrected: each shard's note has its own inputs.
         if claim(options.output, identity, options.output / MANIFEST, may_change=("lists",)):
             print(f"{options.output}: already converted, nothing to do.")
             report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
             return report
-        return _convert(options, layout, splits, identity)
+        return _convert(options, layout, splits, identity, lease)
 
 
-def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: dict[str, Any]) -> dict[str, Any]:
+def _convert(
+    options: Options, layout: Layout, splits: Sequence[str], identity: dict[str, Any], lease: Lease
+) -> dict[str, Any]:
     work = options.output / WORK
     with Workers(options.workers, layout) as workers:
         listings, tables = list_splits(layout, splits, workers.run)
@@ -91,7 +95,8 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
                 )
         remarks = layout.locate(listings, workers.run, work)
     with Workers(options.workers, layout) as workers:  # new processes, since the layout has now located the pictures
-        converted = [convert_split(workers, options, listing, tables["product"]) for listing in listings]
+        converted = [convert_split(workers, options, listing, tables["product"], lease) for listing in listings]
+    lease.check()
     judge_faults(options, converted)
     manifest = make_manifest(options.output, identity, converted, tables)
     report = {
@@ -101,8 +106,10 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
         "remarks": remarks,
     }
     write_file(options.output / REPORT, encode_json(report))
+    remove_abandoned(options.output)  # of workers that outlived a killed run for a moment
     sync_folder(options.output / COLUMNS)
     sync_folder(options.output)
+    lease.check()
     write_file(options.output / MANIFEST, encode_json(manifest))
     sync_folder(options.output)
     shutil.rmtree(work)
@@ -114,7 +121,12 @@ def _convert(options: Options, layout: Layout, splits: Sequence[str], identity: 
 
 
 def write_shards(
-    workers: Workers, options: Options, listing: Listing, kind: str, make_entry: Callable[[int], Entry | None]
+    workers: Workers,
+    options: Options,
+    listing: Listing,
+    kind: str,
+    make_entry: Callable[[int], Entry | None],
+    lease: Lease,
 ) -> list[ShardNote]:
     """Writes all shards of one kind, "clips" or "images", and returns their notes in order.
 
@@ -138,13 +150,16 @@ def write_shards(
     weigh = lambda task: len(task[0])
     label = f"{listing.split}: {kind}"
     for note in workers.run(write_shard, map(task, range(count)), label, total=total, unit=kind[:-1], weigh=weigh):
+        lease.check()  # or workers would go on for hours beside those of the new holder
         notes.append(note)
         if not skip and sum(len(note.faults) for note in notes) > MAX_FAULTS:
             break
     return notes
 
 
-def convert_split(workers: Workers, options: Options, listing: Listing, products: Sequence[str]) -> Converted:
+def convert_split(
+    workers: Workers, options: Options, listing: Listing, products: Sequence[str], lease: Lease
+) -> Converted:
     """Writes all shards of a split and returns it as Converted. products: the texts of the column "product"."""
 
     def image_entry(ordinal: int) -> Entry:
@@ -164,9 +179,9 @@ def convert_split(workers: Workers, options: Options, listing: Listing, products
             image_index=int(converted.true_rows[ordinal]),
         )
 
-    images = write_shards(workers, options, listing, "images", image_entry)  # first, as clips contain their rows
+    images = write_shards(workers, options, listing, "images", image_entry, lease)  # first, as clips contain their rows
     converted = Converted.with_images(listing, images, skip_faults=options.on_error == "skip")
-    converted.clips = write_shards(workers, options, listing, "clips", clip_entry)
+    converted.clips = write_shards(workers, options, listing, "clips", clip_entry, lease)
     return converted
 
 

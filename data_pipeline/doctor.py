@@ -29,8 +29,10 @@ from data_pipeline.inspection.page import make_page
 from data_pipeline.inspection.source import InspectedSource
 from data_pipeline.inspection.summary import InspectedData
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
+from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
-from data_pipeline.system.output_folder import WORK, locked
+from data_pipeline.system.lease import Lease
+from data_pipeline.system.output_folder import WORK
 from data_pipeline.system.workers import Workers
 
 CONVERTED = "converted"
@@ -46,9 +48,10 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     """
     begin = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
-    with locked(options.output):
+    with Lease(options.output) as lease:
         work = options.output / WORK
         work.mkdir(exist_ok=True)
+        remove_abandoned(options.output)
         data = _inspect_data(options, work)
         findings = Findings(frozenset(options.accept))
         findings.add(data.faults)
@@ -61,6 +64,7 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
             "distributions": distributions(data),
             "seconds": round(time.monotonic() - begin, 1),
         }
+        lease.check()
         write_file(options.output / "report.json", _json(report).encode("utf-8", "backslashreplace"))
         page = make_page(f"Data doctor: {options.path}", report, data)
         write_file(options.output / "report.html", page.encode("utf-8", "backslashreplace"))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.input.sampling import sample_frames
+from data_pipeline.owner import remove_abandoned, temporary_name
 from data_pipeline.synthetic_shop.catalogue import Clip, Product, Shop, plan_shop
 from data_pipeline.synthetic_shop.categories import CATEGORIES
 from data_pipeline.synthetic_shop.dice import Dice
@@ -29,7 +30,8 @@ from data_pipeline.synthetic_shop.rooms import Room, draw_room
 from data_pipeline.synthetic_shop.scenes import Scene, backdrop, draw_overlay
 from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Box, Sprite, plan_shots
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
-from data_pipeline.system.output_folder import WORK, claim, locked
+from data_pipeline.system.lease import Lease
+from data_pipeline.system.output_folder import WORK, claim
 from data_pipeline.system.workers import Workers
 
 PRODUCTS, CLIPS_A_PRODUCT = 102, 8
@@ -52,13 +54,15 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
     shop = plan_shop(products=products, clips=clips, seed=seed)
     identity = {"products": products, "clips": clips, "seed": seed, "version": VERSION}
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
+    with Lease(output) as lease:
         if claim(output, identity, output / DONE):
             print(f"{output}: already drawn, nothing to do.")
         else:
-            for left_over in output.glob("[!.]*/.*.tmp"):
-                shutil.rmtree(left_over)  # of the clip that a killed run was drawing
-            write_lists(shop, output, _draw(Studio(shop, output), workers))
+            boxes = _draw(Studio(shop, output), workers, lease)
+            lease.check()
+            for folder in output.glob("[!.]*/"):
+                remove_abandoned(folder)  # clips that a killed run was drawing
+            write_lists(shop, output, boxes)
             summary = summarize(shop)
             write_file(output / DONE, (json.dumps({"identity": identity, **summary}, indent=2) + "\n").encode())
             for name, value in summary.items():
@@ -67,7 +71,7 @@ def synthesize(*, output: Path, products: int, clips: int, seed: int, workers: i
     return shop
 
 
-def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
+def _draw(studio: "Studio", workers: int, lease: Lease) -> dict[int, Boxes]:
     shop = studio.shop
     (studio.output / WORK / "sprites").mkdir(exist_ok=True)
     seconds = [sum(clip.length for clip in clips) for clips in shop.clips_by_livestream]
@@ -81,6 +85,7 @@ def _draw(studio: "Studio", workers: int) -> dict[int, Boxes]:
             Studio.draw_livestream, livestreams, "clips", total=sum(seconds), unit="frame",
             weigh=lambda task: seconds[task[0]],
         ):  # fmt: skip
+            lease.check()
             boxes |= drawn
     return boxes
 
@@ -118,12 +123,17 @@ class Studio:
         scene = self.scene(clip)
         folder = self.output / clip.folder
         if not folder.exists():
-            unfinished = folder.with_name(f".{folder.name}.tmp")
+            unfinished = temporary_name(folder)
             unfinished.mkdir(parents=True)
             for second, frame_id in enumerate(clip.frame_ids):
                 data = _encode(scene.frame(second), "JPEG", quality=85)
                 (unfinished / f"{frame_id}.jpg").write_bytes(data)
-            unfinished.replace(folder)
+            try:
+                unfinished.replace(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(unfinished)  # a worker that outlived a killed run for a moment has drawn the same
         return [scene.box(second) for second in range(clip.length)]
 
     def scene(self, clip: Clip) -> Scene:

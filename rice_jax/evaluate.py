@@ -16,6 +16,8 @@ from typing import Any
 
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
+from data_pipeline.owner import remove_abandoned
+from rice_jax.checkpoints.run_folder import one_writer
 from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
 from rice_jax.retrieval import evaluation
@@ -31,31 +33,35 @@ def evaluate(arguments: argparse.Namespace) -> None:
     subset = read_ids(arguments.subset) if arguments.subset else None
     name = "-".join(["evaluation", split.name, *([arguments.subset.stem] if arguments.subset else [])])
     output = arguments.output or arguments.workdir / name
-    hosts.check_shared(output)
-
-    # The folder is named after all that decides an embedding or its row, so no other model's embeddings are read.
-    about = {
-        "model": model.fingerprint,
-        "step": model.step,
-        "data": dataset.content_hash,
-        "split": split.name,
-        "subset": arguments.subset.name if arguments.subset else None,
-        "version": __version__,
-    }
-    identity = [about, to_json(model.config), subset]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    store = EmbeddingStore(output / "embeddings" / key)
-    hosts.agree({"the model in --workdir": key})  # or one result would mix two models
-    result = evaluation.evaluate_split(
-        model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
-    )
-    if not hosts.is_first():
-        return
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))
-    write_file(output / "rankings.jsonl", "".join(lines).encode())
-    text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
-    write_file(output / "metrics.json", text.encode())
-    print(json.dumps(result.figures) if arguments.json else f"{evaluation.table(result.figures)}\nwritten to {output}")
+    with one_writer(output) as check:
+        # The folder is named after all that decides an embedding or its row, so no other model's embeddings are read.
+        about = {
+            "model": model.fingerprint,
+            "step": model.step,
+            "data": dataset.content_hash,
+            "split": split.name,
+            "subset": arguments.subset.name if arguments.subset else None,
+            "version": __version__,
+        }
+        identity = [about, to_json(model.config), subset]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        store = EmbeddingStore(output / "embeddings" / key)
+        if hosts.is_first():
+            remove_abandoned(output / "embeddings" / key)
+        hosts.agree({"the model in --workdir": key})  # or one result would mix two models
+        result = evaluation.evaluate_split(
+            model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
+        )
+        if not hosts.is_first():
+            return
+        check()
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))
+        write_file(output / "rankings.jsonl", "".join(lines).encode())
+        text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
+        write_file(output / "metrics.json", text.encode())
+        print(
+            json.dumps(result.figures) if arguments.json else f"{evaluation.table(result.figures)}\nwritten to {output}"
+        )
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:

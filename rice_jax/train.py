@@ -6,6 +6,7 @@ after N updates the next batch is always number N of the plan. On several hosts 
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import Batches, train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax.checkpoints.run_folder import read_config, write_config
+from rice_jax.checkpoints.run_folder import one_writer, read_config, write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
 from rice_jax.models.rice import Rice, build_model
@@ -44,8 +45,9 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
       percent, "queries" and so on. Empty if config.data.eval_split is "".
 
     Raises:
-      ValueError: the config is invalid or does not fit the data, `workdir` has another run, a checkpoint or record is
-        damaged, init_from's weights do not fit, or the loss was not finite for too many updates in a row.
+      ValueError: the config is invalid or does not fit the data, `workdir` has another run, or a run that is at work, a
+        checkpoint or record is damaged, init_from's weights do not fit, or the loss was not finite for too many updates
+        in a row.
       OSError: a file is missing or cannot be written.
       SystemExit: a signal stopped the run, after a checkpoint was saved; its status is 143 or 130.
 
@@ -58,7 +60,12 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
       figures = rice_jax.train_and_evaluate(config, Path("runs/smoke"))
       print(figures["recall@1"])  # percent, of the validation split
     """
-    run, start, state = set_up(config, workdir)
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, held)
+
+
+def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, int | float]:
+    run, start, state = set_up(config, workdir, held)
     config, log, checkpoints = run.config, run.log, run.checkpoints
     train_step = make_train_step(run.model, config, run.mesh, run.abstract)
     progress = Progress(total=config.num_updates, batch_size=config.batch_size)
@@ -138,11 +145,12 @@ class Run(NamedTuple):
     batches: Batches  # this process's rows of the training batches that are left
 
 
-def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
+def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[Run, int, State]:
     """Returns the run, the number of updates done, and the state after them: the newest checkpoint's, or a new one.
 
-    Raises ValueError if the config misfits itself, data, devices or init_from's weights, data are damaged, or `workdir`
-    has another run or no sound checkpoint; FileNotFoundError without data or weights; OSError on reading or writing.
+    `held` gets the lease of `workdir`, which ends with it. Raises ValueError if the config misfits itself, data,
+    devices or init_from's weights, data are damaged, or `workdir` has another run, a run that is at work, or no sound
+    checkpoint; FileNotFoundError without data or weights; OSError on reading or writing.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -157,9 +165,9 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
 
     model = build_model(config)
     abstract = abstract_state(model, config, mesh)
-    hosts.check_shared(workdir)
+    check = held.enter_context(one_writer(workdir))
     checkpoints = Checkpoints(
-        workdir, kept=config.checkpoints_kept,
+        workdir, check=check, kept=config.checkpoints_kept,
         kept_every=config.checkpoints_kept_every, kept_best=config.checkpoints_kept_best,
     )  # fmt: skip
     start = hosts.ask_first(checkpoints.latest)
@@ -175,7 +183,7 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
             state, notes = initialise(state, config, workdir)
     else:
         start, state = checkpoints.restore(abstract)
-    log = Log(workdir, step=start)
+    log = Log(workdir, step=start, check=check)
     if held_out is not None:
         checkpoints.recall = log.recalls(held_out.name)
     batches = train_batches(

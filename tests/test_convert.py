@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline import convert as command
 from data_pipeline.convert import main
 from data_pipeline.format.reader import open_dataset
 from tests.lpr_layouts import (
@@ -378,13 +377,6 @@ def test_an_unfinished_conversion_with_other_options_is_refused(
     assert run(source, tmp_path / "records") == 1
     assert run(source, tmp_path / "records", "--frames=all") == 2
     assert "found other work, which differs in frames" in capsys.readouterr().err
-
-
-def test_two_converters_cannot_share_a_folder(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "records").mkdir()
-    with command.locked(tmp_path / "records"):
-        assert run(sound / "source", tmp_path / "records") == 2
-    assert "found another run that writes to it" in capsys.readouterr().err
 
 
 # --- however it was done ----------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "data_pipeline": {
         "faults": "",
-        "format": "faults",
-        "system": "faults format",
+        "owner": "",
+        "format": "faults owner",
+        "system": "faults owner format",
         "input": "faults format system",
         "layouts": "faults format input system",
         "synthetic_shop": "faults input",

@@ -22,7 +22,6 @@ from data_pipeline.synthetic_shop.catalogue import Clip, plan_shop
 from data_pipeline.synthetic_shop.categories import CATEGORIES
 from data_pipeline.synthetic_shop.dice import Dice
 from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Sprite
-from data_pipeline.system.output_folder import locked
 from rice_jax.retrieval.histogram import histogram
 
 SIZES = ["--products=16", "--clips=40", "--seed=7"]
@@ -311,9 +310,3 @@ def test_another_shop_in_the_folder_is_refused(drawn: Path, capsys: pytest.Captu
     assert synthetic.main([f"--output={drawn}", "--products=16", "--clips=40", "--seed=8"]) == 2
     assert "seed 7, needs 8" in capsys.readouterr().err
     assert digests(drawn) == before
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(tmp_path):
-        assert draw(tmp_path) == 2
-    assert "found another run that writes to it" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.format.retries import retried
 from data_pipeline.format.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -48,7 +49,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError if there is none, ValueError if damaged, edited or of another version, else OSError.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+        text = retried((path / MANIFEST).read_bytes, str(path / MANIFEST)).decode("utf-8")
+        manifest = json.loads(text)
         version = manifest["schema_version"]
     except (FileNotFoundError, NotADirectoryError) as err:
         raise FileNotFoundError(

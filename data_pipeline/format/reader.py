@@ -4,6 +4,7 @@ docs/data_formats.md describes its files. Columns, and the texts of ids, are mem
 """
 
 import collections
+import errno
 import json
 import mmap
 import os
@@ -17,11 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.format.manifest import CLIP_COLUMNS, COLUMNS, IMAGE_COLUMNS, TABLE_FILES, read_manifest, shard_name
+from data_pipeline.format.retries import retried
 from data_pipeline.format.schema import ClipRecord, ImageRecord, decode_clip, decode_image
 from data_pipeline.format.tfrecord import file_crc, index_path, unframe_record
 
-MAX_OPEN_SHARDS = 256  # of thousands: many systems let a process open 1,024 files
 Record = TypeVar("Record", ClipRecord, ImageRecord)
+
+
+def _open_shards() -> int:
+    """Returns a quarter of the files that this process may open, at least 8 and at most 8,192."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 128
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 8192 if limit == resource.RLIM_INFINITY else min(8192, max(8, limit // 4))
+
+
+MAX_OPEN_SHARDS = _open_shards()  # of one split and kind; training reads two kinds, and also opens other files
 
 
 def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Dataset":
@@ -30,7 +44,8 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = True) -> "Datas
     verify: compare the size of every file and the checksums of indices, columns and tables with the manifest. Hashes of
     the manifest, here, and checksums of a record, when it is read, are always compared. Raises FileNotFoundError if no
     conversion was finished there; ValueError, which names the file, for a manifest that is damaged or of another schema
-    version and, with `verify`, a file that is missing or damaged; OSError for a file that cannot be read.
+    version and, with `verify`, a file that is missing or damaged; OSError for a file that cannot be read, at once
+    or, where the error is one that may pass, after minutes of attempts.
 
     Example:
         from data_pipeline import open_dataset
@@ -82,13 +97,13 @@ class Dataset:
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
-                found = path.stat().st_size
-            except OSError:
+                found = retried(path.stat, str(path)).st_size
+            except (FileNotFoundError, NotADirectoryError):
                 yield name, f"found no such file, needs {size} bytes; restore it, or convert again."
                 continue
             if found != size:
                 yield name, f"found {found} bytes, needs {size}; restore it, or convert again."
-            elif not name.endswith(".tfrecord") and file_crc(path) != crc:
+            elif not name.endswith(".tfrecord") and retried(lambda path=path: file_crc(path), str(path)) != crc:
                 yield name, "found a checksum (CRC32C) that disagrees; restore it, or convert again."
 
 
@@ -100,8 +115,11 @@ class Texts(Sequence[str]):
 
     @cached_property
     def _bytes(self) -> bytes | mmap.mmap:
+        return retried(self._map, str(self.path))
+
+    def _map(self) -> bytes | mmap.mmap:
         with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.path.stat().st_size else b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
@@ -153,12 +171,13 @@ class Split:
         """Returns the clip in a row, read from its shard. Raises IndexError for a row outside 0 to num_clips - 1.
 
         Raises ValueError, which names the file, for a column, shard or index that is missing or damaged, and, which
-        names shard and record, for a record that cannot be read, is damaged or belongs to another row.
+        names shard and record, for a record that is damaged or belongs to another row. I/O errors that pass are tried
+        again for some minutes; then, and for one that does not pass, it raises OSError, which names shard and record.
         """
         return self._clips.read(row, self.columns["ordinal"], decode_clip)
 
     def image(self, row: int) -> ImageRecord:
-        """Returns the shop image in a row. Raises IndexError for a row outside, ValueError if it cannot be read."""
+        """Returns the shop image in a row. Raises IndexError for a row outside, else as `clip`."""
         return self._images.read(row, self.image_columns["ordinal"], decode_image)
 
     def where(self, kind: str, row: int) -> str:
@@ -216,7 +235,8 @@ class Split:
     def truth_by_clip(self) -> dict[str, tuple[str, ...]]:
         """Ids of the true images by clip id: of test every entry of the truth file, else every clip, () for none."""
         if self.name == "test":
-            truth = json.loads(self._column_path("truth.json").read_bytes())
+            path = self._column_path("truth.json")
+            truth = json.loads(retried(path.read_bytes, str(path)))
             return {clip: tuple(images) for clip, images in truth.items()}
         return {clip: self.truth(row) for row, clip in enumerate(self.clip_ids)}
 
@@ -225,13 +245,18 @@ class Split:
 
     def _column(self, name: str, length: int) -> NDArray[np.int32]:
         path = self._column_path(name)
+        load = lambda: np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
         try:
-            column = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as err:
+            column = retried(load, str(path))
+        except (FileNotFoundError, ValueError, EOFError) as err:
             raise ValueError(f"{path}: found no column ({err}), needs {length} int32; convert again.") from err
         if column.dtype != np.int32 or column.shape != (length,):
             raise ValueError(f"{path}: found {column.dtype} {column.shape}, needs int32 ({length},); convert again.")
         return column
+
+
+def _pread(file: BinaryIO, begin: int, end: int) -> bytes:
+    return os.pread(file.fileno(), end - begin, begin)
 
 
 class _Shards:
@@ -254,19 +279,41 @@ class _Shards:
         return shard, int(row - (self.ends[shard - 1] if shard else 0))
 
     def read(self, row: int, ordinals: NDArray[np.int32], decode: Callable[[bytes], Record]) -> Record:
-        """Returns decode(data) of a row's record. Raises IndexError outside, ValueError if bad or not ordinals[row]."""
+        """Returns decode(data) of a row's record. Raises IndexError for a row outside.
+
+        Raises ValueError if the record is damaged or has not ordinals[row], and OSError if reading failed in all
+        attempts, of which the message names shard and record.
+        """
         shard, number = self.place(row)
-        file, offsets = self._open(shard)
-        begin, end = int(offsets[number]), int(offsets[number + 1])
+        where = f"{self.paths[shard]} record {number}"
+        framed = retried(lambda: self._framed(shard, number), where)
         try:
-            record = decode(unframe_record(os.pread(file.fileno(), end - begin, begin)))
+            record = decode(unframe_record(framed))
             if record.ordinal != ordinals[row]:
                 raise ValueError(f"found ordinal {record.ordinal}, needs {ordinals[row]}: shards are mixed up")
-        except (ValueError, OSError) as err:
-            raise ValueError(
-                f"{self.paths[shard]} record {number}: {err}; restore the shard from a copy, or convert again."
-            ) from err
+        except ValueError as err:
+            raise ValueError(f"{where}: {err}; restore the shard from a copy, or convert again.") from err
         return record
+
+    def _framed(self, shard: int, number: int) -> bytes:
+        """Returns a record's bytes; fewer if the shard is too short."""
+        try:
+            file, offsets = self._open(shard)
+            begin, end = int(offsets[number]), int(offsets[number + 1])
+            data = _pread(file, begin, end)
+            while len(data) < end - begin and (
+                more := os.pread(file.fileno(), end - begin - len(data), begin + len(data))
+            ):
+                data += more
+        except OSError as err:
+            with self._lock:  # the next attempt opens it again: the handle may be stale
+                dropped = (
+                    dict(self._files) if err.errno in (errno.EMFILE, errno.ENFILE) else {shard: self._files.get(shard)}
+                )
+                for each in dropped:
+                    self._files.pop(each, None)
+            raise
+        return data
 
     def _open(self, shard: int) -> tuple[BinaryIO, NDArray[np.uint64]]:
         """Returns a shard's file, open until its last read, and uint64 offsets. ValueError: missing or damaged."""
@@ -274,21 +321,31 @@ class _Shards:
             if shard in self._files:
                 self._files.move_to_end(shard)
                 return self._files[shard]
-            path = self.paths[shard]
-            try:
-                file = path.open("rb", buffering=0)
-                offsets = np.frombuffer(index_path(path).read_bytes(), "<u8")
-            except (OSError, ValueError) as err:
-                raise ValueError(f"{path}: found no shard with index ({err}); restore it, or convert again.") from err
-            records = int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
-            size = os.fstat(file.fileno()).st_size
-            sound = len(offsets) == records + 1 and offsets[0] == 0 and (offsets[1:] > offsets[:-1]).all()
-            if not sound or offsets[-1] != size:
-                raise ValueError(
-                    f"{index_path(path)}: found {len(offsets) - 1} records up to byte {offsets[-1:]}, needs {records} "
-                    f"up to byte {size}; restore shard and index, or convert again."
-                )
-            self._files[shard] = file, offsets
-            if len(self._files) > MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)
-            return file, offsets
+        opened = self._open_file(shard)  # without the lock, so that threads open shards at the same time
+        closed = []  # after the lock is released
+        with self._lock:
+            kept = self._files.setdefault(shard, opened)  # another thread may have opened it, too
+            self._files.move_to_end(shard)
+            while len(self._files) > MAX_OPEN_SHARDS:
+                closed.append(self._files.popitem(last=False))
+        return kept
+
+    def _open_file(self, shard: int) -> tuple[BinaryIO, NDArray[np.uint64]]:
+        path = self.paths[shard]
+        try:
+            file = path.open("rb", buffering=0)
+            offsets = np.frombuffer(index_path(path).read_bytes(), "<u8")
+        except (FileNotFoundError, NotADirectoryError, ValueError) as err:
+            raise ValueError(
+                f"{path}: found no shard with index ({err}); restore it (or mount the disk that holds it), or convert "
+                "again."
+            ) from err
+        records = int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
+        size = os.fstat(file.fileno()).st_size
+        sound = len(offsets) == records + 1 and offsets[0] == 0 and (offsets[1:] > offsets[:-1]).all()
+        if not sound or offsets[-1] != size:
+            raise ValueError(
+                f"{index_path(path)}: found {len(offsets) - 1} records up to byte {offsets[-1:]}, needs {records} "
+                f"up to byte {size}; restore shard and index, or convert again."
+            )
+        return file, offsets

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
+from data_pipeline.owner import temporary_name
+
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
 READ_BYTES = 1 << 22
@@ -58,8 +60,8 @@ def file_crc(path: Path) -> int:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` when the `with` block ends; after an error, which passes, deletes it."""
-    # In the same folder, since a rename is atomic only within a file system. Each process has its own file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder, since a rename is atomic only within a file system.
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             yield file

@@ -1,8 +1,31 @@
-"""The config in a run's folder."""
+"""A run's folder: its one writer, and its config."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.format.tfrecord import write_file
+from data_pipeline.owner import remove_abandoned
+from data_pipeline.system.lease import Lease
+from rice_jax.parallel import hosts
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[Callable[[], None]]:
+    """Makes a folder that all processes share, and holds its lease, in process 0, for the `with` block.
+
+    Yields a function that raises LeaseLostError, in process 0, if another run has taken the lease over: to be called
+    before each write that others rely on. Raises ValueError in all processes if another run has the lease (HeldError,
+    which names the holder) or a process does not see the folder, OSError if it cannot be written.
+    """
+    hosts.check_shared(folder)
+    with contextlib.ExitStack() as held:
+        check: Callable[[], None] = bool  # does nothing
+        if hosts.is_first():
+            check = held.enter_context(Lease(folder)).check
+            remove_abandoned(folder)
+        hosts.gather(None)  # no process goes on before the first one has the lease
+        yield check
 
 
 def write_config(workdir: Path, text: str) -> None:

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from data_pipeline.format.tfrecord import write_file
+from data_pipeline.system.lease import LeaseLostError
 from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, DamagedError, seal, sha256_of
@@ -44,17 +45,20 @@ class Checkpoints:
     """The checkpoints of a workdir, saved asynchronously. Step N means N updates done, and the data's position N."""
 
     def __init__(
-        self, workdir: str | Path, *, kept: int | None = None, kept_every: int = 0, kept_best: bool = False
-    ) -> None:
+        self, workdir: str | Path, *, kept: int | None = None, kept_every: int = 0, kept_best: bool = False,
+        check: Callable[[], None] = bool,
+    ) -> None:  # fmt: skip
         """Scans the folder without changing it, and warns about damaged steps and entries that are no checkpoints.
 
         The first save makes the folder `checkpoints`. `kept` is the number of newest steps to keep; None (to read only)
         or 0: all. Steps that `kept_every` divides are kept for good (0: none), and if `kept_best` also that with the
-        highest `recall`. Raises ValueError if a newer version saved one of the steps.
+        highest `recall`. `check` raises LeaseLostError if this run may no longer write there. Raises ValueError if a
+        newer version saved one of the steps.
         """
         self.path = epath.Path(workdir).absolute() / "checkpoints"
         self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
+        self._check = check  # called before a step is committed and before anything is renamed or deleted
         self._complete: dict[int, dict[str, Any]] = {}  # each complete step's digest.json; empty for schema 1
         self._damaged: dict[int, str] = {}  # why each other step cannot be used
         self._saving: threading.Thread | None = None
@@ -159,6 +163,7 @@ class Checkpoints:
         self._join()
         if step in self._complete:
             return
+        self._check()
         if any(other > step for other in self._complete):
             raise ValueError(
                 f"{self.path}: step {step} was not saved, because a newer one is there; remove that folder."
@@ -193,11 +198,14 @@ class Checkpoints:
         try:
             begin()
             self._orbax.wait_until_finished()
+            self._check()
             leaves = zip(as_text(np.asarray(words)), digest_file["leaves"].items(), strict=True)
             digest_file["leaves"] = {name: f"{text} {about}" for text, (name, about) in leaves}
             if hosts.is_first():
                 path = Path(self.path / str(step) / DIGEST_FILE)
                 write_file(path, json.dumps(seal(digest_file), indent=1).encode())
+        except LeaseLostError:
+            return  # the step stays incomplete, and the next save or line of metrics raises the error in the loop
         except UNWRITABLE as error:
             self._fail(step, error)
             return
@@ -210,10 +218,12 @@ class Checkpoints:
         self._failure = time.monotonic(), reason
         warn(f"{self.path}: the checkpoint of step {step} was not saved ({reason}); the run goes on and tries again.")
         if hosts.is_first():
-            for remains in (f"{step}{UNFINISHED}*", str(step)):
-                for folder in self.path.glob(remains):
-                    with contextlib.suppress(OSError):  # an attempt to free space; the next save repeats it
-                        folder.rmtree()
+            with contextlib.suppress(LeaseLostError, OSError):
+                self._check()  # or the step of the run that has the lease now would be deleted
+                for remains in (f"{step}{UNFINISHED}*", str(step)):
+                    for folder in self.path.glob(remains):
+                        with contextlib.suppress(OSError):  # an attempt to free space; the next save repeats it
+                            folder.rmtree()
 
     def failed(self) -> bool:
         """Returns whether the newest save failed more than RETRY_SECONDS ago; always False with several processes."""

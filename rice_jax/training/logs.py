@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from data_pipeline.format.tfrecord import write_file
 from rice_jax.parallel import hosts
 from rice_jax.training.ledger import as_hex, read_metrics
 
@@ -28,18 +29,19 @@ def as_json(value: Any) -> Any:
 class Log:
     """Writes and reads the metrics of a run, by step. On resume, lines after the restored step are deleted.
 
-    All processes call the same methods; the first one writes, reads and prints, and the others get its results.
+    All processes call the same methods; the first one writes, reads and prints, and the others get its results. Before
+    it writes it calls `check`, which raises an error, which passes, if this run may no longer write.
     """
 
-    def __init__(self, workdir: Path, *, step: int) -> None:
+    def __init__(self, workdir: Path, *, step: int, check: Callable[[], None] = bool) -> None:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
+        self._check = check
         self._path = workdir / "metrics.jsonl"
         if first := hosts.is_first():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._read() if line["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self._path)
+            check()
+            write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._lines = (self._path if first else Path(os.devnull)).open("a")
         # TensorBoard ignores events of earlier runs at or after the purge step.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
@@ -49,8 +51,10 @@ class Log:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line, in process 0 only: the metrics of update `step`, from 1, or of an evaluation after it."""
+        self._check()
         values = {name: as_json(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()  # nothing is left to be written when the lease may be lost
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name.replace("@", "_at_"), value, step)
@@ -68,7 +72,6 @@ class Log:
             written = {name: value for name, value in values.items() if name != "gradient_norms"}
             self.write(step, written)
             self.newest = {name: as_json(value) for name, value in written.items()}
-            self._lines.flush()
             check(step, values)
         self._board.flush()
         return []
@@ -91,7 +94,6 @@ class Log:
         return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
 
     def _evaluations(self, split: str) -> list[dict[str, Any]]:
-        self._lines.flush()
         return list(hosts.ask_first(lambda: [line for line in self._read() if f"{split}/queries" in line]))
 
     def __enter__(self) -> "Log":
