@@ -28,7 +28,7 @@ class DamagedError(ValueError):
 
 
 class MissingError(DamagedError):
-    """A file is missing or has another content. It is looked at twice, because a file server may lag behind."""
+    """A file is missing or not whole. It is looked at twice, because a file server may lag behind."""
 
 
 class UnfinishedError(MissingError):

