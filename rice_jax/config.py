@@ -217,7 +217,9 @@ def from_json(text: str) -> Config:
     try:
         saved = json.loads(text, object_hook=tuples)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the run's config is no JSON ({error}); restore config.json or train anew.") from error
+        raise ValueError(
+            f"the run's config is no JSON ({error}); restore config.json, or remove it: the checkpoints have a copy."
+        ) from error
     unknown = sorted(flatten(saved).keys() - flatten(config).keys())
     if unknown:
         raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")

@@ -3,12 +3,24 @@
 import errno
 import functools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-ADVICE = {errno.ENOENT: "give a path that exists", errno.ENOSPC: "make space there"}
+DISK = "look at the disk, or at the file server and the connection to it"
+ADVICE = {
+    errno.ENOENT: "give a path that exists",
+    errno.ENOSPC: "make space there",
+    errno.EDQUOT: "make space there",
+    errno.EACCES: "look at the permissions of that path",
+    errno.EPERM: "look at the permissions of that path",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files (sysctl fs.file-max)",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), DISK),
+}
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:
@@ -24,24 +36,57 @@ def warn(text: str) -> None:
 def run(main: Callable[[Any], None], values: Any) -> None:
     """Runs main(values) as a command: an error that a user can fix becomes one line on stderr and an exit status.
 
-    For ValueError and OSError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other exceptions pass.
-    Only commands may call this, because it silences Orbax in the whole process.
+    For ValueError, OSError and MemoryError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other
+    exceptions pass. Only commands may call this, because it changes how the whole process warns (one_line_warnings).
     """
-    _silence_orbax()
+    one_line_warnings()
     try:
         main(values)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
         fail(reason(error), status=status(error))
 
 
-@functools.cache
-def _silence_orbax() -> None:
-    """Drops, in the whole process, what is printed beside the exception when Orbax cannot read or write one file.
+class _OneLine(logging.Handler):
+    """Prints what libraries log and warn of as "warning: LIBRARY: TEXT", each text once, whatever its numbers."""
 
-    Orbax logs a traceback a thread, and Python complains of dozens of coroutines that Orbax drops. They come from
-    TensorStore's threads too, and after the exception; so this is never undone.
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.levelno >= logging.ERROR and "orbax" in record.pathname + text:
+                return  # Orbax raises these errors, too
+            self.show(text, record.pathname)
+        except Exception:  # as every handler: what a library logs wrongly ends no command
+            self.handleError(record)
+
+    def show(self, text: str, file: str) -> None:
+        text = f"{_library(file)}: {' '.join(text.split())[:500]}"
+        if (kind := re.sub(r"\d+", "0", text)) not in self._seen:
+            self._seen.add(kind)
+            warn(text)
+
+
+def _library(file: str) -> str:
+    """Returns the name of the package that a source file belongs to, such as "orbax"; else the name of the file."""
+    inside = re.search(r"(?:site|dist)-packages/(\w+)", file)
+    return inside[1] if inside else Path(file).stem
+
+
+@functools.cache
+def one_line_warnings() -> None:
+    """Prints, in the whole process, what libraries warn of as one line each, and drops what Orbax raises anyway.
+
+    After an error Orbax drops coroutines, of which Python complains by the dozen. They come from TensorStore's threads
+    and after the exception; so this is never undone.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    handler = _OneLine()
+    logging.getLogger().addHandler(handler)
+    warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: handler.show(
+        f"{message}", filename
+    )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
@@ -53,12 +98,12 @@ def _silence_orbax() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: ValueError's message, OSError's file, cause and, with an errno, what to do.
+    """Returns an error as text: the message, and of an OSError with an errno the file, the cause and what to do.
 
     KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
     """
-    if isinstance(error, ValueError):
-        return str(error)
+    if isinstance(error, (ValueError, MemoryError)):
+        return str(error) or "no memory is left"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the same command again to go on"
     if not isinstance(error, OSError):

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, from_json
 from rice_jax.errors import run
@@ -53,10 +52,13 @@ def _image_of(split: Split, row: int) -> str:
 
 def explain(arguments: argparse.Namespace) -> None:
     workdir, update = arguments.workdir, arguments.step
-    if (text := read_config(workdir)) is None:
+    checkpoints = Checkpoints(workdir)
+    newest = checkpoints.latest()
+    if (text := checkpoints.config(newest)) is None:
         raise FileNotFoundError(f"{workdir}: found no config.json; give the --workdir of a training run.")
     config = from_json(text)
-    dataset = _open(arguments.data, config, workdir)
+    trained_on = checkpoints.meta(newest).get("data") if newest else None
+    dataset = _open(arguments.data, config, trained_on)
     split, plan, ledger = dataset.split(config.data.train_split), make_plan(config, dataset), read_ledger(workdir)
     if not 1 <= update <= config.num_updates:
         raise ValueError(f"--step {update}: this run has updates 1 to {config.num_updates}; give one of them.")
@@ -81,10 +83,11 @@ def explain(arguments: argparse.Namespace) -> None:
         )
 
 
-def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
+def _open(data: Path | None, config: Config, trained_on: str | None) -> Dataset:
     """Returns the data set at `data`, or else at the config's path. Raises FileNotFoundError if there is none.
 
-    Raises ValueError if it is damaged, or another than the newest checkpoint's: the ledger, rows only, cannot notice.
+    `trained_on` is the content hash in the newest checkpoint. Raises ValueError if the set is damaged, or has another
+    hash: the ledger, rows only, cannot notice.
     """
     try:
         dataset = open_dataset(data or config.data.path)
@@ -94,9 +97,6 @@ def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
         raise FileNotFoundError(
             f"{config.data.path}: found no data set where the run had it; give its folder with --data."
         ) from error
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest()
-    trained_on = checkpoints.meta(step).get("data") if step else None
     if trained_on not in (None, dataset.content_hash):
         raise ValueError(
             f"{dataset.path}: found content hash {dataset.content_hash[:12]}, needs {trained_on[:12]}, on which the "

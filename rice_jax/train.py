@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import Batches, train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax.checkpoints.run_folder import one_writer, read_config, write_config
+from rice_jax.checkpoints.run_folder import one_writer, write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import check_batches, make_mesh, parameter_table, path_name, process_rows, to_global
+from rice_jax.preflight.advice import out_of_memory
 from rice_jax.retrieval.evaluation import evaluate_split, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
@@ -48,7 +49,8 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
       ValueError: the config is invalid or does not fit the data, `workdir` has another run, or a run that is at work, a
         checkpoint or record is damaged, init_from's weights do not fit, or the loss was not finite for too many updates
         in a row.
-      OSError: a file is missing or cannot be written.
+      OSError: a file is missing, cannot be read in three attempts, or cannot be written.
+      MemoryError: there is too little memory for the state of the newest checkpoint.
       SystemExit: a signal stopped the run, after a checkpoint was saved; its status is 143 or 130.
 
     Example:
@@ -150,7 +152,8 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
 
     `held` gets the lease of `workdir`, which ends with it. Raises ValueError if the config misfits itself, data,
     devices or init_from's weights, data are damaged, or `workdir` has another run, a run that is at work, or no sound
-    checkpoint; FileNotFoundError without data or weights; OSError on reading or writing.
+    checkpoint, or none can be saved there; FileNotFoundError without data or weights; OSError on reading or writing;
+    MemoryError if the state does not fit.
     """
     validate(config)
     dataset = open_dataset(config.data.path)
@@ -171,9 +174,10 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
         kept_every=config.checkpoints_kept_every, kept_best=config.checkpoints_kept_best,
     )  # fmt: skip
     start = hosts.ask_first(checkpoints.latest)
-    config.init_from = config.init_from or hosts.ask_first(lambda: saved_init_from(workdir, start))
+    held = hosts.ask_first(lambda: checkpoints.config(start))
+    config.init_from = config.init_from or saved_init_from(workdir, held, start)
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": to_json(config)}
-    refuse_other_run(workdir, config, checkpoints.meta(start) if start else None, meta)
+    refuse_other_run(workdir, held, config, checkpoints.meta(start) if start else None, meta)
     if hosts.is_first():
         write_config(workdir, meta["config"])
     notes: list[str] = []
@@ -182,7 +186,12 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
         if config.init_from:
             state, notes = initialise(state, config, workdir)
     else:
-        start, state = checkpoints.restore(abstract)
+        try:
+            start, state = checkpoints.restore(abstract)
+        except MemoryError as error:
+            raise MemoryError(f"{error}; {out_of_memory(config, mesh.size, free_fields_only=True)}") from error
+    if start < config.num_updates:
+        checkpoints.try_out()  # before hours of updates, none of which could be saved
     log = Log(workdir, step=start, check=check)
     if held_out is not None:
         checkpoints.recall = log.recalls(held_out.name)
@@ -227,9 +236,8 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
     run.checkpoints.recall = run.log.recalls(name)
 
 
-def saved_init_from(workdir: Path, start: int | None) -> str:
-    """Returns init_from of the run, or "". Raises ValueError for imported weights, no run (start 0), or bad config."""
-    held = read_config(workdir)
+def saved_init_from(workdir: Path, held: str | None, start: int | None) -> str:
+    """Returns init_from of the run's config `held`, or "". Raises ValueError for imported weights, no run (start 0)."""
     if start == 0:
         raise ValueError(
             f"{workdir} holds imported weights and no run; give another --workdir, and --config.init_from={workdir}."
@@ -237,12 +245,14 @@ def saved_init_from(workdir: Path, start: int | None) -> str:
     return from_json(held).init_from if start and held is not None else ""
 
 
-def refuse_other_run(workdir: Path, config: Config, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
+def refuse_other_run(
+    workdir: Path, held: str | None, config: Config, saved: dict[str, Any] | None, now: dict[str, Any]
+) -> None:
     """Raises ValueError, naming the differences, if the newest checkpoint is of another config or of other data.
 
-    `saved`: that checkpoint's meta data, or None, which raises nothing; `now`: this run's. Fields in FREE may differ.
+    `held`: the run's config as JSON. `saved`: that checkpoint's meta data, or None, which raises nothing; `now`: this
+    run's. Fields in FREE may differ.
     """
-    held = read_config(workdir)
     if saved is None or held is None:
         return  # nothing was trained here, so nothing can be lost
     if changed := differences(from_json(held), config, free=FREE):

@@ -36,8 +36,10 @@ def write_config(workdir: Path, text: str) -> None:
 
 def read_config(workdir: Path) -> str | None:
     """Returns the text of config.json; None if there is no such file. Raises OSError if it cannot be read."""
-    path = workdir / "config.json"
-    return path.read_text() if path.exists() else None
+    try:
+        return (workdir / "config.json").read_text()
+    except FileNotFoundError:
+        return None
 
 
 def is_run(folder: Path) -> bool:

@@ -3,32 +3,37 @@
     checkpoints/6/{weights,optimizer,meta}    by Orbax, which renames them into place
     checkpoints/6/digest.json                 by us, written last
 
-Orbax restores flipped bits without an error. Hence a step counts only if it has its digest.json, and restored arrays
-must have the digests that were saved. If they do not, the step before is used, and the damaged one is renamed to
-6.damaged just before the next save.
+Orbax restores flipped bits without an error. Hence a step counts only if it has its digest.json, written after the step
+was opened again, and restored arrays must have the digests that were saved. If they do not, the step before is used,
+and the damaged one is renamed to 6.damaged just before the next save. An error that is no damage (reading.py) never
+leads to an older step, and no sound step is ever renamed.
 """
 
 import contextlib
 import errno
 import functools
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.system.lease import LeaseLostError
 from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
-from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, DamagedError, seal, sha256_of
+from rice_jax.checkpoints.orbax import ARRAYS, Orbax
+from rice_jax.checkpoints.reading import DamagedError, UnfinishedError, first_line, patiently
+from rice_jax.checkpoints.run_folder import read_config
+from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, seal, sha256_of
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 from rice_jax.training.step import State
@@ -38,7 +43,6 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is wr
 DAMAGED, DELETED = ".damaged", ".deleted"
 RETRY_SECONDS = 60.0
 FINAL_PAUSES = (0.0, 1.0, 5.0)  # seconds before each attempt at the last save
-UNWRITABLE = (ValueError, OSError, RuntimeError)
 
 
 class Checkpoints:
@@ -53,37 +57,60 @@ class Checkpoints:
         The first save makes the folder `checkpoints`. `kept` is the number of newest steps to keep; None (to read only)
         or 0: all. Steps that `kept_every` divides are kept for good (0: none), and if `kept_best` also that with the
         highest `recall`. `check` raises LeaseLostError if this run may no longer write there. Raises ValueError if a
-        newer version saved one of the steps.
+        newer version saved one of the steps or the path is not UTF-8, and OSError if the folder cannot be read.
         """
-        self.path = epath.Path(workdir).absolute() / "checkpoints"
+        self.path = Path(workdir).absolute() / "checkpoints"
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(self.path.parent)
+            raise ValueError(f"{name!r}: the name of this folder is not UTF-8; rename it.") from None
         self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
         self._check = check  # called before a step is committed and before anything is renamed or deleted
         self._complete: dict[int, dict[str, Any]] = {}  # each complete step's digest.json; empty for schema 1
-        self._damaged: dict[int, str] = {}  # why each other step cannot be used
+        # Why each other step cannot be used, and its newest change (nanoseconds) when that was found.
+        self._damaged: dict[int, tuple[DamagedError, int]] = {}
         self._saving: threading.Thread | None = None
         self._failure: tuple[float, str] | None = None  # when and why the newest save failed
-        self._orbax = step_folder.make_checkpointer()
+        self._orbax = Orbax(self.path.parent)
+        for name in self._names():
+            ours = _is_step(name) or UNFINISHED in name or DAMAGED in name or name.endswith(DELETED)
+            if not ours and hosts.is_first():
+                warn(f"{self.path}/{name} is not named after a step and is skipped; move it elsewhere.")
         self._scan()
 
     # --- Steps that are there ---
 
+    def _names(self) -> list[str]:
+        """Returns the names in the folder; [] if there is none. Raises OSError if it cannot be read."""
+        return patiently(self.path, lambda: sorted(os.listdir(self.path)) if os.path.lexists(self.path) else [])
+
     def _scan(self) -> None:
-        for name in sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else ():
-            if UNFINISHED in name or DAMAGED in name or name.endswith(DELETED):
-                continue
-            if not _is_step(name):
-                if hosts.is_first():
-                    warn(f"{self.path}/{name} is not named after a step and is skipped; move it elsewhere.")
-                continue
-            try:
-                self._complete[int(name)] = step_folder.read_digests(self.path / name)
-            except DamagedError as error:
-                self._skip(int(name), error)
+        """Reads the steps that are new, or that were damaged and have changed since. Raises as __init__ does."""
+        new = [int(name) for name in self._names() if _is_step(name) and int(name) not in self._complete]
+        new = [step for step in new if step not in self._damaged or self._damaged[step][1] != _changed(self._at(step))]
+        with ThreadPoolExecutor() as pool:  # those that seem damaged are waited for together
+            found = list(pool.map(self._read, new))
+        for step, digest_file in zip(new, found, strict=True):
+            if not isinstance(digest_file, DamagedError):
+                self._complete[step] = digest_file
+                self._damaged.pop(step, None)
+            elif self._at(step).exists():
+                self._skip(step, digest_file)
+
+    def _read(self, step: int) -> dict[str, Any] | DamagedError:
+        try:
+            return patiently(self._at(step), lambda: step_folder.read_digests(self._at(step)))
+        except DamagedError as error:
+            return error
+
+    def _at(self, step: int) -> Path:
+        return self.path / str(step)
 
     def _skip(self, step: int, error: DamagedError) -> None:
         self._complete.pop(step, None)
-        self._damaged[step] = str(error)
+        self._damaged[step] = error, _changed(self._at(step))
         if hosts.is_first():
             then = "" if self._kept is None else f" and becomes {step}{DAMAGED} at the next save"
             warn(f"{error}; it is skipped{then}.")
@@ -97,8 +124,9 @@ class Checkpoints:
 
         Raises ValueError if there are steps, other than such a first save, and none of them is complete.
         """
-        interrupted = len(self._damaged) == 1 and DIGEST_FILE in next(iter(self._damaged.values()))
-        if self._damaged and not self._complete and not interrupted:
+        faults = [error for error, _ in self._damaged.values()]
+        interrupted = len(faults) == 1 and isinstance(faults[0], UnfinishedError)
+        if faults and not self._complete and not interrupted:
             raise self._none_left()
         return max(self._complete, default=None)
 
@@ -110,8 +138,20 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the dict the step was saved with, and step, version, schema. Raises DamagedError if unreadable."""
-        return step_folder.read_meta(self.path / str(step))
+        """Returns the dict the step was saved with, and step, version, schema.
+
+        Raises DamagedError if it is missing or damaged, and OSError if it cannot be read.
+        """
+        folder = self._at(step)
+        return patiently(folder, lambda: step_folder.read_meta(folder))
+
+    def config(self, step: int | None) -> str | None:
+        """Returns config.json, or else, as in a copy of the checkpoints alone, the config that `step` was saved with.
+
+        It is a JSON text; None if there is neither. Raises as `meta` does.
+        """
+        text = read_config(self.path.parent)
+        return text if text is not None or step is None else self.meta(step).get("config")
 
     # --- Restoring ---
 
@@ -120,7 +160,8 @@ class Checkpoints:
 
         Unless given, the step is the newest undamaged one; damaged steps are skipped with a warning. Raises ValueError
         if no undamaged step is left, or leaves are missing, unexpected, or of another shape or dtype than in `abstract`
-        (all named); its subclass DamagedError if the given step cannot be read or has other numbers than were saved.
+        (all named); its subclass DamagedError if the given step is damaged. What is no damage leads to no other step:
+        OSError if a file cannot be read in three attempts, MemoryError if memory runs out, and errors of programs.
         """
         step, items = self._restore(step, _split(abstract))
         return step, State(**items["weights"], **items["optimizer"])
@@ -129,7 +170,7 @@ class Checkpoints:
         """Returns a step and its parameters (their moving average if there is one), in `abstract`'s shardings.
 
         The optimiser's state is not read, and may be damaged. Unless given, the step is the newest undamaged one.
-        Raises ValueError if none is left or leaves differ from `abstract`'s, DamagedError if the given one is damaged.
+        Raises as `restore` does.
         """
         step, items = self._restore(step, {"weights": _split(abstract)["weights"]})
         return step, items["weights"]["average"] or items["weights"]["params"]
@@ -138,19 +179,20 @@ class Checkpoints:
         if step is not None:
             return step, self._restore_step(step, items)
         for newest in reversed(hosts.ask_first(self.steps)):
-            restored = None
+            restored, fault = None, ""
             try:
                 restored = self._restore_step(newest, items)
             except DamagedError as error:
-                self._skip(newest, error)
-            if all(hosts.gather(restored is not None)) and restored is not None:
+                fault = str(error)
+            faults = [text for text in hosts.gather(fault) if text]
+            if restored is not None and not faults:
                 return newest, restored
-            self._complete.pop(newest, None)  # another process found it damaged
+            self._skip(newest, DamagedError(faults[0]))
         raise self._none_left()
 
     def _restore_step(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        saved = self._complete.get(step, {}).get("leaves", {})
-        return step_folder.restore_items(self._orbax, self.path / str(step), saved, items)
+        saved, folder = self._complete.get(step, {}), self._at(step)
+        return patiently(folder, lambda: step_folder.restore_items(self._orbax, folder, saved, items))
 
     # --- Saving ---
 
@@ -161,12 +203,15 @@ class Checkpoints:
         ValueError if a newer step is there.
         """
         self._join()
-        if step in self._complete:
+        newest = hosts.ask_first(self._newest_now)
+        if newest == step:
+            self._complete.setdefault(step, {})
             return
         self._check()
-        if any(other > step for other in self._complete):
+        if newest > step:
             raise ValueError(
-                f"{self.path}: step {step} was not saved, because a newer one is there; remove that folder."
+                f"{self.path}: step {step} was not saved, because step {newest} is there; if another run writes there, "
+                "give this one another --workdir."
             )
         meta = {"step": step, "version": __version__, "schema": SCHEMA, **meta}
         items = _split(state)
@@ -181,49 +226,78 @@ class Checkpoints:
             # In this thread: it copies to the host what the next step reuses, and processes must do so in one order.
             try:
                 begin()
-            except UNWRITABLE as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 self._fail(step, error)
                 return
             begin = bool  # does nothing
         self._saving = threading.Thread(target=self._commit, args=(step, digest_file, words, begin), name="checkpoint")
         self._saving.start()
 
+    def _newest_now(self) -> int:
+        with contextlib.suppress(OSError):  # the save fails at the same fault, and says so
+            self._scan()
+        return max(self._complete, default=-1)
+
+    def try_out(self) -> None:
+        """Saves small arrays, opens and deletes them. Raises ValueError if that fails: then no step could be saved."""
+        folder = self.path / f"trial{DELETED}"
+        items = {name: {"trial": np.zeros(1)} for name in ARRAYS}
+        try:
+            if hosts.is_first():
+                self.path.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+            self._orbax.save(folder, items, {})
+            self._orbax.wait_until_finished()
+            if hosts.is_first():
+                step_folder.check_saved(self._orbax, folder, shapes_and_dtypes(items))
+                step_folder.files_of(folder)
+                shutil.rmtree(folder)
+        except (ValueError, OSError, RuntimeError, LookupError) as error:
+            raise ValueError(
+                f"{self.path}: a checkpoint cannot be saved there ({first_line(error)}); give another --workdir, such "
+                "as one with a short name of letters and digits on a disk with space."
+            ) from error
+
     def _begin(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
         self._clear()
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._orbax.save(self.path / str(step), args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+        self._orbax.save(self._at(step), items, meta)
 
     def _commit(self, step: int, digest_file: dict[str, Any], words: jax.Array, begin: Callable[[], object]) -> None:
-        """Calls `begin` in a thread, waits for Orbax, writes digest.json, prunes. UNWRITABLE errors are a warning."""
+        """Calls `begin` in a thread, waits for Orbax, opens the step, writes digest.json, prunes. Errors only warn."""
+        remains: list[str] = []
         try:
             begin()
             self._orbax.wait_until_finished()
             self._check()
+            remains = [str(step)]  # from here on it is ours
             leaves = zip(as_text(np.asarray(words)), digest_file["leaves"].items(), strict=True)
-            digest_file["leaves"] = {name: f"{text} {about}" for text, (name, about) in leaves}
+            sealed = {**digest_file, "leaves": {name: f"{text} {about}" for text, (name, about) in leaves}}
             if hosts.is_first():
-                path = Path(self.path / str(step) / DIGEST_FILE)
-                write_file(path, json.dumps(seal(digest_file), indent=1).encode())
+                folder = self._at(step)
+                step_folder.check_saved(self._orbax, folder, digest_file["leaves"])
+                sealed["files"] = step_folder.files_of(folder)
+                write_file(folder / DIGEST_FILE, json.dumps(seal(sealed), indent=1).encode())
         except LeaseLostError:
             return  # the step stays incomplete, and the next save or line of metrics raises the error in the loop
-        except UNWRITABLE as error:
-            self._fail(step, error)
+        except Exception as error:  # nobody else would see it
+            self._fail(step, error, remains)
             return
-        self._complete[step] = digest_file
+        self._complete[step] = sealed
         self._prune()
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, error: Exception, remains: Sequence[str] = ()) -> None:
+        """Warns that a save failed, and deletes what it left: unfinished folders, and those named in `remains`."""
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        reason = "no space left there" if full else step_folder.first_line(error)
+        reason = "no space left there" if full else first_line(error)
         self._failure = time.monotonic(), reason
         warn(f"{self.path}: the checkpoint of step {step} was not saved ({reason}); the run goes on and tries again.")
         if hosts.is_first():
             with contextlib.suppress(LeaseLostError, OSError):
                 self._check()  # or the step of the run that has the lease now would be deleted
-                for remains in (f"{step}{UNFINISHED}*", str(step)):
-                    for folder in self.path.glob(remains):
+                for name in os.listdir(self.path):
+                    if name in remains or name.startswith(f"{step}{UNFINISHED}"):
                         with contextlib.suppress(OSError):  # an attempt to free space; the next save repeats it
-                            folder.rmtree()
+                            shutil.rmtree(self.path / name)
 
     def failed(self) -> bool:
         """Returns whether the newest save failed more than RETRY_SECONDS ago; always False with several processes."""
@@ -255,20 +329,21 @@ class Checkpoints:
             self._saving = None
 
     def _clear(self) -> None:
-        """Makes the folder, renames incomplete and damaged steps, deletes unfinished saves. Raises OSError."""
+        """Makes the folder, renames steps that were found damaged, deletes unfinished saves. Raises OSError."""
         if not hosts.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        for entry in list(self.path.iterdir()):
-            name = entry.name
+        for name in os.listdir(self.path):
+            folder = self.path / name
             if UNFINISHED in name or name.endswith(DELETED):
-                entry.rmtree()
-            elif _is_step(name) and int(name) not in self._complete:
+                shutil.rmtree(folder)
+            elif _is_step(name) and int(name) in self._damaged and self._damaged[int(name)][1] == _changed(folder):
                 target, number = self.path / (name + DAMAGED), 1
                 while target.exists():
                     number += 1
                     target = self.path / f"{name}{DAMAGED}-{number}"
-                entry.rename(target)
+                folder.rename(target)
+                del self._damaged[int(name)]
 
     def _prune(self) -> None:
         """Deletes complete steps that no rule keeps, renamed first, so a kill leaves no part. Warns if it cannot."""
@@ -278,7 +353,7 @@ class Checkpoints:
             del self._complete[step]
             if hosts.is_first():
                 try:
-                    (self.path / str(step)).rename(self.path / f"{step}{DELETED}").rmtree()
+                    shutil.rmtree((self._at(step)).rename(self.path / f"{step}{DELETED}"))
                 except OSError as error:
                     warn(f"{self.path}/{step}: could not be removed ({error}); remove it yourself.")
 
@@ -311,6 +386,13 @@ def steps_to_keep(steps: Sequence[int], *, newest: int | None, every: int, recal
 
 def _is_step(name: str) -> bool:
     return name.isdecimal() and str(int(name)) == name
+
+
+def _changed(folder: Path) -> int:
+    """Returns when a folder or something in it changed last, in nanoseconds; 0 if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return max(path.lstat().st_ctime_ns for path in (folder, *folder.rglob("*")))
+    return 0
 
 
 def _split(state: State) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rice_jax.config import Config, flatten, set_field
+from rice_jax.config import FREE, Config, flatten, set_field
 from rice_jax.preflight.report import Report, as_flags, one_line
 
 Assess = Callable[[Config], Report]
@@ -37,6 +37,21 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
     while size > 1:
         size //= 2
         yield changes | {"batch_size": size * devices}
+
+
+def out_of_memory(config: Config, devices: int, *, free_fields_only: bool = False) -> str:
+    """Returns what to do when the devices' memory has run out: the remedies as flags, those that cost least time first.
+
+    Those that would change the loss are left out. With `free_fields_only` the flags are those that may change when a
+    run goes on.
+    """
+    choices: list[str] = []
+    for changes in remedies(config, devices):
+        flags = as_flags({name: value for name, value in changes.items() if name in FREE or not free_fields_only})
+        if flags and flags not in choices and "batch_size" not in changes:
+            choices.append(flags)
+    programs = "end other programs that hold memory of these devices"
+    return f"{programs}, or give {', or '.join(choices)}." if choices else f"{programs}, or take more or larger ones."
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:

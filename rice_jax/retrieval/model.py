@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
-from rice_jax.checkpoints.run_folder import is_run, read_config
+from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
 from rice_jax.models.rice import Rice, build_model
@@ -217,6 +217,8 @@ def load(
 
     Raises:
       FileNotFoundError: the folder has no run, no checkpoint, or none of that step.
+      OSError: a file of the checkpoint could not be read in three attempts.
+      MemoryError: there is too little memory for the parameters.
       ValueError: the checkpoint or the config is damaged or of another version, no checkpoint is undamaged, or an
         override is of no field, of one that training depended on, or of a value that the field cannot have.
 
@@ -224,15 +226,19 @@ def load(
       model = rice_jax.load("runs/smoke", overrides={"eval_flip": "true"})
       print(model.step, model.config.data.image_size)
     """
-    text = read_config(Path(run))
-    checkpoints = Checkpoints(run) if text is not None and is_run(Path(run)) else None
+    checkpoints = Checkpoints(run) if is_run(Path(run)) else None
     steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
-    if text is None or checkpoints is None or not steps:
+    if checkpoints is None or not steps:
         raise FileNotFoundError(
             f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}."
         )
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    text = hosts.ask_first(lambda: checkpoints.config(step if step is not None else steps[-1]))
+    if text is None:
+        raise FileNotFoundError(
+            f"{run}: found no config.json, nor a config in the checkpoint; copy the run's file here."
+        )
     config = from_json(text)
     for name, value in (overrides or {}).items():
         if name not in EVALUATED:

@@ -47,7 +47,7 @@ def import_weights(path: Path, output: Path, *, activation: str | None = None, i
         state = State(jnp.int32(0), jax.tree.map(jnp.asarray, source.params), {}, {})
         write_config(folder, to_json(source.config))
         with Checkpoints(folder, kept=1) as checkpoints:
-            checkpoints.save(0, state, {"source": origin})
+            checkpoints.save(0, state, {"source": origin, "config": to_json(source.config)})
         save_unused(source.unused, folder)
         check_equal(source.params, jax.device_get(load_on_one_device(folder).params), str(output))
         check_equal(source.unused, read_unused(folder), str(output))

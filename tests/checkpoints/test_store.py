@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import pytest
 
 from configs import smoke
 from rice_jax import errors
-from rice_jax.checkpoints import store
+from rice_jax.checkpoints import reading, store
+from rice_jax.checkpoints.reading import DamagedError, MissingError
 from rice_jax.checkpoints.run_folder import write_config
-from rice_jax.checkpoints.step_folder import SCHEMA, DamagedError, seal
+from rice_jax.checkpoints.step_folder import SCHEMA, seal
 from rice_jax.checkpoints.store import Checkpoints, steps_to_keep
 from rice_jax.config import to_json
 from rice_jax.models.rice import Rice, build_model
@@ -26,9 +27,12 @@ from tests import official
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet_orbax() -> None:
-    """As in a command: else Orbax prints pages for each damaged file."""
-    errors._silence_orbax()
+def _quiet_and_fast() -> Iterator[None]:
+    """As in a command, else Orbax prints pages for each damaged file; and without the pause before a second look."""
+    errors.one_line_warnings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PAUSES", {MissingError: (0.0,), OSError: (0.0, 0.0)})
+        yield
 
 
 def configured(**changes: Any) -> tuple[Rice, Any]:
