@@ -24,13 +24,14 @@ def warn(text: str) -> None:
 def run(main: Callable[[Any], None], values: Any) -> None:
     """Runs main(values) as a command: an error that a user can fix becomes one line on stderr and an exit status.
 
-    For ValueError and OSError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other exceptions pass.
+    For ValueError, OSError and MemoryError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other
+    exceptions pass.
     Only commands may call this, because it silences Orbax in the whole process.
     """
     _silence_orbax()
     try:
         main(values)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
         fail(reason(error), status=status(error))
 
 
@@ -53,12 +54,12 @@ def _silence_orbax() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: ValueError's message, OSError's file, cause and, with an errno, what to do.
+    """Returns an error as text: ValueError's and MemoryError's message, OSError's file, cause and, with errno, advice.
 
     KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
     """
-    if isinstance(error, ValueError):
-        return str(error)
+    if isinstance(error, ValueError | MemoryError):
+        return str(error) or "this machine's memory is exhausted"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the same command again to go on"
     if not isinstance(error, OSError):

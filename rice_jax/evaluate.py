@@ -18,6 +18,7 @@ from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
 from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
+from rice_jax.preflight.advice import evaluation_remedies, memory_advice
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
 from rice_jax.retrieval.model import load
@@ -25,7 +26,8 @@ from rice_jax.version import __version__
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
+    with memory_advice(list):
+        model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)
     split = dataset.split(arguments.split)
     subset = read_ids(arguments.subset) if arguments.subset else None
@@ -46,9 +48,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = EmbeddingStore(output / "embeddings" / key)
     hosts.agree({"the model in --workdir": key})  # or one result would mix two models
-    result = evaluation.evaluate_split(
-        model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
-    )
+    with memory_advice(lambda: evaluation_remedies(model.config, model.mesh.size)):
+        result = evaluation.evaluate_split(
+            model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
+        )
     if not hosts.is_first():
         return
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))

@@ -19,6 +19,7 @@ from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, from_json
 from rice_jax.errors import run
+from rice_jax.parallel.devices import find_devices
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training.ledger import Epoch, check_epoch, make_plan, read_ledger
 
@@ -94,6 +95,7 @@ def _open(data: Path | None, config: Config, workdir: Path) -> Dataset:
         raise FileNotFoundError(
             f"{config.data.path}: found no data set where the run had it; give its folder with --data."
         ) from error
+    find_devices()  # first, because what follows would fail without a clear error
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest()
     trained_on = checkpoints.meta(step).get("data") if step else None

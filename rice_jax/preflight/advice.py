@@ -1,21 +1,24 @@
 """Finds settings with which a step fits into memory, and the largest batch that fits."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from rice_jax.config import Config, flatten, set_field
+import jax
+
+from rice_jax.config import FREE, Config, flatten, set_field
 from rice_jax.preflight.report import Report, as_flags, one_line
 
 Assess = Callable[[Config], Report]
 CHUNKS = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}  # large enough to keep a chip busy
 
 
-def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
+def remedies(config: Config, devices: int, in_slice: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields changes {field: value} that save memory, those first that cost least time.
 
     Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
-    which alone changes the loss.
+    which alone changes the loss. in_slice: the number of devices of a slice, which fsdp must divide; None: of all.
     """
     f, remat = flatten(config), config.model.remat
     sizes = {name: size for name, size in CHUNKS.items() if name != "loss.icl_chunk" or config.batch_size >= 2**16}
@@ -31,12 +34,51 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
             changes[name] = value
             yield dict(changes)
     for fsdp in (4, 16):
-        if config.mesh.fsdp < fsdp and devices % fsdp == 0 and config.model.width % fsdp == 0:
+        if config.mesh.fsdp < fsdp and (in_slice or devices) % fsdp == 0 and config.model.width % fsdp == 0:
             yield changes | {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp}
     size = config.batch_size // devices
     while size > 1:
         size //= 2
         yield changes | {"batch_size": size * devices}
+
+
+def resume_remedies(config: Config, devices: int, in_slice: int) -> list[dict[str, Any]]:
+    """Returns the parts of `remedies` that a run with a checkpoint may change: a split by fsdp, if devices allow it."""
+    parts = [
+        {name: value for name, value in changes.items() if name in FREE}
+        for changes in remedies(config, devices, in_slice)
+    ]
+    return [part for number, part in enumerate(parts) if part and part not in parts[:number]]
+
+
+def evaluation_remedies(config: Config, devices: int) -> list[dict[str, Any]]:
+    """Returns changes {field: value} with which an evaluation encodes fewer clips at once, [] if one a device is."""
+    shares = (config.eval_batch_size // part // devices for part in (2, 4, 16, 64))
+    sizes = dict.fromkeys(max(1, share) * devices for share in shares)  # each once, in order
+    return [{"eval_batch_size": size} for size in sizes if size < config.eval_batch_size]
+
+
+@contextlib.contextmanager
+def memory_advice(changes: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[None]:
+    """Raises MemoryError with what to set, in place of jax's error, when the block exhausts the memory of a device.
+
+    changes: returns {field: value} that save memory, in the order in which to try them, [] if there are none. Other
+    exceptions of the block pass.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = list(changes())
+        lines = [
+            f"the memory of a device is too small ({str(error).splitlines()[0][:200]}). End what else uses the device, "
+            + ("or run the same command with the first of these that fits:" if found else "or take larger devices."),
+            *map(as_flags, found),
+        ]
+        if any("batch_size" in one for one in found):
+            lines[0] = lines[0].replace("that fits:", "that fits; only another batch_size changes the loss:")
+        raise MemoryError("\n  ".join(lines)) from error
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:
