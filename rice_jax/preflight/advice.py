@@ -17,17 +17,23 @@ CHUNKS = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}
 def remedies(config: Config, devices: int, in_slice: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields changes {field: value} that save memory, those first that cost least time.
 
-    Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
-    which alone changes the loss. in_slice: the number of devices of a slice, which fsdp must divide; None: of all.
+    Chunks, where they are smaller than a device's share of the batch, and remat add up. To them the later changes add
+    a split by fsdp, and the last ones a smaller batch instead, which alone changes the loss. in_slice: the number of
+    devices of a slice, which fsdp must divide; None: of all.
     """
     f, remat = flatten(config), config.model.remat
-    sizes = {name: size for name, size in CHUNKS.items() if name != "loss.icl_chunk" or config.batch_size >= 2**16}
+    rows = config.batch_size // devices
+    pictures = rows * (1 + config.data.num_frames)
+    shares = {"loss.micro_batch": pictures, "loss.pair_chunk": rows, "loss.icl_chunk": rows}
+    sizes = {name: size for name, size in CHUNKS.items() if size < shares[name]}
+    if config.batch_size < 2**16:
+        sizes.pop("loss.icl_chunk", None)
     changes: dict[str, Any] = {name: size for name, size in sizes.items() if not 0 < f[name] <= size}
     if changes:
         yield dict(changes)
     for name, value, helps in (
         ("model.remat", "dots", remat == "none"),
-        ("loss.micro_batch", 32, not 0 < config.loss.micro_batch <= 32),
+        ("loss.micro_batch", 32, pictures > 32 and not 0 < config.loss.micro_batch <= 32),
         ("model.remat", "full", remat != "full"),
     ):
         if helps:
@@ -36,10 +42,9 @@ def remedies(config: Config, devices: int, in_slice: int | None = None) -> Itera
     for fsdp in (4, 16):
         if config.mesh.fsdp < fsdp and (in_slice or devices) % fsdp == 0 and config.model.width % fsdp == 0:
             yield changes | {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp}
-    size = config.batch_size // devices
-    while size > 1:
-        size //= 2
-        yield changes | {"batch_size": size * devices}
+    while rows > 1:
+        rows //= 2
+        yield changes | {"batch_size": rows * devices}
 
 
 def resume_remedies(config: Config, devices: int, in_slice: int) -> list[dict[str, Any]]:
