@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two versions of jax are supported: 0.10 is the last for Python 3.11, and 0.12 needs Python 3.12 or newer.
 PYTHONS ?= python3.11 python3.12
 
-.PHONY: help setup demo test quick lint types unit test-slow mutations chaos corruption fuzz test-versions clean
+.PHONY: help setup demo test quick lint types unit test-slow test-gpu mutations chaos corruption fuzz test-versions clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ unit: setup
 
 test-slow: setup  ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup  ## train, resume, evaluate, export and compute the golden figures on this machine's GPU; minutes
+	$(BIN)/python -m tests.gpu
 
 mutations: setup  ## make known mistakes in a copy of the code and list the tests that notice; most of an hour
 	$(BIN)/python -m tests.mutations

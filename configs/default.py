@@ -113,6 +113,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = field(
         "float32", "type of matrix products; parameters, softmax and losses stay float32 [35, 36]"
     )
+    matmul_precision: Literal["highest", "default"] = field(
+        "highest",
+        "with dtype float32: products in float32 on every device; or in what jax chooses, TF32 on GPUs and bfloat16 on "
+        "TPUs. CPUs know no difference",
+        change="in evaluation",
+    )
     remat: Literal["none", "dots", "full"] = field(
         "none", "what the backward pass recomputes to save memory: nothing, all but matrix products, or all"
     )

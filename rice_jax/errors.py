@@ -98,12 +98,12 @@ def one_line_warnings() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: the message, and of an OSError with an errno the file, the cause and what to do.
+    """Returns an error as text: ValueError's and MemoryError's message, OSError's file, cause and, with errno, advice.
 
     KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
     """
-    if isinstance(error, (ValueError, MemoryError)):
-        return str(error) or "no memory is left"
+    if isinstance(error, ValueError | MemoryError):
+        return str(error) or "this machine's memory is exhausted"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the same command again to go on"
     if not isinstance(error, OSError):

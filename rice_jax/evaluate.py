@@ -20,6 +20,7 @@ from data_pipeline.owner import remove_abandoned
 from rice_jax.checkpoints.run_folder import one_writer
 from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
+from rice_jax.preflight.advice import evaluation_remedies, memory_advice
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
 from rice_jax.retrieval.model import load
@@ -27,7 +28,8 @@ from rice_jax.version import __version__
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
+    with memory_advice(list):
+        model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)
     split = dataset.split(arguments.split)
     subset = read_ids(arguments.subset) if arguments.subset else None
@@ -49,9 +51,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if hosts.is_first():
             remove_abandoned(output / "embeddings" / key)
         hosts.agree({"the model in --workdir": key})  # or one result would mix two models
-        result = evaluation.evaluate_split(
-            model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
-        )
+        with memory_advice(lambda: evaluation_remedies(model.config, model.mesh.size)):
+            result = evaluation.evaluate_split(
+                model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
+            )
         if not hosts.is_first():
             return
         check()

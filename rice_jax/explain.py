@@ -18,6 +18,7 @@ from data_pipeline.input.plan import Plan
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, from_json
 from rice_jax.errors import run
+from rice_jax.parallel.devices import find_devices
 from rice_jax.retrieval.model import frame_options
 from rice_jax.training.ledger import Epoch, check_epoch, make_plan, read_ledger
 
@@ -52,6 +53,7 @@ def _image_of(split: Split, row: int) -> str:
 
 def explain(arguments: argparse.Namespace) -> None:
     workdir, update = arguments.workdir, arguments.step
+    find_devices()  # first, because what follows would fail without a clear error
     checkpoints = Checkpoints(workdir)
     newest = checkpoints.latest()
     if (text := checkpoints.config(newest)) is None:

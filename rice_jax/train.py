@@ -8,6 +8,7 @@ after N updates the next batch is always number N of the plan. On several hosts 
 import argparse
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,17 @@ from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
-from rice_jax.parallel.mesh import check_batches, make_mesh, parameter_table, path_name, process_rows, to_global
-from rice_jax.preflight.advice import out_of_memory
+from rice_jax.parallel.devices import find_devices
+from rice_jax.parallel.mesh import (
+    check_batches,
+    make_mesh,
+    parameter_table,
+    path_name,
+    process_rows,
+    slice_sizes,
+    to_global,
+)
+from rice_jax.preflight.advice import evaluation_remedies, memory_advice, remedies, resume_remedies
 from rice_jax.retrieval.evaluation import evaluate_split, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
@@ -50,7 +60,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
         checkpoint or record is damaged, init_from's weights do not fit, or the loss was not finite for too many updates
         in a row.
       OSError: a file is missing, cannot be read in three attempts, or cannot be written.
-      MemoryError: there is too little memory for the state of the newest checkpoint.
+      MemoryError: the memory is too small; the message has settings that need less.
       SystemExit: a signal stopped the run, after a checkpoint was saved; its status is 143 or 130.
 
     Example:
@@ -81,7 +91,8 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
     done = start
     pending: list[tuple[int, Any]] = []  # metrics of updates that the device may still be computing
     # Only the lines marked "waits" wait for the device.
-    with stop.listening(), watch, checkpoints, log, run.batches:
+    memory = memory_advice(lambda: remedies_of(config, run.mesh, checkpoints))
+    with memory, stop.listening(), watch, checkpoints, log, run.batches:
         try:
             if evaluation_is_due(done, config) and not log.has_evaluation(done, config.data.eval_split):
                 with stop.interruptible():
@@ -126,6 +137,11 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
             checkpoints.finish(done, state, run.meta)
             log.say(f"stopped at step {done}; the same command goes on")
             raise SystemExit(128 + stop.received) from None  # as shells define it
+        except MemoryError:  # of an evaluation, which leaves the state whole
+            if jax.process_count() == 1:  # else the others may not come
+                log.write_updates(pending, not_finite.check)
+                checkpoints.finish(done, state, run.meta)
+            raise
         if start == config.num_updates:
             log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
         return log.last_evaluation(config.data.eval_split) if config.data.eval_split else {}
@@ -156,6 +172,7 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     MemoryError if the state does not fit.
     """
     validate(config)
+    find_devices()  # first, because what follows would fail without a clear error
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)
     keep = ledger.kept_rows(config, train)
@@ -181,15 +198,13 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     if hosts.is_first():
         write_config(workdir, meta["config"])
     notes: list[str] = []
-    if start is None:
-        start, state = 0, init_state(model, config, abstract)
-        if config.init_from:
-            state, notes = initialise(state, config, workdir)
-    else:
-        try:
+    with memory_advice(lambda: remedies_of(config, mesh, checkpoints)):
+        if start is None:
+            start, state = 0, init_state(model, config, abstract)
+            if config.init_from:
+                state, notes = initialise(state, config, workdir)
+        else:
             start, state = checkpoints.restore(abstract)
-        except MemoryError as error:
-            raise MemoryError(f"{error}; {out_of_memory(config, mesh.size, free_fields_only=True)}") from error
     if start < config.num_updates:
         checkpoints.try_out()  # before hours of updates, none of which could be saved
     log = Log(workdir, step=start, check=check)
@@ -215,6 +230,12 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     return Run(config, model, mesh, train, held_out, plan, abstract, checkpoints, meta, log, batches), start, state
 
 
+def remedies_of(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> Iterable[dict[str, Any]]:
+    """Returns changes of config fields that save memory, those alone that may change once there is a checkpoint."""
+    devices, in_slice = mesh.size, slice_sizes(mesh.devices.flat)[0]
+    return (resume_remedies if checkpoints.steps() else remedies)(config, devices, in_slice)
+
+
 def checkpoint_is_due(done: int, config: Config) -> bool:
     return done == config.num_updates or done % config.checkpoint_every == 0
 
@@ -230,7 +251,8 @@ def evaluate_held_out(run: Run, state: State, done: int) -> None:
     assert run.held_out is not None
     name, weights = run.held_out.name, state.average or state.params
     encoder = Model(run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size)
-    figures = evaluate_split(encoder, run.held_out).figures
+    with memory_advice(lambda: evaluation_remedies(run.config, run.mesh.size)):
+        figures = evaluate_split(encoder, run.held_out).figures
     run.log.write(done, {f"{name}/{figure}": value for figure, value in figures.items()})
     run.log.say(f"step {done}  {name}: {one_line(figures)}")
     run.checkpoints.recall = run.log.recalls(name)

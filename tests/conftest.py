@@ -38,6 +38,7 @@ settings.register_profile("fresh", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 HERE = Path(__file__).parent
+collect_ignore = ["gpu"]  # its tests need a GPU, and not this file: make test-gpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -34,6 +34,7 @@ SIZES = {
     "--config.model.width=128 --config.model.layers=3 --config.model.heads=2 --config.model.hidden=512 "
     "--config.model.embedding=48",
 }
+SIZES["one_gpu"] = SIZES["lpr750k"]
 SIZES["pod"] = f"{SIZES['lpr750k']} --config.mesh.data=1 --config.mesh.fsdp=1 --config.data.num_frames=2"
 # Words of the commands that need a TPU compiler or a long run, and their replacements.
 HERE = {"v5e:16x16": "cpu:1", "1200": str(UPDATES)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import default, demo, folder, grocery, lpr750k, pod, rice, smoke
+from configs import default, demo, folder, grocery, lpr750k, one_gpu, pod, rice, smoke
 from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import RULES, parameter_spec, path_name
 from rice_jax.training import step
@@ -54,6 +54,7 @@ PRESETS = [
     *map(lpr750k.get_config, default.STAGES),
     *map(rice.get_config, default.STAGES),
     *map(pod.get_config, pod.SIZES),
+    *map(one_gpu.get_config, one_gpu.RECIPES),
 ]
 
 

@@ -70,7 +70,7 @@ class MatchingDecoder(nn.Module):
     ) -> Float[Array, "n r"]:
         """Returns 10 cos(h, w), float32, for image class tokens x against the clip (docs/official.md 5.6)."""
         pooled = self.pooled(self.cross_tokens(x, weights, keys_values))
-        return 10 * unit(pooled) @ unit(self.match)
+        return jnp.matmul(10 * unit(pooled), unit(self.match), precision="highest")
 
     def __call__(
         self, image_tokens: Float[Array, "n T D"], clip_tokens: Float[Array, "n S D"], key_mask: Bool[Array, "n S"]

@@ -8,6 +8,9 @@ Letters of array shapes, here and in rice_jax/losses (docs/official.md 1):
     k, r, R   hard partners of a row; image tokens that query one clip; image tokens that are rebuilt
 """
 
+from contextlib import AbstractContextManager
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Int, UInt8
@@ -26,6 +29,7 @@ class Rice(nn.Module):
     reconstruction: PatchReconstruction | None
     scale_init: float = 4.0
     bias_init: float | None = None  # of ICL's sigmoid form; the softmax has no bias
+    precision: str = "highest"  # of matrix products that name none, see matmul_precision
 
     def setup(self) -> None:
         # A plain factor of both embeddings, so logits are scale^2 cos; CLIP's is a logarithm (docs/official.md 3.1).
@@ -60,6 +64,11 @@ class Rice(nn.Module):
             if self.reconstruction is not None:
                 out["coefficients"] = self.reconstruction(scores, key_mask)
         return out
+
+
+def matmul_precision(model: Rice) -> AbstractContextManager[None]:
+    """Returns the context in which programs of the model are traced: their matrix products have model.precision."""
+    return jax.default_matmul_precision(model.precision)
 
 
 def build_model(config: Config) -> Rice:
@@ -105,4 +114,5 @@ def build_model(config: Config) -> Rice:
         reconstruction=reconstruction,
         scale_init=c.logit_scale_init,
         bias_init=c.logit_bias_init if config.loss.icl_form == "sigmoid" else None,
+        precision=c.matmul_precision if c.dtype == "float32" else "default",
     )

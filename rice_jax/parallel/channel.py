@@ -51,16 +51,9 @@ class Coordinator:
         """Listens, in a thread. Raises ValueError if the address is no HOST:PORT or its port cannot be opened."""
         self._info, self._secret, self._wait = info, secret, wait_seconds
         self._joined: queue.SimpleQueue[tuple[JoinRequest, Connection]] = queue.SimpleQueue()
-        host, port = info.target
-        dual = bool(secret) and socket.has_dualstack_ipv6()
-        try:
-            family = socket.AF_INET6 if dual else socket.getaddrinfo(host, port)[0][0]
-            self._server = socket.create_server(("" if secret else host, port), family=family, dualstack_ipv6=dual)
-        except OSError as error:
-            raise ValueError(
-                f"port {port} of this host, where process 0 listens, cannot be opened ({error.strerror}); end what "
-                "uses it (an earlier run?), or give another port."
-            ) from error
+        self._server = _open_server(info, secret, "process 0 listens")
+        # jax's service opens it when all have come. Until then it is kept, so that no other program takes it.
+        self._service = _open_server(info.service, secret, "jax's own service listens")
         if not secret:
             warn(
                 f"no secret: process 0 listens at {self._server.getsockname()[0]} only, and admits any process that "
@@ -81,9 +74,8 @@ class Coordinator:
         members.sort(key=lambda member: member[0].process)
         connections = [connection for _, connection in reversed(members)]  # process 0 last: its end ends this thread
         fault = self._fault([request for request, _ in members])
-        with socket.create_server(("", 0)) as free:
-            port = free.getsockname()[1]
-        _send(fault or port, *connections)
+        self._service.close()
+        _send(fault or self._info.service.target[1], *connections)
         running = {connection: request.name for request, connection in members}
         while running and not fault:
             ready = wait(list(running))
@@ -143,7 +135,7 @@ class Channel:
                 or f"process 0 at {info.address} does not admit this process: it ended, or its start-up check was over "
                 "before this one came (started late, or one too many?)."
             )
-        self.service = f"{info.address.rpartition(':')[0]}:{answer}"  # of jax
+        self.service = info.service.address
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -164,6 +156,20 @@ class Channel:
             # jax's service lives in process 0, and aborts with a stack trace every process that outlives it.
             time.sleep(0.5 if self.info.process == 0 else 0.0)
             end_process(1)
+
+
+def _open_server(info: ProcessInfo, secret: bytes, who: str) -> socket.socket:
+    """Returns a socket that listens at the address, with a secret at all addresses. Raises ValueError if it cannot."""
+    host, port = info.target
+    dual = bool(secret) and socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if dual else socket.getaddrinfo(host, port)[0][0]
+        return socket.create_server(("" if secret else host, port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of this host, where {who}, cannot be opened ({error.strerror}); end what uses it (an earlier "
+            "run?), or give another port."
+        ) from error
 
 
 def _connect(info: ProcessInfo, wait_seconds: float) -> Connection:

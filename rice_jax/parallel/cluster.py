@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """One process among `count`. Process 0 listens at `address`, HOST:PORT."""
+    """One process among `count`. Process 0 listens at `address`, HOST:PORT, and jax's own service at PORT + 1."""
 
     address: str
     count: int
@@ -26,6 +26,12 @@ class ProcessInfo:
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"the address of process 0: found {self.address!r}, needs HOST:PORT, such as node-0:8476.")
         return host.strip("[]"), int(port)
+
+    @property
+    def service(self) -> "ProcessInfo":
+        """This process with the address of jax's service in place of process 0's: the same host, the next port."""
+        host, _, port = self.address.rpartition(":")
+        return dataclasses.replace(self, address=f"{host}:{int(port) + 1}")
 
 
 def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
@@ -40,7 +46,7 @@ def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
         return None
     if not 0 <= info.process < info.count:
         raise ValueError(f"process {info.process} of {info.count}: needs a number from 0 to N - 1.")
-    _ = info.target
+    _ = info.target, info.service.target
     return info if info.count > 1 else None
 
 
@@ -73,10 +79,43 @@ def _of_slurm() -> ProcessInfo | None:
     e = os.environ
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= e.keys():
         return None
-    # Each step has its own port, so that two may run on one host.
-    port = 20000 + (_integer(e["SLURM_JOB_ID"]) + _integer(e.get("SLURM_STEP_ID", 0))) % 10000
+    # Each step has its own two ports, so that two may run on one host.
+    port = 20000 + 2 * ((_integer(e["SLURM_JOB_ID"]) + _integer(e.get("SLURM_STEP_ID", 0))) % 5000)
     address = f"{first_node(e['SLURM_STEP_NODELIST'])}:{port}"
     return ProcessInfo(address, _integer(e.get("SLURM_STEP_NUM_TASKS", 1)), _integer(e["SLURM_PROCID"]))
+
+
+def slurm_local_devices() -> list[int] | None:
+    """Returns the GPUs of a SLURM task that shares its node with other tasks, as numbers among the GPUs that it sees.
+
+    Tasks that all see the same GPUs get equal shares of them, by SLURM_LOCALID. None: the task takes all that it sees,
+    because it is alone on its node, SLURM has bound GPUs to each task, or JAX_LOCAL_DEVICE_IDS names them. Raises
+    ValueError if a variable holds no integer.
+    """
+    e = os.environ
+    if "SLURM_LOCALID" not in e or "JAX_LOCAL_DEVICE_IDS" in e:
+        return None
+    tasks = _tasks_by_node(e.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node, local = _integer(e.get("SLURM_NODEID", 0)), _integer(e["SLURM_LOCALID"])
+    here = tasks[node] if node < len(tasks) else 1
+    visible = e.get("CUDA_VISIBLE_DEVICES", e.get("ROCR_VISIBLE_DEVICES"))
+    if here < 2:
+        return None
+    if visible is None:
+        return [local]  # SLURM does not know the GPUs: one for each task, as jax's own detection has it
+    seen = len([name for name in visible.split(",") if name])
+    bound = seen * here <= _integer(e.get("SLURM_GPUS_ON_NODE", 0))  # all tasks together see no GPU twice
+    share = seen // here
+    return None if bound or not share else list(range(local * share, (local + 1) * share))
+
+
+def _tasks_by_node(text: str) -> list[int]:
+    """Returns the tasks of each node: [2, 2, 1] for '2(x2),1'. Raises ValueError if it is of another form."""
+    tasks: list[int] = []
+    for part in filter(None, text.split(",")):
+        count, _, times = part.rstrip(")").partition("(x")
+        tasks += [_integer(count)] * _integer(times or 1)
+    return tasks
 
 
 def first_node(nodes: str) -> str:

@@ -30,7 +30,8 @@ import data_pipeline
 from rice_jax import errors
 from rice_jax.config import PER_HOST, Config, flatten
 from rice_jax.parallel.channel import Channel, Coordinator, Facts, disagreement, end_process
-from rice_jax.parallel.cluster import ProcessInfo, find_process
+from rice_jax.parallel.cluster import ProcessInfo, find_process, slurm_local_devices
+from rice_jax.parallel.devices import find_devices
 
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "grain",
@@ -49,7 +50,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "The same command on each, the workdir on a file system that all share. On Kubernetes, SLURM and TPU pods "
         "(launch/) the environment says what the first three say.",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; a port that is free there")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; PORT and PORT + 1 must be free there"
+    )
     group.add_argument("--num-processes", type=int, metavar="N", help="the number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="the number of this process, 0 to N - 1")
     group.add_argument("--wait", type=_seconds, default=45.0, metavar="SECONDS", help="for all to start (default: 45)")
@@ -130,6 +133,7 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
         _channel.service,
         info.count,
         info.process,
+        local_device_ids=slurm_local_devices(),
         cluster_detection_method="deactivate",
         initialization_timeout=60,
         heartbeat_timeout_seconds=45,  # until a frozen process ends all others
@@ -137,15 +141,29 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
         coordinator_bind_address=None if secret else _channel.service,  # None: all interfaces
     )
     _start_backend()
+    _check_numbers(info)
     agree({"devices": jax.local_device_count()})
     return _channel
 
 
+def _check_numbers(info: ProcessInfo) -> None:
+    """Raises ValueError unless jax gives this process the number and the count that it was started with.
+
+    On TPUs jax takes both from the runtime. Orbax goes by jax's number, and `is_first` by ours.
+    """
+    if (jax.process_index(), jax.process_count()) != (info.process, info.count):
+        raise ValueError(
+            f"this process was started as number {info.process} of {info.count}, but its devices make it number "
+            f"{jax.process_index()} of {jax.process_count()} for jax; number the processes as the devices are, on a "
+            "TPU by TPU_WORKER_ID, or leave --process-id and JAX_PROCESS_ID away there."
+        )
+
+
 def _start_backend() -> None:
-    """Starts jax's backend. Raises ValueError if it fails for want of this host's own name, else its RuntimeError."""
+    """Starts jax's backend. Raises find_devices' errors, and ValueError if this host's own name is unknown to it."""
     try:
-        jax.devices()
-    except RuntimeError as error:
+        find_devices()
+    except (RuntimeError, ValueError) as error:
         name = socket.gethostname()
         try:
             socket.getaddrinfo(name, None)

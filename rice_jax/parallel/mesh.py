@@ -3,13 +3,18 @@
 A batch is sharded over both axes. Parameters and the optimiser's moments are sharded over `fsdp` alone, by RULES.
 """
 
+import collections
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rice_jax.parallel.devices import find_devices
 
 P = PartitionSpec
 BATCH = ("data", "fsdp")
@@ -30,12 +35,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh with axes (data, fsdp) of the given sizes; one may be -1, which takes the remaining devices.
 
-    devices: None takes jax.devices(). Raises ValueError for other sizes, or a product that is not their number.
+    devices: None takes find_devices(). A slice is a group of devices with fast links: a host's GPUs, or a TPU slice.
+    With several of them each group of `fsdp` devices lies in one slice, and `data` goes first over the devices of a
+    slice, then over the slices. Raises ValueError for other sizes, a product that is not the number of devices, slices
+    of different sizes, or an fsdp that does not divide a slice.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp}
     unknown = [axis for axis, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -50,8 +58,35 @@ def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) 
             f"mesh (data={data}, fsdp={fsdp}) does not cover {len(devices)} device(s); "
             "set mesh.data and mesh.fsdp to sizes whose product is that number, or one of them to -1."
         )
-    # Linen modules, and shard_map of unsharded inputs, refuse make_mesh's default type of axes, Explicit.
-    return jax.make_mesh(tuple(sizes.values()), BATCH, devices=devices, axis_types=(AxisType.Auto,) * 2)
+    # jax.make_mesh refuses several slices, and shapes for which a TPU's torus must be cut.
+    slices = slice_sizes(devices)
+    shape = (sizes["data"] // len(slices), sizes["fsdp"])
+    if len(slices) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        _check_slices(slices, sizes["fsdp"])
+        over_slices = (len(slices), 1)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, over_slices, devices, allow_split_physical_axes=True)
+    # Linen modules, and shard_map of unsharded inputs, refuse the other type of axes, Explicit.
+    return Mesh(grid, BATCH, axis_types=(AxisType.Auto,) * 2)
+
+
+def slice_sizes(devices: Iterable[Any]) -> list[int]:
+    """Returns the number of devices of each slice; one slice if the devices name none, as CPUs."""
+    return list(collections.Counter(getattr(device, "slice_index", 0) for device in devices).values())
+
+
+def _check_slices(slices: list[int], fsdp: int) -> None:
+    """Raises ValueError unless all slices have the same number of devices, and `fsdp` divides it."""
+    found = f"{len(slices)} slices (hosts with GPUs, or TPU slices)"
+    if len(set(slices)) > 1:
+        raise ValueError(f"found {found} of {', '.join(map(str, slices))} devices; give slices of one size.")
+    if slices[0] % fsdp:
+        fitting = [str(size) for size in range(1, slices[0] + 1) if slices[0] % size == 0]
+        raise ValueError(
+            f"mesh.fsdp {fsdp} does not divide the {slices[0]} devices of a slice: found {found}, and parameters are "
+            f"split inside a slice only; set mesh.fsdp to {' or '.join(fitting)}, and mesh.data to -1."
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -152,8 +187,14 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
 def on_host(x: jax.Array) -> np.ndarray:
     """Returns the whole array as NumPy. All processes must call it: each may have shards of it."""
     if isinstance(x.sharding, NamedSharding) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+        x = replicate(x, x.sharding.mesh)
     return np.asarray(x)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def replicate(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Returns the array with a whole copy on each device of the mesh; compiled once for each shape and sharding."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
 
 
 # --- inside shard_map: exchanges between devices ----------------------------------------------------------------------

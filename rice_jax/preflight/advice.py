@@ -1,8 +1,11 @@
 """Finds settings with which a step fits into memory, and the largest batch that fits."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import jax
 
 from rice_jax.config import FREE, Config, flatten, set_field
 from rice_jax.preflight.report import Report, as_flags, one_line
@@ -11,47 +14,87 @@ Assess = Callable[[Config], Report]
 CHUNKS = {"loss.micro_batch": 128, "loss.pair_chunk": 16, "loss.icl_chunk": 128}  # large enough to keep a chip busy
 
 
-def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
+def remedies(config: Config, devices: int, in_slice: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields changes {field: value} that save memory, those first that cost least time.
 
-    Chunks and remat add up. To them the later changes add a split by fsdp, and the last ones a smaller batch instead,
-    which alone changes the loss.
+    Chunks, where they are smaller than a device's share of the batch, and remat add up. To them the later changes add
+    a split by fsdp, and the last ones a smaller batch instead, which alone changes the loss. in_slice: the number of
+    devices of a slice, which fsdp must divide; None: of all.
     """
     f, remat = flatten(config), config.model.remat
-    sizes = {name: size for name, size in CHUNKS.items() if name != "loss.icl_chunk" or config.batch_size >= 2**16}
+    rows = config.batch_size // devices
+    pictures = rows * (1 + config.data.num_frames)
+    shares = {"loss.micro_batch": pictures, "loss.pair_chunk": rows, "loss.icl_chunk": rows}
+    sizes = {name: size for name, size in CHUNKS.items() if size < shares[name]}
+    if config.batch_size < 2**16:
+        sizes.pop("loss.icl_chunk", None)
     changes: dict[str, Any] = {name: size for name, size in sizes.items() if not 0 < f[name] <= size}
     if changes:
         yield dict(changes)
     for name, value, helps in (
         ("model.remat", "dots", remat == "none"),
-        ("loss.micro_batch", 32, not 0 < config.loss.micro_batch <= 32),
+        ("loss.micro_batch", 32, pictures > 32 and not 0 < config.loss.micro_batch <= 32),
         ("model.remat", "full", remat != "full"),
     ):
         if helps:
             changes[name] = value
             yield dict(changes)
     for fsdp in (4, 16):
-        if config.mesh.fsdp < fsdp and devices % fsdp == 0 and config.model.width % fsdp == 0:
+        if config.mesh.fsdp < fsdp and (in_slice or devices) % fsdp == 0 and config.model.width % fsdp == 0:
             yield changes | {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp}
-    size = config.batch_size // devices
-    while size > 1:
-        size //= 2
-        yield changes | {"batch_size": size * devices}
+    while rows > 1:
+        rows //= 2
+        yield changes | {"batch_size": rows * devices}
 
 
-def out_of_memory(config: Config, devices: int, *, free_fields_only: bool = False) -> str:
-    """Returns what to do when the devices' memory has run out: the remedies as flags, those that cost least time first.
+def resume_remedies(config: Config, devices: int, in_slice: int) -> list[dict[str, Any]]:
+    """Returns the parts of `remedies` that a run with a checkpoint may change: a split by fsdp, if devices allow it."""
+    parts = [
+        {name: value for name, value in changes.items() if name in FREE}
+        for changes in remedies(config, devices, in_slice)
+    ]
+    return [part for number, part in enumerate(parts) if part and part not in parts[:number]]
 
-    Those that would change the loss are left out. With `free_fields_only` the flags are those that may change when a
-    run goes on.
+
+def evaluation_remedies(config: Config, devices: int) -> list[dict[str, Any]]:
+    """Returns changes {field: value} with which an evaluation encodes fewer clips at once, [] if one a device is."""
+    shares = (config.eval_batch_size // part // devices for part in (2, 4, 16, 64))
+    sizes = dict.fromkeys(max(1, share) * devices for share in shares)  # each once, in order
+    return [{"eval_batch_size": size} for size in sizes if size < config.eval_batch_size]
+
+
+class OutOfMemoryError(MemoryError):
+    """Memory ran out. The message says what to set."""
+
+
+@contextlib.contextmanager
+def memory_advice(changes: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[None]:
+    """Raises OutOfMemoryError with what to set when the block exhausts the memory of a device or of this machine.
+
+    changes: returns {field: value} that save memory, in the order in which to try them, [] if there are none. Other
+    exceptions of the block pass, and so does an OutOfMemoryError.
     """
-    choices: list[str] = []
-    for changes in remedies(config, devices):
-        flags = as_flags({name: value for name, value in changes.items() if name in FREE or not free_fields_only})
-        if flags and flags not in choices and "batch_size" not in changes:
-            choices.append(flags)
-    programs = "end other programs that hold memory of these devices"
-    return f"{programs}, or give {', or '.join(choices)}." if choices else f"{programs}, or take more or larger ones."
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        if isinstance(error, MemoryError):
+            cause = text
+        elif "RESOURCE_EXHAUSTED" in text:
+            cause = f"the memory of a device is too small ({text[:200]})"
+        else:
+            raise
+        found = list(changes())
+        lines = [
+            f"{cause}. End what else uses this memory, "
+            + ("or run the same command with the first of these that fits:" if found else "or take larger devices."),
+            *map(as_flags, found),
+        ]
+        if any("batch_size" in one for one in found):
+            lines[0] = lines[0].replace("that fits:", "that fits; only another batch_size changes the loss:")
+        raise OutOfMemoryError("\n  ".join(lines)) from error
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:

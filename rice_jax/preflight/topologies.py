@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -47,16 +48,19 @@ class Topology(NamedTuple):
     name: str
     size: int  # devices
     chip: Chip | None  # None: a CPU device
+    slices: int = 1  # of equal shape, joined by the hosts' network
 
 
 def parse(name: str) -> Topology:
-    """Returns the topology of a name such as 'v5e:16x16' or 'cpu:8'.
+    """Returns the topology of a name such as 'v5e:16x16', '2xv5e:16x16' (two such slices) or 'cpu:8'.
 
     Raises ValueError for another form, an unknown chip, or a shape that the chip does not have: libtpu silently takes
     some of these for others ("" for a v2, v5p:4x4 for a flat slice).
     """
     where = f"--topology {name or repr(name)}"
-    generation, _, shape = name.partition(":")
+    several = re.match(r"([1-9][0-9]{0,2})x(?=v)", name)
+    slices = int(several[1]) if several else 1
+    generation, _, shape = name[several.end() if several else 0 :].partition(":")
     if generation == "cpu":
         if not (shape.isascii() and shape.isdigit() and 1 <= int(shape) <= 1024):
             raise ValueError(f"{where}: needs the number of devices, 1 to 1024; give cpu:8.")
@@ -73,7 +77,7 @@ def parse(name: str) -> Topology:
         raise ValueError(
             f"{where}: found no {generation} slice of shape {shape or 'nothing'}; shapes are {', '.join(shown)}{more}."
         )
-    return Topology(name, int(np.prod([int(side) for side in shape.split("x")])), chip)
+    return Topology(name, slices * int(np.prod([int(side) for side in shape.split("x")])), chip, slices)
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -96,7 +100,9 @@ def devices(topology: Topology) -> list[Any]:
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        slice_devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        one = topology.name.removeprefix(f"{topology.slices}x")
+        description = topologies.get_topology_desc(platform="tpu", topology_name=one, num_slices=topology.slices)
+        slice_devices: Any = description.devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
     kinds: set[str] = {device.device_kind for device in slice_devices}

@@ -17,8 +17,9 @@ from data_pipeline.input.options import FrameOptions
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
-from rice_jax.models.rice import Rice, build_model
+from rice_jax.models.rice import Rice, build_model, matmul_precision
 from rice_jax.parallel import hosts
+from rice_jax.parallel.devices import find_devices
 from rice_jax.parallel.mesh import P, make_mesh, on_host, path_name, process_rows, to_global
 from rice_jax.retrieval import inference
 from rice_jax.retrieval.galleries import GalleryScorer
@@ -37,7 +38,8 @@ def _on_mesh(
     function: Callable[..., Any], mesh: Mesh, net: Rice, options: tuple[Any, ...], params: Any, *arrays: Array
 ) -> list[Array]:
     replicated = NamedSharding(mesh, P())
-    results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
+    with matmul_precision(net):
+        results = function(net, *options, jax.lax.with_sharding_constraint(params, replicated), *arrays)
     return jax.tree.leaves(jax.lax.with_sharding_constraint(results, replicated))
 
 
@@ -220,12 +222,14 @@ def load(
       OSError: a file of the checkpoint could not be read in three attempts.
       MemoryError: there is too little memory for the parameters.
       ValueError: the checkpoint or the config is damaged or of another version, no checkpoint is undamaged, or an
-        override is of no field, of one that training depended on, or of a value that the field cannot have.
+        override is of no field, of one that training depended on, or of a value that the field cannot have; or
+        JAX_PLATFORMS asks for devices that are not there.
 
     Example:
       model = rice_jax.load("runs/smoke", overrides={"eval_flip": "true"})
       print(model.step, model.config.data.image_size)
     """
+    find_devices()  # first, because what follows would fail without a clear error
     checkpoints = Checkpoints(run) if is_run(Path(run)) else None
     steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
     if checkpoints is None or not steps:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from rice_jax.config import Config
 from rice_jax.losses import global_batch
-from rice_jax.models.rice import Rice
+from rice_jax.models.rice import Rice, matmul_precision
 from rice_jax.parallel.mesh import P, parameter_specs, state_shardings
 from rice_jax.training.ledger import batch_digest
 from rice_jax.training.optimizer import make_optimizer, schedule
@@ -78,7 +78,8 @@ def make_train_step(
 
     def train_step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(random_key(config.seed), state.step)
-        (total, parts), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        with matmul_precision(model):
+            (total, parts), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

@@ -15,6 +15,7 @@ from pathlib import Path
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.errors import run, warn
 from rice_jax.models.vit import ACTIVATIONS
+from rice_jax.parallel.devices import find_devices
 from rice_jax.weights import naming
 from rice_jax.weights.card import describe_model
 from rice_jax.weights.inspect import Kind, inspect_weights
@@ -28,6 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    find_devices()
     path, output = arguments.source, arguments.output
     source = import_weights(path, output, activation=arguments.activation, image_size=arguments.image_size)
     print(f"{path}: {source.kind}, {describe_model(source.config)}", *source.notes, sep="\n  ")

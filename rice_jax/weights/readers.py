@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.config import Config
+from rice_jax.parallel.devices import find_devices
 from rice_jax.parallel.mesh import make_mesh
 from rice_jax.retrieval.model import Model, load
 from rice_jax.weights import archives, naming
@@ -38,7 +39,7 @@ def load_on_one_device(run: Path, step: int | None = None) -> Model:
 
     Raises FileNotFoundError if there is no run, checkpoint or such step, ValueError if checkpoint or config is damaged.
     """
-    return load(run, step=step, mesh=make_mesh(data=1, fsdp=1, devices=jax.local_devices()[:1]))
+    return load(run, step=step, mesh=make_mesh(data=1, fsdp=1, devices=find_devices(local=True)[:1]))
 
 
 def read_source(path: Path, *, activation: str | None = None, image_size: int | None = None) -> Source:

@@ -40,9 +40,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
+    """Returns a port that is free, as is the next one, for jax's service."""
+    while True:
+        with socket.socket() as free, socket.socket() as following, contextlib.suppress(OSError, OverflowError):
+            free.bind(("", 0))
+            following.bind(("", free.getsockname()[1] + 1))
+            return int(free.getsockname()[1])
 
 
 # --- which process this is --------------------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ COORDINATOR = {"JAX_COORDINATOR_ADDRESS": "rice-host-0-0.rice:8476", "JAX_NUM_PR
         (COORDINATOR | {"JAX_PROCESS_ID": "2"}, ProcessInfo("rice-host-0-0.rice:8476", 4, 2)),
         (COORDINATOR | {"JOB_COMPLETION_INDEX": "3"}, ProcessInfo("rice-host-0-0.rice:8476", 4, 3)),
         ({"JOB_COMPLETION_INDEX": "3"}, None),  # a pod of some other Job
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, ProcessInfo("n3:20007", 4, 1)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, ProcessInfo("n3:20014", 4, 1)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # an interactive shell in the allocation
         (SLURM | {"SLURM_PROCID": "0"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "3"}, ProcessInfo("a:8476", 4, 3)),
