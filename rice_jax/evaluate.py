@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
 from rice_jax.retrieval import evaluation
@@ -85,13 +86,13 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluat
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = "fields that do not concern the weights: eval_flip, data.test_tail_cut, ..."
     parser.epilog = f"--config.field=value sets {fields}"
-    parser.add_argument("--workdir", type=Path, required=True, help="the training run")
-    parser.add_argument("--data", type=Path, required=True, help="a converted data set")
+    parser.add_argument("--workdir", type=parse_path, required=True, help="the training run")
+    parser.add_argument("--data", type=parse_path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    parser.add_argument("--subset", type=Path, help="text file of clip ids, one a line: evaluate only these queries")
+    parser.add_argument("--subset", type=parse_path, help="text file of clip ids, one a line: only these queries")
     score = "rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both"
     parser.add_argument("--score", choices=evaluation.SCORES, default="embedding", help=score)
-    parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
+    parser.add_argument("--output", type=parse_path, help="folder of the results (RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="number of updates of the checkpoint (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     hosts.add_flags(parser)

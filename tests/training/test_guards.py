@@ -27,16 +27,16 @@ def test_a_signal_stops_the_run_after_a_step_and_the_handlers_are_restored() -> 
     before = signal.getsignal(signal.SIGTERM)
     stop = guards.Stop()
     with stop.listening():
-        assert not stop.agreed(1)
+        assert not stop.agreed()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed(2) and stop.received == signal.SIGTERM
+        assert stop.agreed() and stop.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_the_main_thread_signal_handlers_stay_as_they_are() -> None:
     def inside() -> None:
         with guards.Stop().listening() as stop:
-            answers.append(stop.agreed(1))
+            answers.append(stop.agreed())
 
     answers: list[bool] = []
     thread = threading.Thread(target=inside)
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
                 ctypes.CDLL(None).sleep(30)
         print("came to its end")
     """)
-    assert status == 143 and "a second signal ends" in output and "came to its end" not in output
+    assert status == 143 and "a second SIGTERM ends it" in output and "came to its end" not in output
 
 
 def test_the_same_signal_twice_within_a_second_is_one() -> None:
@@ -90,7 +90,7 @@ def test_the_same_signal_twice_within_a_second_is_one() -> None:
                 time.sleep(0.1)
         print("came to its end", stop.received)
     """)
-    assert status == 0 and "came to its end 2" in output and output.count("a second signal ends") == 1
+    assert status == 0 and "came to its end 2" in output and output.count("a second SIGINT ends it") == 1
 
 
 def until(capfd: pytest.CaptureFixture[str], text: str) -> str:
