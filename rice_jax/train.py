@@ -27,7 +27,7 @@ from rice_jax.retrieval.evaluation import evaluate_split, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
-from rice_jax.training.step import State, abstract_state, init_state, make_train_step
+from rice_jax.training.step import State, abstract_state, check_switches, guarded, init_state, make_train_step
 from rice_jax.weights.start import initialise
 
 
@@ -89,7 +89,7 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, int | f
                     watch.waits_for("device", step)
                 else:
                     watch.pause()  # the first update compiles, for an unknown time
-                with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
+                with guarded():
                     state, metrics = train_step(state, batch)
                 del batch
                 done = step + 1
@@ -154,6 +154,7 @@ def set_up(config: Config, workdir: Path) -> tuple[Run, int, State]:
     Raises ValueError if the config misfits itself, data, devices or init_from's weights, data are damaged, or `workdir`
     has another run or no sound checkpoint; FileNotFoundError without data or weights; OSError on reading or writing.
     """
+    check_switches()
     config = validate(config)
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)

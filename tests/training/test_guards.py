@@ -173,3 +173,18 @@ def test_the_memory_of_children_counts() -> None:
         child.communicate(b"\\n")
     """)
     assert status == 0, output
+
+
+@pytest.mark.parametrize("number", guards.SIGNALS)
+def test_every_signal_to_stop_is_a_wish(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    """SLURM sends SIGUSR1 first, and SIGTERM later, when the run is still saving."""
+    stop = guards.Stop()
+    with stop.listening():
+        signal.raise_signal(number)
+        output = until(capfd, f"{number.name}: the run stops after this step and saves")
+        other = signal.SIGTERM if number != signal.SIGTERM else signal.SIGINT
+        time.sleep(guards.DUPLICATE_SECONDS + 0.2)
+        signal.raise_signal(other)
+        assert stop.agreed() and stop.received == number
+        time.sleep(0.2)
+    assert (output + capfd.readouterr().err).count("\n") == 1
