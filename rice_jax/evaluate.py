@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.system.paths import parse_path
@@ -47,9 +49,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     store = EmbeddingStore(output / "embeddings" / key)
     hosts.agree({"the model in --workdir": key})  # or one result would mix two models
-    result = evaluation.evaluate_split(
-        model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
-    )
+    with jax.debug_infs(False):  # -inf is the score of no shop image
+        result = evaluation.evaluate_split(
+            model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
+        )
     if not hosts.is_first():
         return
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))

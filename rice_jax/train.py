@@ -230,7 +230,8 @@ def evaluate_held_out(run: Run, state: State, done: int, stop: guards.Stop) -> N
     encoder = Model(
         run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size, before_batch=stop.check
     )
-    evaluated = evaluate_split(encoder, run.held_out).figures
+    with jax.debug_infs(False):  # -inf is the score of no shop image
+        evaluated = evaluate_split(encoder, run.held_out).figures
     figures = hosts.ask_first(lambda: evaluated)  # the same on all, since they decide which checkpoints to keep
     run.log.write_evaluation(done, name, figures)
     run.log.say(f"step {done}  {name}: {one_line(figures)}")
