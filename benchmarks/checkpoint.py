@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks import turns
+from data_pipeline.system.paths import parse_path
 from rice_jax import config
 from rice_jax.checkpoints import digests
 from rice_jax.checkpoints.store import Checkpoints
@@ -92,8 +93,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure, with twice the state's bytes free")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/checkpoint.json"))
+    parser.add_argument("--scratch", type=parse_path, help="folder on the disk to measure; needs twice the state")
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/checkpoint.json"))
     return config.parse_arguments(parser, argv)
 
 

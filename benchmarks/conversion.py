@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import turns
 from data_pipeline import convert
+from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 
 
@@ -66,12 +67,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layout", choices=sorted(convert.LAYOUTS), required=True)
-    parser.add_argument("--source", type=Path, required=True, help="source folder, as for data_pipeline.convert")
+    parser.add_argument("--source", type=parse_path, required=True, help="as for data_pipeline.convert")
     parser.add_argument("--splits", help="splits to convert, as for data_pipeline.convert; all files are copied")
     parser.add_argument("--workers", type=int, default=turns.cores())
-    parser.add_argument("--scratch", type=Path, default=Path("build/benchmarks"), help="folder that both write to")
+    parser.add_argument(
+        "--scratch", type=parse_path, default=Path("build/benchmarks"), help="folder that both write to"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/conversion.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/conversion.json"))
     return parser.parse_args(argv)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from configs import default
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import Config
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
@@ -61,10 +62,10 @@ def gigamacs(config: Config, slots: int, gallery: float) -> dict[str, float]:
 def main() -> None:
     """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a converted data set; its test split is used")
+    parser.add_argument("--data", type=parse_path, required=True, help="a converted data set; its test split is used")
     parser.add_argument("--clips", type=int, default=48, help="number of clips to time, evenly spaced in the list")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at once, with ten times as many pictures")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/matching.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/matching.json"))
     arguments = parser.parse_args()
 
     config, size = default.get_config(), arguments.batch_size

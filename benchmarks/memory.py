@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import training_step, turns
 from configs import default
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import Config
 from rice_jax.errors import run
 from rice_jax.models.rice import build_model
@@ -101,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[32, 64, 96])
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/memory.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/memory.json"))
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/clear_refs").exists():
         parser.exit(2, "error: /proc/self/clear_refs is missing; run this on Linux.\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.system.paths import parse_path
 from rice_jax.retrieval.ranking import rank_queries
 
 QUERIES, GALLERIES, IMAGES, WIDTH = 20_079, 110, 66_358, 512
@@ -64,7 +65,7 @@ def official_loop(
 def main() -> None:
     """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/ranking.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/ranking.json"))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     query_qe, image_ie, galleries, gallery_of, truth = draw(seed=0)

@@ -22,6 +22,7 @@ import optax
 
 from benchmarks import turns
 from configs import default
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import Config
 from rice_jax.errors import run
 from rice_jax.models import arrays as arrays_module
@@ -171,7 +172,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small", "vit_b_32"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/training_step.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/training_step.json"))
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("torch") is None:
         parser.exit(2, "error: torch is not installed; pip install 'rice_jax[torch]'\n")

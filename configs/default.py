@@ -185,7 +185,9 @@ class Config(Section):
     """The run: batches, length, logs, evaluations, checkpoints and limits."""
 
     seed: Natural = field(42, "seed of initialisation, order of data, augmentation and dropout")
-    batch_size: Natural = field(96, "G: pairs (clip, shop image) on all devices; 0: fits the set, at most 64", "pairs")
+    batch_size: Natural = field(
+        96, "G: pairs (clip, shop image) on all devices; 0: fits the set (docs/training.md)", "pairs"
+    )
     init_from: str = field("", 'weights to start from: a file or a run (docs/weights.md); "": random')
     num_updates: Count = field(5000, "optimiser steps; an incomplete batch at an epoch's end is dropped", "updates")
 
@@ -201,7 +203,10 @@ class Config(Section):
     stall_seconds: NotNegative = field(
         600.0, "report a longer wait for a batch or step, with all stacks; 0: never", "seconds", change="on resume"
     )
-    stall_ends: bool = field(False, "after as long again, end with status 1, to be restarted", change="on resume")
+    stall_ends: Literal["auto", "true", "false"] = field(
+        "auto", "after as long again, end with status 1, to be restarted; auto: if there are several processes",
+        change="on resume",
+    )  # fmt: skip
     log_every: Count = field(50, "between lines of metrics.jsonl and TensorBoard", "updates", change="on resume")
     eval_every: Natural = field(500, "between evaluations; 0: only at the end", "updates", change="on resume")
     eval_flip: bool = field(False, "evaluation adds the pooled vector of each mirror image", change="on resume")
@@ -223,7 +228,16 @@ class Field(NamedTuple):
     unit: str
     change: Change
 
+    def has_type(self, value: Any) -> bool:
+        """Returns whether the value has the field's type; whole numbers are numbers too, true and false are not."""
+        if isinstance(value, tuple) != isinstance(self.default, tuple):
+            return False
+        kinds = (int, float) if self.item is float else self.item
+        items = value if isinstance(value, tuple) else (value,)
+        return all(isinstance(item, kinds) and isinstance(item, bool) == (self.item is bool) for item in items)
+
     def allows(self, value: Any) -> bool:
+        """Returns whether the value, which must have the field's type, is within the limit and among the choices."""
         items = value if isinstance(value, tuple) else (value,)
         return all(self.limit.allows(item) and (not self.choices or item in self.choices) for item in items)
 
@@ -271,7 +285,7 @@ STAGES = ("icl", "icl_pmd", "icl_pmd_pfr")
 def stage(name: str) -> tuple[float, float]:
     """Returns whether a stage has PMD and PFR, each as 0.0 or 1.0. Raises ValueError for an unknown stage."""
     if name not in STAGES:
-        raise ValueError(f"--config ...:{name}: no such stage; stages are {', '.join(STAGES)}.")
+        raise ValueError(f"{name!r}: no such stage; stages are {', '.join(STAGES)}.")
     return float("pmd" in name), float("pfr" in name)
 
 

@@ -16,7 +16,7 @@ SIZES = {
 
 def get_config(arg: str = "b32") -> default.Config:
     if arg not in SIZES:
-        raise ValueError(f"--config pod:{arg}: no such size; sizes are {', '.join(SIZES)}.")
+        raise ValueError(f"{arg!r}: no such size; sizes are {', '.join(SIZES)}.")
     c = default.get_config()
     c.unlock()
     c.batch_size = 32768

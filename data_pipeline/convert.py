@@ -27,6 +27,7 @@ from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK, claim
+from data_pipeline.system.paths import parse_path
 from data_pipeline.system.workers import Workers
 
 IMAGES_A_CLIP = 8  # an images shard has so many times the records of a clips shard
@@ -236,7 +237,7 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
     """Returns the options in the arguments, by default sys.argv. Raises SystemExit: 2 for wrong ones, 0 for --help."""
     parser = make_parser(prog, __doc__)
     parser.add_argument("--layout", required=True, choices=sorted(LAYOUTS), help="layout of the source on disk")
-    folder: dict[str, Any] = {"required": True, "type": Path, "metavar": "DIR"}
+    folder: dict[str, Any] = {"required": True, "type": parse_path, "metavar": "DIR"}
     parser.add_argument("--source", help="the unpacked download, or your folder", **folder)
     parser.add_argument("--output", help="folder of the records, created if missing", **folder)
     parser.add_argument("--splits", type=_splits, metavar="LIST", help="of train,val,test (all that the source has)")

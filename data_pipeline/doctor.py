@@ -33,6 +33,8 @@ from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK
+from data_pipeline.system.paths import parse_path
+from data_pipeline.system.streams import lasting_output
 from data_pipeline.system.workers import Workers
 
 CONVERTED = "converted"
@@ -127,9 +129,9 @@ def print_report(report: dict[str, Any], output: Path) -> None:
 
 def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = make_parser(prog, __doc__)
-    parser.add_argument("path", type=Path, metavar="PATH", help="a source folder, or a converted set")
+    parser.add_argument("path", type=parse_path, metavar="PATH", help="a source folder, or a converted set")
     parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="layout of PATH (found by its folders)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
+    parser.add_argument("--output", type=parse_path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
     parser.add_argument(
         "--frames", choices=("all", "sampled"), default="all",
         help=f"inspect every listed frame, or the {SAMPLED_FRAMES} of each clip that a conversion stores",
@@ -178,9 +180,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pip
                 print_report(report, options.output)
         return bool(report["safe"])
 
-    status = exit_status(job, output=options.output, kept="pictures that were inspected are not decoded again")
-    if options.json and report:
-        print(_printable(_json(report)), end="")
+    with lasting_output():
+        status = exit_status(job, output=options.output, kept="pictures that were inspected are not decoded again")
+        if options.json and report:
+            print(_printable(_json(report)), end="")
     return status
 
 

@@ -32,6 +32,7 @@ from data_pipeline.synthetic_shop.shots import HEIGHT, WIDTH, Box, Sprite, plan_
 from data_pipeline.system.command_line import add_workers, exit_status, make_parser
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK, claim
+from data_pipeline.system.paths import parse_path
 from data_pipeline.system.workers import Workers
 
 PRODUCTS, CLIPS_A_PRODUCT = 102, 8
@@ -266,7 +267,7 @@ def summarize(shop: Shop) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = make_parser(prog, __doc__)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made if missing")
+    parser.add_argument("--output", required=True, type=parse_path, metavar="DIR", help="made if missing")
     parser.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"with siblings ({PRODUCTS})")
     parser.add_argument("--clips", type=int, metavar="N", help=f"of all splits ({CLIPS_A_PRODUCT} a product)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another shop (0)")

@@ -10,6 +10,8 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ import ml_collections
 
 from configs import default
 from configs.default import FIELDS
+from data_pipeline.system.paths import expand
 
 if TYPE_CHECKING:
     from configs.default import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, Section
@@ -25,7 +28,8 @@ else:  # when the code runs, a config is a ConfigDict; tests check annotations t
     Config = DataConfig = LossConfig = MeshConfig = ModelConfig = OptimizerConfig = Section = ml_collections.ConfigDict
 
 SHIPPED = Path(default.__file__).parent
-FITTED_BATCH = 64  # pairs: the largest batch that batch_size 0 stands for
+FITTED_BATCH, FITTED_MULTIPLE = 64, 8  # pairs: the largest batch that batch_size 0 stands for, and what divides it
+PATHS = ("data.path", "init_from")  # fields that hold a path
 # Fields whose value may differ: when the run goes on, in an evaluation of it, and between its hosts.
 FREE = tuple(name for name, field in FIELDS.items() if field.change in ("on resume", "per host"))
 EVALUATED = tuple(name for name, field in FIELDS.items() if field.change != "no")
@@ -33,8 +37,12 @@ PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per 
 
 
 def shipped_path(name: str) -> str:
-    """Returns FILE[:ARG] with FILE, a path or a shipped name, as a path. Raises FileNotFoundError if it is neither."""
+    """Returns FILE[:ARG] with FILE, a path or a shipped name, as a path. Raises FileNotFoundError if it is neither.
+
+    Raises ValueError for the address of an object store.
+    """
     file, colon, argument = name.partition(":")
+    file = expand(name if argument.startswith("//") else file)
     candidates = [Path(file), SHIPPED / Path(file).with_suffix(".py").name]
     if file and "/" in file and Path(file).parts[0] != "configs":
         candidates = candidates[:1]  # a path of the user's own is never replaced by a shipped file of the same name
@@ -47,64 +55,102 @@ def shipped_path(name: str) -> str:
     )
 
 
-def check_field(config: Config, dotted: str) -> None:
-    """Raises ValueError, naming the nearest field or the known ones, if `dotted` is no field, or is a section."""
-    known = flatten(config)
-    if dotted in known:
-        return
-    if inside := [name for name in known if name.startswith(f"{dotted}.")]:
-        raise ValueError(f"--config.{dotted}: is a section; its fields are {', '.join(inside)}.")
+def nearest(dotted: str) -> str:
+    """Returns the field that was probably meant by `dotted`, as data.path, or "" if none is near."""
     leaf = dotted.rpartition(".")[2]
-    if "accum" in leaf:
+    by_leaf = {name.rpartition(".")[2]: name for name in sorted(FIELDS)}
+    near = difflib.get_close_matches(dotted, sorted(FIELDS), n=1, cutoff=0.7)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    initials = [name for short, name in by_leaf.items() if "".join(word[0] for word in short.split("_")) == leaf]
+    return (near or initials or [""])[0]  # initials: lr
+
+
+def check_field(dotted: str) -> None:
+    """Raises ValueError, naming the nearest field or all of them, if `dotted` is no field, or is a section."""
+    if dotted in FIELDS:
+        return
+    if inside := [name for name in sorted(FIELDS) if name.startswith(f"{dotted}.")]:
+        raise ValueError(f"--config.{dotted}: is a section; its fields are {', '.join(inside)}.")
+    if "accum" in dotted.rpartition(".")[2]:
         raise ValueError(
             f"--config.{dotted}: gradients are not accumulated, because a contrastive loss over parts of a batch is "
             "another loss; for a large batch on few devices set loss.micro_batch, and model.remat to dots or full: the "
             "same loss and gradients in less memory."
         )
-    by_leaf = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
-    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    initials = [name for short, name in by_leaf.items() if "".join(word[0] for word in short.split("_")) == leaf]
-    near = near or initials[:1]  # lr
-    hint = f"the nearest is --config.{near[0]}" if near else f"fields are {', '.join(known)}"
+    near = nearest(dotted)
+    hint = f"the nearest is --config.{near}" if near else f"fields are {', '.join(sorted(FIELDS))}"
     raise ValueError(f"--config.{dotted}: the config has no such field; {hint}.")
 
 
 def load_config(name: str) -> Config:
-    """Returns get_config(ARG) of FILE[:ARG], a path or a shipped name; what that file raises passes.
+    """Returns get_config(ARG) of FILE[:ARG], a path or a shipped name, as `adopt` does.
 
-    Raises FileNotFoundError without the file, ValueError if it is no Python file, has no get_config or takes no ARG.
+    Raises FileNotFoundError without the file, and ValueError, which names the line if there is one: the file is no
+    Python, fails, has no get_config, takes no ARG, or returns no config or one that `adopt` refuses.
     """
     path, colon, argument = shipped_path(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--config {path}: is no Python file; give one with a function get_config().")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config {path}: has no function get_config(); see configs/default.py.")
-    if colon and not inspect.signature(module.get_config).parameters:
-        raise ValueError(f"--config {name}: that config takes no argument after the colon.")
-    return module.get_config(argument) if colon else module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("has no function get_config(); see configs/default.py")
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ValueError("that config takes no argument after the colon")
+        return adopt(module.get_config(argument) if colon else module.get_config())
+    except Exception as error:  # of the user's own code, which may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        at = getattr(error, "lineno", None) or (lines[-1] if lines else None)  # SyntaxError has no frame
+        where = f"--config {name}" + (f" line {at}" if at else "")
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        text = text.partition(" Other fields present")[0]  # all of them, which a locked ConfigDict adds
+        raise ValueError(f"{where}: {text.rstrip('.')}.") from error
+
+
+def adopt(config: Any) -> Config:
+    """Returns a locked copy with the fields of the table and `config`'s values, and with `~` expanded in PATHS.
+
+    `config` may be locked, frozen or nested dicts. Raises ValueError, naming all of them, for fields that the table
+    does not have (a run could not be opened again), that are missing, or whose value has another type; and for a path
+    that is the address of an object store.
+    """
+    if not isinstance(config, (ml_collections.ConfigDict, dict)):
+        raise ValueError(f"found {type(config).__name__}, needs a config; let get_config() return one")
+    given = flatten(config)
+    unknown = {name: nearest(name) for name in given if name not in FIELDS}
+    faults = [
+        f"{name} is no field of a config" + (f" (the nearest is {near})" * bool(near)) for name, near in unknown.items()
+    ]
+    faults += [f"{name} is missing" for name in FIELDS if name not in given]
+    faults += [
+        f"{name} is {given[name]!r}, needs {x.values}"
+        for name, x in FIELDS.items()
+        if name in given and not x.has_type(given[name])
+    ]
+    if faults:
+        raise ValueError(f"config: {'; '.join(faults)}; see docs/config.md.")
+    own = default.get_config()
+    for name, value in given.items():
+        set_field(own, name, expand(value) if name in PATHS and value else value)
+    return own
 
 
 def override(config: Config, dotted: str, text: str) -> None:
     """Sets a field to `text`, read as its type, tuples with commas. Raises ValueError for no such field or value."""
-    check_field(config, dotted)
-    old = flatten(config)[dotted]
-    # A user's own config may have fields that the table lacks: they keep their type, and their tuples hold words.
-    item = FIELDS[dotted].item if dotted in FIELDS else str if isinstance(old, tuple) else type(old)
+    check_field(dotted)
+    field = FIELDS[dotted]
     try:
-        if isinstance(old, tuple):
-            value: Any = tuple(item(word) for word in text.split(",") if word)
-        elif item is bool:
+        if isinstance(field.default, tuple):
+            value: Any = tuple(field.item(word) for word in text.split(",") if word)
+        elif field.item is bool:
             value = {"true": True, "false": False}[text.lower()]
         else:
-            value = {int: int, float: float, str: str}[item](text)
+            value = field.item(text)
     except (ValueError, KeyError):
-        needed = FIELDS[dotted].values if dotted in FIELDS else f"a value of type {item.__name__}"
-        raise ValueError(f"--config.{dotted}={text}: needs {needed}.") from None
-    set_field(config, dotted, value)
+        raise ValueError(f"--config.{dotted}={text}: needs {field.values}.") from None
+    set_field(config, dotted, expand(value) if dotted in PATHS and value else value)
 
 
 def set_field(config: Config, dotted: str, value: Any) -> None:
@@ -134,16 +180,20 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
             override(arguments.config, *split_override(word))
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
-    arguments.config.lock()
     return arguments
 
 
-def validate(config: Config) -> None:
-    """Raises ValueError, one message with all values that FIELDS does not allow, or else all that misfit each other."""
+def validate(config: Config | dict[str, Any]) -> Config:
+    """Returns adopt(config). Raises ValueError, one message, for all values that FIELDS does not allow.
+
+    If there are none, it raises ValueError for all values that misfit each other.
+    """
+    config = adopt(config)
     f = flatten(config)
     faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
     if faults := faults or _misfits(config):
         raise ValueError("config: " + "; ".join(faults) + ".")
+    return config
 
 
 def _misfits(config: Config) -> list[str]:
@@ -169,29 +219,47 @@ def _misfits(config: Config) -> list[str]:
     return faults
 
 
-def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: int) -> Config:
+def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: int, saved: int = 0) -> Config:
     """Returns a copy in which batch_size 0 and data.eval_split "auto" are replaced by values that fit the data set.
 
-    `clips`, the training clips, make as few equal batches of at most FITTED_BATCH as possible, so that few are left
-    out; the size is then rounded down to a multiple of `devices`, at least one. "auto" becomes "val", or "" if there is
-    none. Raises ValueError if batch_size is 0 and there are fewer clips than devices.
+    batch_size becomes `saved`, the size that the run began with, unless that is 0. Otherwise `clips`, the training
+    clips, make as few equal batches of at most FITTED_BATCH as possible, so that few are left out; and the size is
+    rounded down to a multiple of FITTED_MULTIPLE, so that it is the same on 1, 2, 4 and 8 devices. A set of fewer clips
+    takes a smaller power of 2. Other numbers of devices have a size that they divide, too. "auto" becomes "val", or ""
+    if there is none. Raises ValueError for batch_size 0 if `devices` does not divide `saved`, or if there are fewer
+    clips than devices.
     """
     config = copy.deepcopy(config)
     if not config.batch_size:
-        if clips < devices:
-            raise ValueError(f"{clips} training clips: need one for each of {devices} devices; take fewer devices.")
-        size = clips // -(-clips // FITTED_BATCH)
-        config.batch_size = max(1, size // devices) * devices
+        config.batch_size = saved or _fitted_batch(clips, devices)
+        if config.batch_size % devices:
+            fitting = ", ".join(str(n) for n in range(1, saved + 1) if saved % n == 0)
+            raise ValueError(
+                f"this run began with batch_size {saved}, which {devices} devices do not divide; continue it on "
+                f"{fitting} devices, or begin another in a new --workdir."
+            )
     if config.data.eval_split == "auto":
         config.data.eval_split = "val" if "val" in splits else ""
     return config
 
 
+def _fitted_batch(clips: int, devices: int) -> int:
+    if clips < devices:
+        raise ValueError(f"{clips} training clips: need one for each of {devices} devices; take fewer devices.")
+    unit = math.lcm(min(FITTED_MULTIPLE, 2 ** (clips.bit_length() - 1)), devices)
+    if unit > min(clips, FITTED_BATCH):
+        unit = devices
+    return max(1, clips // -(-clips // FITTED_BATCH) // unit) * unit
+
+
 def flatten(config: Section | dict[str, Any]) -> dict[str, Any]:
-    """Returns {'data.path': value, ...}, in their order, for a config or nested dicts; the values are not copied."""
+    """Returns {'data.path': value, ...}, in their order, for a config or nested dicts; the values are not copied.
+
+    An empty dict is a value.
+    """
     out: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, (ml_collections.ConfigDict, dict)):
+        if isinstance(value, (ml_collections.ConfigDict, dict)) and len(value):
             out.update({f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()})
         else:
             out[name] = value
@@ -215,11 +283,13 @@ def from_json(text: str) -> Config:
 
     config = default.get_config()
     try:
-        saved = json.loads(text, object_hook=tuples)
+        saved = json.loads(text.removeprefix("\ufeff"), object_hook=tuples)  # an editor of Windows may put it there
     except json.JSONDecodeError as error:
         raise ValueError(
             f"the run's config is no JSON ({error}); restore config.json, or remove it: the checkpoints have a copy."
         ) from error
+    if isinstance(ends := saved.get("stall_ends"), bool):  # before there was "auto"
+        saved["stall_ends"] = str(ends).lower()
     unknown = sorted(flatten(saved).keys() - flatten(config).keys())
     if unknown:
         raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")

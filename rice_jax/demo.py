@@ -7,12 +7,15 @@ histogram and of the model before and after training, and DIR/queries.png, eight
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from data_pipeline.format.reader import open_dataset
+from data_pipeline.system.paths import parse_path
+from data_pipeline.system.signals import STOPS, heard
 from rice_jax import errors
 from rice_jax.config import from_json
 from rice_jax.models.rice import build_model
@@ -69,17 +72,23 @@ def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, f
 
 
 def run_command(module: str, *words: str | Path) -> None:
-    """Prints and runs `python -m MODULE WORDS`. Raises SystemExit with its status if that is not 0."""
+    """Prints and runs `python -m MODULE WORDS`; passes signals to stop on to it.
+
+    Raises SystemExit with its status if that is not 0.
+    """
     line = [module, *map(str, words)]
     print("\n$ python -m " + " ".join(line), flush=True)
-    if status := subprocess.run([sys.executable, "-m", *line], check=False).returncode:
-        raise SystemExit(status)
+    process = subprocess.Popen([sys.executable, "-m", *line])
+    with heard((signal.SIGINT, *STOPS), process.send_signal):
+        status = process.wait()
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "--config.field=value changes the training's config, configs/demo.py."
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder (default: build/demo)")
+    parser.add_argument("--output", type=parse_path, default=Path("build/demo"), help="folder (default: build/demo)")
     arguments, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if not word.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -88,7 +97,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") 
 
 def command(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> None:
     arguments, overrides = parse(argv, prog)
-    errors.run(lambda output: demo(output, overrides), arguments.output)
+    errors.run(lambda output: demo(output, overrides), arguments.output, long=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Errors and warnings as a user reads them: one line on stderr, and an exit status."""
 
+import contextlib
 import errno
 import functools
 import logging
@@ -10,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_pipeline.system.processes import WorkerDiedError
+from data_pipeline.system.signals import ended_by_signals
+from data_pipeline.system.streams import end_quietly, lasting_output
+
+AGAIN = "run the same command again to go on"
 DISK = "look at the disk, or at the file server and the connection to it"
 ADVICE = {
     errno.ENOENT: "give a path that exists",
@@ -33,17 +39,28 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[Any], None], values: Any) -> None:
+def run(main: Callable[[Any], None], values: Any, *, long: bool = False, alone: bool = True) -> None:
     """Runs main(values) as a command: an error that a user can fix becomes one line on stderr and an exit status.
 
-    For ValueError, OSError and MemoryError it raises SystemExit(1), for KeyboardInterrupt SystemExit(130); other
-    exceptions pass. Only commands may call this, because it changes how the whole process warns (one_line_warnings).
+    For ValueError, OSError, MemoryError and WorkerDiedError it raises SystemExit(1), for KeyboardInterrupt
+    SystemExit(130); other exceptions pass. When nobody reads stdout, a `long` command goes on, and another ends quietly
+    with status 141. A signal to stop ends the process with one line, if it is `alone`; of several processes the others
+    say it. Only commands may call this, because it changes how the whole process warns (one_line_warnings).
     """
     one_line_warnings()
-    try:
-        main(values)
-    except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
-        fail(reason(error), status=status(error))
+    with contextlib.ExitStack() as stack:
+        if long:
+            stack.enter_context(lasting_output())
+        if alone:
+            stack.enter_context(ended_by_signals(AGAIN))
+        try:
+            main(values)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (ValueError, OSError, MemoryError, WorkerDiedError, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and not long:
+                raise SystemExit(end_quietly()) from None
+            fail(reason(error), status=status(error))
 
 
 class _OneLine(logging.Handler):
@@ -98,14 +115,14 @@ def one_line_warnings() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error as text: ValueError's and MemoryError's message, OSError's file, cause and, with errno, advice.
+    """Returns an error as text: the message, and of an OSError the file, the cause and, with an errno, advice.
 
-    KeyboardInterrupt gives the advice to run the command again, any other error "TYPE: MESSAGE".
+    KeyboardInterrupt gives the advice to run the command again, an unknown error "TYPE: MESSAGE".
     """
-    if isinstance(error, ValueError | MemoryError):
+    if isinstance(error, ValueError | MemoryError | WorkerDiedError):
         return str(error) or "this machine's memory is exhausted"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; run the same command again to go on"
+        return f"interrupted; {AGAIN}"
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)

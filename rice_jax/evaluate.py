@@ -14,9 +14,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.owner import remove_abandoned
+from data_pipeline.system.paths import parse_path
 from rice_jax.checkpoints.run_folder import one_writer
 from rice_jax.config import PER_HOST, split_override, to_json
 from rice_jax.parallel import hosts
@@ -51,7 +54,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if hosts.is_first():
             remove_abandoned(output / "embeddings" / key)
         hosts.agree({"the model in --workdir": key})  # or one result would mix two models
-        with memory_advice(lambda: evaluation_remedies(model.config, model.mesh.size)):
+        memory = memory_advice(lambda: evaluation_remedies(model.config, model.mesh.size))
+        with memory, jax.debug_infs(False):  # -inf is the score of no shop image
             result = evaluation.evaluate_split(
                 model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
             )
@@ -94,13 +98,13 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluat
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = "fields that do not concern the weights: eval_flip, data.test_tail_cut, ..."
     parser.epilog = f"--config.field=value sets {fields}"
-    parser.add_argument("--workdir", type=Path, required=True, help="the training run")
-    parser.add_argument("--data", type=Path, required=True, help="a converted data set")
+    parser.add_argument("--workdir", type=parse_path, required=True, help="the training run")
+    parser.add_argument("--data", type=parse_path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    parser.add_argument("--subset", type=Path, help="text file of clip ids, one a line: evaluate only these queries")
+    parser.add_argument("--subset", type=parse_path, help="text file of clip ids, one a line: only these queries")
     score = "rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both"
     parser.add_argument("--score", choices=evaluation.SCORES, default="embedding", help=score)
-    parser.add_argument("--output", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT[-SUBSET])")
+    parser.add_argument("--output", type=parse_path, help="folder of the results (RUN/evaluation-SPLIT[-SUBSET])")
     parser.add_argument("--step", type=int, help="number of updates of the checkpoint (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     hosts.add_flags(parser)

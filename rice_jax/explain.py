@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
+from data_pipeline.system.paths import parse_path
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, from_json
 from rice_jax.errors import run
@@ -131,11 +132,11 @@ def _report(
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.explain") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="the training run")
+    parser.add_argument("--workdir", type=parse_path, required=True, help="the training run")
     step = "number of the update, as in metrics.jsonl: 1 is the first"
     parser.add_argument("--step", type=int, required=True, help=step)
-    parser.add_argument("--data", type=Path, help="the converted set (default: its path in the run's config)")
-    parser.add_argument("--output", type=Path, help="the picture, .png (default: RUN/update-N.png)")
+    parser.add_argument("--data", type=parse_path, help="the converted set (default: its path in the run's config)")
+    parser.add_argument("--output", type=parse_path, help="the picture, .png (default: RUN/update-N.png)")
     parser.add_argument("--examples", type=int, default=16, help="number of pairs to draw (default: 16)")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     arguments = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.decode import decode
+from data_pipeline.system.paths import parse_path
 from rice_jax.errors import run
 
 SIDE, GAP, TEXT = 104, 10, 18  # px: a picture, between pictures, a line of text
@@ -107,10 +108,10 @@ def show(arguments: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.show") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluation", type=Path, required=True, help="folder that rice_jax.evaluate wrote")
-    parser.add_argument("--data", type=Path, required=True, help="the converted set that was evaluated")
+    parser.add_argument("--evaluation", type=parse_path, required=True, help="folder that rice_jax.evaluate wrote")
+    parser.add_argument("--data", type=parse_path, required=True, help="the converted set that was evaluated")
     parser.add_argument("--split", default="test", help="the split that was evaluated (default: test)")
-    parser.add_argument("--output", type=Path, required=True, help="the picture: .png, .jpg or .webp")
+    parser.add_argument("--output", type=parse_path, required=True, help="the picture: .png, .jpg or .webp")
     queries = "queries, from the best ranked to the worst (default: 8)"
     parser.add_argument("--queries", type=int, default=8, help=queries)
     parser.add_argument("--top", type=int, default=3, help="shop images a query (default: 3)")

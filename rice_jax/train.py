@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import Batches, train_batches
 from data_pipeline.input.plan import Plan
-from rice_jax.checkpoints.run_folder import one_writer, write_config
+from data_pipeline.system.paths import local_path, parse_path
+from rice_jax.checkpoints.run_folder import is_run, one_writer, read_config, write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
 from rice_jax.models.rice import Rice, build_model
@@ -38,17 +39,18 @@ from rice_jax.retrieval.evaluation import evaluate_split, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
-from rice_jax.training.step import State, abstract_state, init_state, make_train_step
+from rice_jax.training.step import State, abstract_state, check_switches, guarded, init_state, make_train_step
 from rice_jax.weights.start import initialise
 
 
-def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
+def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, int | float]:
     """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one, and evaluates.
 
     With several processes (rice_jax.parallel.hosts) all of them must call it; process 0 writes.
 
     Args:
-      config: a locked or unlocked config, such as configs.grocery.get_config(); docs/config.md lists its fields.
+      config: a config, locked, frozen or neither, such as configs.grocery.get_config(); docs/config.md lists its
+        fields. It is not changed.
       workdir: the run's folder, made if missing: checkpoints, config.json, metrics.jsonl and TensorBoard.
 
     Returns:
@@ -56,9 +58,9 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
       percent, "queries" and so on. Empty if config.data.eval_split is "".
 
     Raises:
-      ValueError: the config is invalid or does not fit the data, `workdir` has another run, or a run that is at work, a
-        checkpoint or record is damaged, init_from's weights do not fit, or the loss was not finite for too many updates
-        in a row.
+      ValueError: the config is invalid or does not fit the data, `workdir` has another run, or one that is at work, or
+        is no path of this machine, a checkpoint or record is damaged, init_from's weights do not fit, or the loss was
+        not finite for too many updates in a row.
       OSError: a file is missing, cannot be read in three attempts, or cannot be written.
       MemoryError: the memory is too small; the message has settings that need less.
       SystemExit: a signal stopped the run, after a checkpoint was saved; its status is 143 or 130.
@@ -73,7 +75,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> dict[str, int | float]:
       print(figures["recall@1"])  # percent, of the validation split
     """
     with contextlib.ExitStack() as held:
-        return _train(config, workdir, held)
+        return _train(config, local_path(workdir), held)
 
 
 def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, int | float]:
@@ -81,7 +83,8 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
     config, log, checkpoints = run.config, run.log, run.checkpoints
     train_step = make_train_step(run.model, config, run.mesh, run.abstract)
     progress = Progress(total=config.num_updates, batch_size=config.batch_size)
-    stop, watch = guards.Stop(), guards.Watch(config.stall_seconds, ends=config.stall_ends)
+    ends = {"true": True, "false": False, "auto": jax.process_count() > 1}[config.stall_ends]
+    stop, watch = guards.Stop(), guards.Watch(config.stall_seconds, ends=ends)
     not_finite = guards.NotFinite(
         workdir / "not_finite.jsonl",
         patience=config.max_nonfinite_updates,
@@ -96,7 +99,7 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
         try:
             if evaluation_is_due(done, config) and not log.has_evaluation(done, config.data.eval_split):
                 with stop.interruptible():
-                    evaluate_held_out(run, state, done)
+                    evaluate_held_out(run, state, done, stop)
             for step in range(start, config.num_updates):
                 watch.waits_for("input", step)
                 batch = to_global(next(run.batches), run.mesh)
@@ -104,7 +107,7 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
                     watch.waits_for("device", step)
                 else:
                     watch.pause()  # the first update compiles, for an unknown time
-                with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error
+                with guarded():
                     state, metrics = train_step(state, batch)
                 del batch
                 done = step + 1
@@ -112,22 +115,25 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
                 jax.block_until_ready(pending[-2:][0])  # waits for the update before: at most two are in flight
                 if not progress.started:
                     log.say(f"update {done} compiled and done after {progress.start(done)}")
-                if done % config.log_every == 0 or done == config.num_updates:
-                    pending = log.write_updates(pending[:-1], not_finite.check) + pending[-1:]  # all but the newest
-                    log.say(progress.line(done, log.newest))
-                stopping = stop.agreed(done)
-                if stopping or checkpoint_is_due(done, config) or checkpoints.failed():
+                if step % config.log_every == 0 and pending[:-1]:  # the update before, whose loss is there by now
+                    pending = log.write_updates(pending[:-1], not_finite.check) + pending[-1:]
+                    log.say(progress.line(step, log.newest))
+                stopping = stop.agreed()
+                saving = stopping or checkpoint_is_due(done, config) or checkpoints.failed()
+                if saving or evaluation_is_due(done, config):
                     pending = log.write_updates(pending, not_finite.check)  # waits; the log never lags a checkpoint
+                    if done % config.log_every == 0 or done == config.num_updates:
+                        log.say(progress.line(done, log.newest))
+                if saving:
                     watch.pause()
                     checkpoints.save(done, state, run.meta)  # waits for the copy to the host, not for the disk
                     progress.pause(done)
                 if stopping:
                     raise guards.StoppedError
                 if evaluation_is_due(done, config):
-                    pending = log.write_updates(pending, not_finite.check)  # waits
                     watch.pause()
                     with stop.interruptible():
-                        evaluate_held_out(run, state, done)  # waits
+                        evaluate_held_out(run, state, done, stop)  # waits
                     progress.pause(done)
             watch.pause()
             if done > start:
@@ -143,7 +149,9 @@ def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[st
                 checkpoints.finish(done, state, run.meta)
             raise
         if start == config.num_updates:
-            log.say(f"{workdir}: all {start} updates are done; give another --workdir to train anew.")
+            log.say(
+                f"{workdir}: all {start} updates are done; give another --workdir to train anew; {longer(workdir)}."
+            )
         return log.last_evaluation(config.data.eval_split) if config.data.eval_split else {}
 
 
@@ -171,14 +179,16 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     checkpoint, or none can be saved there; FileNotFoundError without data or weights; OSError on reading or writing;
     MemoryError if the state does not fit.
     """
-    validate(config)
+    check_switches()
+    config = validate(config)
     find_devices()  # first, because what follows would fail without a clear error
     dataset = open_dataset(config.data.path)
     train = dataset.split(config.data.train_split)
     keep = ledger.kept_rows(config, train)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     clips = train.num_clips if keep is None else len(keep)
-    config = fit_to_data(config, clips=clips, splits=dataset.splits, devices=mesh.size)
+    saved = 0 if config.batch_size else hosts.ask_first(lambda: saved_batch_size(workdir))
+    config = fit_to_data(config, clips=clips, splits=dataset.splits, devices=mesh.size, saved=saved)
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
     plan = ledger.make_plan(config, dataset)
     check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
@@ -246,16 +256,29 @@ def evaluation_is_due(done: int, config: Config) -> bool:
     return bool(config.data.eval_split) and (last or bool(done and every and done % every == 0))
 
 
-def evaluate_held_out(run: Run, state: State, done: int) -> None:
-    """Evaluates the average, else the parameters; logs, sets checkpoints.recall. Raises ValueError for bad pictures."""
+def evaluate_held_out(run: Run, state: State, done: int, stop: guards.Stop) -> None:
+    """Evaluates the average, else the parameters; logs, and adds to checkpoints.recall.
+
+    Raises ValueError for pictures that cannot be read, and StoppedError between two batches after a signal.
+    """
     assert run.held_out is not None
     name, weights = run.held_out.name, state.average or state.params
-    encoder = Model(run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size)
-    with memory_advice(lambda: evaluation_remedies(run.config, run.mesh.size)):
-        figures = evaluate_split(encoder, run.held_out).figures
-    run.log.write(done, {f"{name}/{figure}": value for figure, value in figures.items()})
+    encoder = Model(
+        run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size, before_batch=stop.check
+    )
+    memory = memory_advice(lambda: evaluation_remedies(run.config, run.mesh.size))
+    with memory, jax.debug_infs(False):  # -inf is the score of no shop image
+        evaluated = evaluate_split(encoder, run.held_out).figures
+    figures = hosts.ask_first(lambda: evaluated)  # the same on all, since they decide which checkpoints to keep
+    run.log.write_evaluation(done, name, figures)
     run.log.say(f"step {done}  {name}: {one_line(figures)}")
-    run.checkpoints.recall = run.log.recalls(name)
+    run.checkpoints.recall[done] = figures["recall@1"]
+
+
+def saved_batch_size(workdir: Path) -> int:
+    """Returns the batch_size of the run in `workdir`, or 0 without one. Raises ValueError for a bad config.json."""
+    held = read_config(workdir) if is_run(workdir) else None
+    return 0 if held is None else from_json(held).batch_size
 
 
 def saved_init_from(workdir: Path, held: str | None, start: int | None) -> str:
@@ -278,6 +301,8 @@ def refuse_other_run(
     if saved is None or held is None:
         return  # nothing was trained here, so nothing can be lost
     if changed := differences(from_json(held), config, free=FREE):
+        if any(line.startswith("num_updates:") for line in changed):
+            changed.append(f"the learning rate falls to 0 at num_updates, so that it cannot change; {longer(workdir)}")
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
         )
@@ -286,6 +311,14 @@ def refuse_other_run(
             f"{workdir}: its checkpoint is of plan {saved['plan']} and data {saved['data'][:12]}, this run has "
             f"{now['plan']} and {now['data'][:12]}: data.path holds other clips; give the data set of that run."
         )
+
+
+def longer(workdir: Path) -> str:
+    """Returns, as a clause, how to train on from the weights of the run in `workdir`."""
+    return (
+        f"to train on from its weights, with a new optimiser and schedule, give another --workdir and "
+        f"--config.init_from={workdir}"
+    )
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -305,7 +338,7 @@ def main(arguments: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.train") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     about = "folder of the run: checkpoints, metrics, TensorBoard"
-    parser.add_argument("--workdir", type=Path, required=True, help=about)
+    parser.add_argument("--workdir", type=parse_path, required=True, help=about)
     hosts.add_flags(parser)
     return parse_arguments(parser, argv)
 

@@ -29,6 +29,7 @@ import rice_jax
 from data_pipeline.convert import Options, convert
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.synthetic import synthesize
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import from_json
 from rice_jax.training import ledger as order
 
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("build/chaos"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/chaos"))
     parser.add_argument("--rounds", type=int, default=20, help="of each kind (default: 20)")
     arguments = parser.parse_args(argv)
     folder = arguments.output.absolute()

@@ -28,6 +28,7 @@ from data_pipeline.convert import Options, convert
 from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.reader import Dataset, open_dataset
 from data_pipeline.format.tfrecord import INDEX_SUFFIX, write_file
+from data_pipeline.system.paths import parse_path
 from tests import lpr_layouts
 
 RIGHT = ("refused", "harmless")
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.corruption", description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="how many bytes are changed (10000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("build/corruption"), metavar="DIR")
+    parser.add_argument("--output", type=parse_path, default=Path("build/corruption"), metavar="DIR")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = study(make_set(Path(folder)), options.count, options.seed)

@@ -45,6 +45,7 @@ from data_pipeline.inspection import fingerprints
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.listing import TrainingRow
 from data_pipeline.layouts.own_folder import read_table
+from data_pipeline.system.paths import parse_path
 from rice_jax.weights import archives
 from tests import torch_files
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES, TRAIN, training_row
@@ -421,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzzing", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of each engine, shared by its targets (10)")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="targets whose name holds one of these")
-    parser.add_argument("--output", type=Path, default=Path("build/fuzz"), metavar="DIR")
+    parser.add_argument("--output", type=parse_path, default=Path("build/fuzz"), metavar="DIR")
     parser.add_argument("--atheris-target", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -165,17 +165,6 @@ def test_what_may_change_after_a_run_began() -> None:
     assert not any(name.startswith(("model.", "loss.", "optimizer.")) for name in evaluated)
 
 
-def test_a_field_of_the_users_own_keeps_its_type() -> None:
-    config = default.get_config()
-    with config.unlocked():
-        config.notes, config.sizes, config.best = "mine", ("a",), None
-    for field, text in (("notes", "yours"), ("sizes", "b,c")):
-        config_module.override(config, field, text)
-    assert (config.notes, config.sizes) == ("yours", ("b", "c"))
-    with pytest.raises(ValueError, match="needs a value of type NoneType"):
-        config_module.override(config, "best", "1")
-
-
 def test_gradient_accumulation_is_refused_with_what_to_use() -> None:
     with pytest.raises(ValueError, match=r"another loss; .* set loss.micro_batch"):
         config_module.override(default.get_config(), "optimizer.accumulation_steps", "4")

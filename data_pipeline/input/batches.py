@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import os
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,13 @@ from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
-from data_pipeline.system.processes import end_with_parent
+from data_pipeline.system.processes import WorkerDiedError, death_of_worker, end_with_parent
 
 Rows = Sequence[int] | NDArray[np.integer]
 
 PART_EXAMPLES = 32  # at most: one thread decodes a part, and a host's batch of 1,024 clips has 1.7 GB
 ENDLESS = 2**48  # batches: more than any training takes
+PARTS_A_WORKER = 3  # in shared memory: one that is made, one that waits, one that is read
 
 
 # --- parts of batches, by number --------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
 
     Use it in a `with` statement, or call close(). It closes itself at its end and after an error. Raises ValueError for
     threads or workers below 0 or prefetch_batches below 1. next() raises ValueError for a bad record or picture and
-    once closed before the end, and RuntimeError if a worker died.
+    once closed before the end, and WorkerDiedError, a RuntimeError, if a worker died.
     """
 
     def __init__(self, parts: _BatchParts, *, threads: int, workers: int, prefetch_batches: int) -> None:
@@ -111,7 +113,7 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
             )
         self.num_batches = parts.num_batches
         self._served = 0
-        self._parts = parts
+        self._parts, self._workers = parts, workers
         ahead = max(threads, -(-prefetch_batches * parts.per_batch // max(1, workers)))  # Grain's default is 500
         dataset = grain.MapDataset.source(parts).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
@@ -135,8 +137,12 @@ class Batches(Iterator[Arrays], contextlib.AbstractContextManager["Batches"]):
             )
         try:
             batch = self._next()
-        except BaseException:
+        except BaseException as error:
             self.close()  # so that no later call returns what comes after a bad record
+            if died := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):  # Grain says so
+                part = self._parts.zeros(min(PART_EXAMPLES, self._parts.batch_size))
+                shared = PARTS_A_WORKER * self._workers * sum(array.nbytes for array in part.values())
+                raise WorkerDiedError(death_of_worker(int(died[1]), shared)) from error
             raise
         self._served += 1
         return batch

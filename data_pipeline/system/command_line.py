@@ -10,6 +10,8 @@ from typing import Any
 
 from data_pipeline.faults import BadInputError, FailedError, WrongUseError
 from data_pipeline.system.processes import cores
+from data_pipeline.system.signals import ended_by_signals
+from data_pipeline.system.streams import lasting_output
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -45,9 +47,15 @@ def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:
     """Runs the job of a command and returns its exit status: 0 done, 1 failed or `job` returned False, 2 wrong use.
 
     WrongUseError (2), FailedError, BadInputError, OSError, Ctrl-C and the death of a worker (1) become one message on
-    stderr. Other exceptions pass. kept: a clause for the message that says which work the next run finds done.
+    stderr. So does a signal to stop, which ends the process at once. Other exceptions pass. When stdout cannot be
+    written any more, the job goes on. kept: a clause for the message that says which work the next run finds done.
     """
     again = f"run the same command again: {kept}."
+    with lasting_output(), ended_by_signals(again):
+        return _exit_status(job, output, again)
+
+
+def _exit_status(job: Callable[[], object], output: Path, again: str) -> int:
     try:
         return 1 if job() is False else 0
     except WrongUseError as err:

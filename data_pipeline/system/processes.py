@@ -3,9 +3,15 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
+import signal
 import threading
 
 POLL_SECONDS = 1.0
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process ended although its parent needs it; the message says why and what to do."""
 
 
 def cores() -> int:
@@ -25,3 +31,32 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def death_of_worker(exit_code: int, shared: int) -> str:
+    """Returns why a worker of the input ended, from its exit code (negative: a signal), and what to do, as one line.
+
+    shared: the bytes of shared memory that all workers need.
+    """
+    if exit_code >= 0:
+        return (
+            f"a worker process of the input was terminated unexpectedly with exit code {exit_code}; correct what its "
+            "own message above says, or set data.workers=0."
+        )
+    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+    why = "something ended it; run the same command again, and end only its main process"
+    if name == "SIGBUS":
+        room = shutil.disk_usage("/dev/shm").total / 1e6 if os.path.isdir("/dev/shm") else 0
+        why = (
+            f"shared memory is full; /dev/shm has {room:,.0f} MB, and the workers need about {shared / 1e6:,.0f} MB "
+            f"there. Give the container more (docker run --shm-size={-(-shared // 10**9)}g; on Kubernetes an emptyDir "
+            "of medium Memory at /dev/shm), or set data.workers=0, which decodes with data.threads alone"
+        )
+    elif name == "SIGKILL":
+        why = (
+            "most often the system does this when memory is short; lower data.workers, data.threads or "
+            "data.cache_bytes, or give the job more memory"
+        )
+    elif name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE"):
+        why = "a library crashed; run the same command again with PYTHONFAULTHANDLER=1, which prints where"
+    return f"a worker process of the input was killed by {name}: {why}."

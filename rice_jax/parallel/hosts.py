@@ -27,6 +27,8 @@ from jax._src import distributed
 
 import configs
 import data_pipeline
+from data_pipeline.system.paths import parse_path
+from data_pipeline.system.streams import LastingStream
 from rice_jax import errors
 from rice_jax.config import PER_HOST, Config, flatten
 from rice_jax.parallel.channel import Channel, Coordinator, Facts, disagreement, end_process
@@ -56,7 +58,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-processes", type=int, metavar="N", help="the number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="the number of this process, 0 to N - 1")
     group.add_argument("--wait", type=_seconds, default=45.0, metavar="SECONDS", help="for all to start (default: 45)")
-    group.add_argument("--secret-file", type=Path, metavar="FILE", help="any text; read unless RICE_JAX_SECRET is set")
+    about = "any text; read unless RICE_JAX_SECRET is set"
+    group.add_argument("--secret-file", type=parse_path, metavar="FILE", help=about)
 
 
 def _seconds(text: str) -> float:
@@ -81,7 +84,7 @@ def run(
     except ValueError as error:
         errors.fail(str(error), status=2)
     if info is None:
-        errors.run(main, arguments)
+        errors.run(main, arguments, long=True)
         return
 
     def run_joined(arguments: Any) -> None:
@@ -103,7 +106,7 @@ def run(
         if stop is not None:
             raise stop
 
-    errors.run(run_joined, arguments)
+    errors.run(run_joined, arguments, long=True, alone=False)
 
 
 def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Channel:
@@ -127,7 +130,8 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
     _channel = Channel(info, secret, arguments.wait, known, failed)
     # gloo, with which CPUs communicate, writes about its connections to descriptor 1: stdout is Python's alone.
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    python_only = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    sys.stdout = LastingStream(python_only, "stdout")  # type: ignore[assignment]
     os.dup2(2, 1)
     jax.distributed.initialize(
         _channel.service,

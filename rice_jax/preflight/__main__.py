@@ -14,10 +14,10 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.format.tfrecord import write_file
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import parse_arguments
 from rice_jax.errors import fail, run, warn
 from rice_jax.losses import global_batch
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflig
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:..., or cpu:8")
     parser.add_argument("--search", action="store_true", help="find the largest batch_size that fits")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the report as JSON")
+    parser.add_argument("--json", type=parse_path, metavar="OUT", help="also write the report as JSON")
     arguments = parse_arguments(parser, argv)
     try:
         arguments.topology = topologies.parse(arguments.topology)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
+from data_pipeline.system.paths import local_path
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
@@ -53,6 +54,7 @@ class Model:
       params: their parameters, on the devices of `mesh`.
       batch_size: the number of clips or shop images encoded at once, over all devices. Methods take any number.
       step: the number of updates after which the parameters were saved.
+      before_batch: called before each batch, in all processes alike; it may raise an error to stop.
 
     Example:
       model = rice_jax.load("runs/smoke")
@@ -68,6 +70,7 @@ class Model:
     mesh: Mesh
     batch_size: int
     step: int = 0
+    before_batch: Callable[[], None] | None = None
 
     def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
         """Returns pictures, in order, as evaluation sees them: decoded, resized and cropped to px = data.image_size.
@@ -145,6 +148,8 @@ class Model:
 
         `function` is one of rice_jax.retrieval.inference, and `arrays` are on the devices.
         """
+        if self.before_batch is not None:
+            self.before_batch()
         return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *options), self.params, *arrays)
 
     @property
@@ -230,7 +235,8 @@ def load(
       print(model.step, model.config.data.image_size)
     """
     find_devices()  # first, because what follows would fail without a clear error
-    checkpoints = Checkpoints(run) if is_run(Path(run)) else None
+    folder = local_path(run)
+    checkpoints = Checkpoints(folder) if is_run(folder) else None
     steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
     if checkpoints is None or not steps:
         raise FileNotFoundError(

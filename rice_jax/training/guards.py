@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,12 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data_pipeline.system.signals import STOPS, heard
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 
 MEMORY_SHARE = 0.9  # of the limit, above which Watch warns
 CHECK_SECONDS = 10.0  # between two checks by Watch
 LISTED = 5  # names in a message
+SIGNALS = (signal.SIGINT, *STOPS)
 DUPLICATE_SECONDS = 1.0  # timeout(1) and other launchers signal the process and right after that its group
 
 
@@ -35,30 +36,40 @@ class StoppedError(Exception):
 
 
 class Stop:
-    """Stops a run at the end of an update after SIGTERM or SIGINT; a second signal ends the process at once.
+    """Stops a run at the end of an update after one of SIGNALS; the same signal again ends the process at once.
 
-    `received` is the first signal's number, 0 before it. Signals within DUPLICATE_SECONDS of the first are ignored.
+    `received` is the first signal's number, 0 before it. A signal that comes again within DUPLICATE_SECONDS is ignored.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self._raises = False
+        self._asked = 0
 
-    def agreed(self, step: int) -> bool:
-        """Returns whether to stop after this step, alike in all processes; sets `received` if so. Call it at each."""
+    def agreed(self) -> bool:
+        """Returns whether to stop now, alike in all processes, and sets `received` if so.
+
+        All processes must call it equally often: the answer is the same for the same call.
+        """
         if jax.process_count() == 1:
             return bool(self.received)
-        # jax's preemption service learns of a SIGTERM on any host and picks a step that no process has passed.
-        if not multihost_utils.reached_preemption_sync_point(step):
+        # jax's preemption service learns of a SIGTERM on any host and picks a call that no process has made yet.
+        self._asked += 1
+        if not multihost_utils.reached_preemption_sync_point(self._asked):
             return False
         self.received = self.received or signal.SIGTERM
         return True
+
+    def check(self) -> None:
+        """Raises StoppedError, in all processes, if they have `agreed` to stop."""
+        if self.agreed():
+            raise StoppedError
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Context in which a signal, also an earlier one, raises StoppedError: for long work that changes no state.
 
-        Several processes raise nothing, since each would stop at another place: the run stops after the next step.
+        With several processes it raises nothing, since each would stop at another place: the work must call `check`.
         """
         self._raises = jax.process_count() == 1
         try:
@@ -76,42 +87,24 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Context that yields this object, which handles SIGTERM and SIGINT meanwhile, if in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self  # Python handles signals in the main thread only
-            return
-        # Python runs handlers in the main thread only, which XLA may block. The wake-up socket lets a thread react.
-        reading, writing = socket.socketpair()
-        writing.setblocking(False)
-        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        before = {number: signal.signal(number, self._handle) for number in signals}
-        wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        listener = threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals")
-        listener.start()
-        try:
-            yield self
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            writing.close()  # which ends the thread
-            listener.join()
-            reading.close()
+        """Context that yields this object, which handles SIGNALS meanwhile, if in the main thread."""
+        # With several processes jax's preemption service handles SIGTERM.
+        numbers = [n for n in SIGNALS if n != signal.SIGTERM or jax.process_count() == 1]
+        first: dict[int, float] = {}  # time of each signal
 
-    def _listen(self, reading: socket.socket) -> None:
-        first = 0.0  # time of the first signal
-        while number := reading.recv(1):
-            if number[0] not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            if first:
-                if time.monotonic() - first > DUPLICATE_SECONDS:
-                    os._exit(128 + number[0])
-                continue
-            first, self.received = time.monotonic(), self.received or number[0]
-            name = signal.Signals(number[0]).name
-            warn(f"{name}: the run stops after this step and saves a checkpoint; a second signal ends it at once.")
+        def hear(number: int) -> None:
+            name, now, told = signal.Signals(number).name, time.monotonic(), bool(first)
+            if now - first.setdefault(number, now) > DUPLICATE_SECONDS:
+                os._exit(128 + number)
+            if told:
+                return
+            self.received = self.received or number
+            warn(f"{name}: the run stops after this step and saves a checkpoint; a second {name} ends it at once.")
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # jax's preemption service passes it on to the other processes
+
+        with heard(numbers, hear, self._handle):
+            yield self
 
 
 # --- Waits and memory -------------------------------------------------------------------------------------------------

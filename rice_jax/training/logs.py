@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from data_pipeline.format.tfrecord import write_file
 from rice_jax.parallel import hosts
-from rice_jax.training.ledger import as_hex, read_metrics
+from rice_jax.training.ledger import as_hex
+
+STEP = re.compile(rb'\{"step": (\d+)[,}]')  # at the start of each line that Log writes
+EVALUATION = b'/queries"'  # in the lines of evaluations only
 
 
 def as_json(value: Any) -> Any:
@@ -27,37 +30,43 @@ def as_json(value: Any) -> Any:
 
 
 class Log:
-    """Writes and reads the metrics of a run, by step. On resume, lines after the restored step are deleted.
+    """Writes the metrics of a run, by step, and keeps the figures of its evaluations in memory.
 
-    All processes call the same methods; the first one writes, reads and prints, and the others get its results. Before
-    it writes it calls `check`, which raises an error, which passes, if this run may no longer write.
+    All processes call the same methods with the same values; the first one writes and prints. Before it writes it calls
+    `check`, which raises an error, which passes, if this run may no longer write.
     """
 
     def __init__(self, workdir: Path, *, step: int, check: Callable[[], None] = bool) -> None:
+        """Opens the log of `workdir`. Lines after `step`, the restored one, and a half-written last line are deleted.
+
+        Raises ValueError for a line that is none of metrics, and OSError if the file cannot be read or written.
+        """
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._check = check
-        self._path = workdir / "metrics.jsonl"
+        path = workdir / "metrics.jsonl"
         if first := hosts.is_first():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._read() if line["step"] <= step]
+            path.parent.mkdir(parents=True, exist_ok=True)
             check()
-            write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._lines = (self._path if first else Path(os.devnull)).open("a")
+        self._evaluations: list[dict[str, Any]] = hosts.ask_first(lambda: cut_lines(path, step))
+        self._lines = (path if first else Path(os.devnull)).open("a")
         # TensorBoard ignores events of earlier runs at or after the purge step.
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=first)
 
-    def _read(self) -> list[dict[str, Any]]:
-        return read_metrics(self._path) if self._path.exists() else []
-
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line, in process 0 only: the metrics of update `step`, from 1, or of an evaluation after it."""
-        self._check()
         values = {name: as_json(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()  # nothing is left to be written when the lease may be lost
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name.replace("@", "_at_"), value, step)
+
+    def write_evaluation(self, step: int, split: str, figures: Mapping[str, int | float]) -> None:
+        """Writes the figures of an evaluation of a split, made after update `step`, and keeps them."""
+        values = {f"{split}/{name}": as_json(value) for name, value in figures.items()}
+        self._check()
+        self.write(step, values)
+        self._lines.flush()
+        self._evaluations.append({"step": step, **values})
 
     def write_updates(
         self, updates: list[tuple[int, Any]], check: Callable[[int, Mapping[str, Any]], None]
@@ -67,12 +76,14 @@ class Log:
         Calls check(number, metrics) after each line, with gradient_norms, which are not written. Its error passes.
         Sets `newest`. Returns [].
         """
+        self._check()
         for step, on_device in updates:
             values = jax.device_get(on_device)
             written = {name: value for name, value in values.items() if name != "gradient_norms"}
             self.write(step, written)
             self.newest = {name: as_json(value) for name, value in written.items()}
             check(step, values)
+        self._lines.flush()  # nothing is left to be written when the lease may be lost
         self._board.flush()
         return []
 
@@ -81,20 +92,20 @@ class Log:
             print(text, flush=True)
 
     def has_evaluation(self, step: int, split: str) -> bool:
-        return any(line["step"] == step for line in self._evaluations(split))
+        return any(line["step"] == step for line in self._of(split))
 
     def last_evaluation(self, split: str) -> dict[str, int | float]:
-        """Returns the figures of a split's newest evaluation by name, null as None; {} without; on all processes."""
-        found = self._evaluations(split)
+        """Returns the figures of a split's newest evaluation by name, null as None; {} without one."""
+        found = self._of(split)
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
     def recalls(self, split: str) -> dict[int, float]:
-        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one, on all processes."""
+        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one."""
         name = f"{split}/recall@1"
-        return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
+        return {line["step"]: line[name] for line in self._of(split) if line.get(name) is not None}
 
-    def _evaluations(self, split: str) -> list[dict[str, Any]]:
-        return list(hosts.ask_first(lambda: [line for line in self._read() if f"{split}/queries" in line]))
+    def _of(self, split: str) -> list[dict[str, Any]]:
+        return [line for line in self._evaluations if f"{split}/queries" in line]
 
     def __enter__(self) -> "Log":
         return self
@@ -102,6 +113,33 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self._lines.close()
         self._board.close()
+
+
+def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cuts metrics.jsonl before its first line after `step`, and returns the lines of evaluations that are left.
+
+    A half-written last line (no newline at its end) is cut, too. The file is read once, line by line, and only lines of
+    evaluations are parsed, because a long run has millions of others. [] without a file. Raises ValueError if a line
+    has no step or an evaluation is no JSON, and OSError if the file cannot be read or cut.
+    """
+    if not path.exists():
+        return []
+    evaluations, kept = [], 0  # kept: bytes
+    with path.open("rb+") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found = STEP.match(line)
+                if int(found[1] if found else json.loads(line)["step"]) > step:
+                    break
+                if EVALUATION in line:
+                    evaluations.append(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} line {number}: is no line of metrics ({error}); restore the file.") from error
+            kept += len(line)
+        file.truncate(kept)
+    return evaluations
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """The training state, and the jitted step that maps (state, batch) to (state, metrics)."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from rice_jax.training.ledger import batch_digest
 from rice_jax.training.optimizer import make_optimizer, schedule
 
 Metrics = dict[str, Array]
+LOOKING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")  # jax's switches that copy values to the host
 
 
 class State(NamedTuple):
@@ -67,6 +69,8 @@ def make_train_step(
 ) -> Callable[[State, dict[str, Array]], tuple[State, Metrics]]:
     """Returns the jitted update, (state, batch) to (state, metrics); it donates its state.
 
+    With one of jax's switches in LOOKING it donates nothing, which takes more memory.
+
     `abstract` is from abstract_state; benchmarks replace make_loss. Metrics are scalars, except gradient_norms, one for
     each parameter in the order of the tree, and ledger, uint32 [2] from batch_digest. The losses are of the global
     batch before the update (docs/official.md 6.8). If loss or gradient is not finite, `finite` is false, and
@@ -109,4 +113,24 @@ def make_train_step(
 
     # out_shardings: without them XLA may choose other shardings for the state, and the second call compiles again.
     replicated = NamedSharding(mesh, P())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(_shardings(abstract), replicated))
+    donated = () if is_looked_at() else 0  # to name the operation, jax calls the update again with the same state
+    return jax.jit(train_step, donate_argnums=donated, out_shardings=(_shardings(abstract), replicated))
+
+
+def is_looked_at() -> bool:
+    """Returns whether one of jax's switches in LOOKING is on, as by JAX_DEBUG_NANS=1."""
+    return any(getattr(jax.config, name) for name in LOOKING)
+
+
+def guarded() -> AbstractContextManager[None]:
+    """Returns the context of an update, in which a hidden copy between host and device is an error.
+
+    It is none while one of jax's switches looks at the values.
+    """
+    return jax.transfer_guard("allow" if is_looked_at() else "disallow")
+
+
+def check_switches() -> None:
+    """Raises ValueError if a switch of jax is on with which no model trains."""
+    if jax.config.jax_enable_x64:
+        raise ValueError("JAX_ENABLE_X64: training computes in float32 or bfloat16 (model.dtype); unset it.")

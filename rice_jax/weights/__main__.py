@@ -10,8 +10,8 @@ rice_jax.evaluate and --config.init_from open the DIR of an import. RUN is a tra
 
 import argparse
 import json
-from pathlib import Path
 
+from data_pipeline.system.paths import parse_path
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.errors import run, warn
 from rice_jax.models.vit import ACTIVATIONS
@@ -86,18 +86,18 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.weights
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="write others' weights as a folder that rice_jax opens")
-    command.add_argument("source", type=Path, metavar="SOURCE", help="file or folder of weights")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder, new or empty")
+    command.add_argument("source", type=parse_path, metavar="SOURCE", help="file or folder of weights")
+    command.add_argument("--output", type=parse_path, required=True, metavar="DIR", help="a folder, new or empty")
     activation_help = "of the MLPs, for a file that does not state it"
     command.add_argument("--activation", choices=sorted(ACTIVATIONS), help=activation_help)
     command.add_argument("--image-size", type=int, metavar="PX", help="resize position embeddings to this image size")
     command = commands.add_parser("export", help="write a run as files for other programs")
-    command.add_argument("run", type=Path, metavar="RUN", help="a training run or an imported folder")
+    command.add_argument("run", type=parse_path, metavar="RUN", help="a training run or an imported folder")
     command.add_argument("--format", choices=FORMATS, required=True)
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder, new or empty")
+    command.add_argument("--output", type=parse_path, required=True, metavar="DIR", help="a folder, new or empty")
     command.add_argument("--step", type=int, help="a checkpoint's number of updates (default: the newest)")
     command = commands.add_parser("show", help="list the tensors of a file, a folder or a run, and where each would go")
-    command.add_argument("path", type=Path, metavar="PATH")
+    command.add_argument("path", type=parse_path, metavar="PATH")
     command.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser.parse_args(argv)
 

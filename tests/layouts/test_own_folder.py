@@ -19,7 +19,7 @@ from data_pipeline.input.decode import decode, load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.layouts.own_folder import default_splits, natural
 from rice_jax import evaluate, train
-from rice_jax.config import fit_to_data, from_json
+from rice_jax.config import from_json
 
 DOCS = Path(__file__).parents[2] / "docs"
 PRODUCTS = (
@@ -195,19 +195,6 @@ def test_large_pictures_are_shrunk_before_random_crops_only() -> None:
     assert load_picture(data, dataclasses.replace(options, shrink_to=0), train=True).shape == full.shape
     with pytest.raises(ValueError, match="shrink_to: found 8, needs 0 or at least image_size, 16"):
         FrameOptions(image_size=16, resize=16, shrink_to=8)
-
-
-@pytest.mark.parametrize(
-    ("clips", "devices", "size"), [(24, 1, 24), (24, 8, 24), (30, 8, 24), (65, 1, 32), (200, 1, 50), (70, 40, 40)]
-)
-def test_the_batch_fits_to_the_set(clips: int, devices: int, size: int) -> None:
-    config = fit_to_data(folder.get_config(), clips=clips, splits=("train", "test"), devices=devices)
-    assert (config.batch_size, config.data.eval_split) == (size, "")
-
-
-def test_fewer_clips_than_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 training clips: need one for each of 8 devices"):
-        fit_to_data(folder.get_config(), clips=5, splits=(), devices=8)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

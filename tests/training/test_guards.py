@@ -27,16 +27,16 @@ def test_a_signal_stops_the_run_after_a_step_and_the_handlers_are_restored() -> 
     before = signal.getsignal(signal.SIGTERM)
     stop = guards.Stop()
     with stop.listening():
-        assert not stop.agreed(1)
+        assert not stop.agreed()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed(2) and stop.received == signal.SIGTERM
+        assert stop.agreed() and stop.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_the_main_thread_signal_handlers_stay_as_they_are() -> None:
     def inside() -> None:
         with guards.Stop().listening() as stop:
-            answers.append(stop.agreed(1))
+            answers.append(stop.agreed())
 
     answers: list[bool] = []
     thread = threading.Thread(target=inside)
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_the_process_even_where_no_handler_runs() -> None:
                 ctypes.CDLL(None).sleep(30)
         print("came to its end")
     """)
-    assert status == 143 and "a second signal ends" in output and "came to its end" not in output
+    assert status == 143 and "a second SIGTERM ends it" in output and "came to its end" not in output
 
 
 def test_the_same_signal_twice_within_a_second_is_one() -> None:
@@ -90,7 +90,7 @@ def test_the_same_signal_twice_within_a_second_is_one() -> None:
                 time.sleep(0.1)
         print("came to its end", stop.received)
     """)
-    assert status == 0 and "came to its end 2" in output and output.count("a second signal ends") == 1
+    assert status == 0 and "came to its end 2" in output and output.count("a second SIGINT ends it") == 1
 
 
 def until(capfd: pytest.CaptureFixture[str], text: str) -> str:
@@ -173,3 +173,18 @@ def test_the_memory_of_children_counts() -> None:
         child.communicate(b"\\n")
     """)
     assert status == 0, output
+
+
+@pytest.mark.parametrize("number", guards.SIGNALS)
+def test_every_signal_to_stop_is_a_wish(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    """SLURM sends SIGUSR1 first, and SIGTERM later, when the run is still saving."""
+    stop = guards.Stop()
+    with stop.listening():
+        signal.raise_signal(number)
+        output = until(capfd, f"{number.name}: the run stops after this step and saves")
+        other = signal.SIGTERM if number != signal.SIGTERM else signal.SIGINT
+        time.sleep(guards.DUPLICATE_SECONDS + 0.2)
+        signal.raise_signal(other)
+        assert stop.agreed() and stop.received == number
+        time.sleep(0.2)
+    assert (output + capfd.readouterr().err).count("\n") == 1
