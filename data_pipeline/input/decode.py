@@ -9,6 +9,7 @@ import io
 import re
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import simplejpeg  # type: ignore[import-untyped,unused-ignore]
@@ -46,6 +47,7 @@ PADDED = re.compile(r"(\d+) extraneous bytes before marker 0xd9")  # after the p
 MAX_EXCESS = 64
 TO_RGB = np.array([[1, 1, 1], [0, -0.344136, 1.772], [1.402, -0.714136, 0]])  # of Y, Cb - 128 and Cr - 128, by rows
 MODES = {"Gray": "L", "YCbCr": "RGB"}  # Pillow's names of the colours that simplejpeg decodes to the same pixels
+BITS = 258  # TIFF's tag
 LARGEST = (1.0, 255.0, 2.0**16 - 1, 2.0**31 - 1)  # white, if the file does not say what is: the least that none exceeds
 
 
@@ -207,13 +209,13 @@ def _convert(picture: Image.Image, data: bytes, to_srgb: bool) -> DecodedPicture
 
 def _with_alpha(picture: Image.Image, data: bytes) -> tuple[Image.Image, bool]:
     """Returns a picture with an alpha channel, a palette's or a transparent colour, as RGBA; and whether that shows."""
-    colour = picture.info.get("transparency")
+    colour: Any = picture.info.get("transparency")  # a level, three levels, or bytes of alpha by index of the palette
     if picture.mode.startswith("I"):
         rgba = _eight_bits(picture).convert("RGBA")
         rgba.putalpha(Image.fromarray(np.where(np.asarray(picture) == colour, 0, 255).astype(np.uint8)))
     else:
-        if data.startswith(PNG) and picture.mode in ("L", "RGB") and (bits := data[24]) != 8:
-            # The file has the colour in its own bits, and Pillow the pixels in 8.
+        bits = data[24] if data.startswith(PNG) and picture.mode in ("L", "RGB") else 8
+        if bits != 8:  # the file has the colour in its own bits, and Pillow the pixels in 8
             scaled = [each >> 8 if bits == 16 else each * 255 // (2**bits - 1) for each in np.atleast_1d(colour)]
             picture.info["transparency"] = tuple(map(int, scaled)) if picture.mode == "RGB" else int(scaled[0])
         rgba = picture.convert("RGBA")
@@ -227,8 +229,9 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     the least value of LARGEST that no pixel exceeds. Less than 0 is black.
     """
     values = np.asarray(picture)
-    if picture.mode.startswith("I;") or picture.format in ("PNG", "PPM"):
-        bits = picture.tag_v2.get(258, (16,))[0] if picture.format == "TIFF" else 16  # type: ignore[attr-defined]
+    if picture.mode != "F" and (picture.mode != "I" or picture.format in ("PNG", "PPM")):
+        tags: Any = getattr(picture, "tag_v2", {})
+        bits = tags.get(BITS, (16,))[0]
         return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
     values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
     possible = LARGEST if picture.mode == "F" else LARGEST[1:]

@@ -169,6 +169,7 @@ def test_more_than_8_bits_are_scaled(data, expected):
 def test_odd_floats_are_pixels():
     values = np.array([[-1.0, np.nan], [np.inf, 0.5]], np.float32)
     assert decode(encoded(Image.fromarray(values), "TIFF"))[..., 0].tolist() == [[0, 0], [0, 128]]
+    assert decode(encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "PPM")).max() == 128
     assert not decode(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")).any()
     assert decode(encoded(Image.fromarray(np.full((2, 2), -5, np.int32)), "TIFF")).max() == 0
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from PIL import Image
 
 from data_pipeline import FrameOptions, Plan, clip_batches, doctor, image_batches, open_dataset, train_batches
-from data_pipeline.convert import main
+from data_pipeline.convert import Options, main
+from data_pipeline.convert import convert as convert_source
 from data_pipeline.input.decode import MAX_PIXELS, decode
 from tests.input.pictures import encoded, picture
 from tests.input.test_damage import overwritten
 from tests.input.test_kinds import tiff, wide_profile
+from tests.lpr_layouts import make_lpr4m
 
 OPTIONS = FrameOptions(image_size=16, resize=20, num_frames=2, apply_exif=True)
 
@@ -134,6 +137,25 @@ def test_an_unsound_picture_is_a_fault_everywhere(
     error = capsys.readouterr().err
     assert re.search(rf"shop/{name} .*({message})", error), error
     assert convert(source, "--on-error=skip", "--max-skip-rate=1") == 0
+
+
+def test_a_picture_of_another_format_in_a_tar_is_taken_by_its_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_lpr4m(tmp_path / "source", tars=True)
+    path = source / "test_frame/00000.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[0]
+    webp = encoded(Image.new("RGB", (24, 24), (200, 100, 50)), "WEBP", quality=10)
+    data = bytearray(path.read_bytes())
+    data[512 : 512 + member.size] = webp.ljust(member.size, b"\0")
+    path.write_bytes(data)
+    report = convert_source(Options("lpr4m", source, tmp_path / "records", splits=("test",)))
+    assert report["splits"]["test"]["odd_pictures"] == {"misnamed": 1}
+    assert "test: 1 pictures have another format than their suffix names" in capsys.readouterr().out
+    test = open_dataset(tmp_path / "records").split("test")
+    stored = [frame.encoded for row in range(test.num_clips) for frame in test.clip(row).frames]
+    assert sum(each.startswith(b"RIFF") for each in stored) == 1
 
 
 def test_heic_files_are_left_out_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
