@@ -219,7 +219,7 @@ def _with_alpha(picture: Image.Image, data: bytes) -> tuple[Image.Image, bool]:
             scaled = [each >> 8 if bits == 16 else each * 255 // (2**bits - 1) for each in np.atleast_1d(colour)]
             picture.info["transparency"] = tuple(map(int, scaled)) if picture.mode == "RGB" else int(scaled[0])
         rgba = picture.convert("RGBA")
-    return rgba, rgba.getchannel("A").getextrema()[0] < 255
+    return rgba, rgba.getchannel("A").getextrema() != (255, 255)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -233,10 +233,10 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         tags: Any = getattr(picture, "tag_v2", {})
         bits = tags.get(BITS, (16,))[0]
         return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+    levels = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
     possible = LARGEST if picture.mode == "F" else LARGEST[1:]
-    white = next((each for each in possible if values.max() <= each), float(values.max()))
-    return Image.fromarray((values.clip(0) * (255 / white) + 0.5).astype(np.uint8))
+    white = next((each for each in possible if levels.max() <= each), float(levels.max()))
+    return Image.fromarray((levels.clip(0) * (255 / white) + 0.5).astype(np.uint8))
 
 
 def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:

@@ -1,13 +1,16 @@
 """Damaged pictures: a strict decode refuses them, and training still reads what Pillow reads."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from data_pipeline.input.decode import PictureError, decode, read_picture
-from data_pipeline.input.metadata import jpeg_segments, png_chunks
+from data_pipeline.input.decode import FORMATS, PictureError, decode, read_picture
+from data_pipeline.input.metadata import ORIENTATION, jpeg_segments, png_chunks
 from tests.input.pictures import as_pillow, encoded, picture
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data" / "grocery").glob("*.jpg"))
@@ -110,6 +113,35 @@ def test_bytes_that_pad_the_coded_pixels_are_no_damage():
         np.testing.assert_array_equal(read_picture(padded, strict=True).pixels, as_pillow(data))
     with pytest.raises(PictureError, match="extraneous bytes"):
         read_picture(data[:-2] + data[-100:], strict=True)
+
+
+EXIF = Image.Exif()
+EXIF[ORIENTATION] = 6
+SEEDS = [
+    encoded(picture(24, 18), "JPEG", exif=EXIF, icc_profile=bytes(200)),
+    encoded(picture(24, 18, "RGBA"), "PNG", exif=EXIF, icc_profile=bytes(200)),
+    encoded(picture(24, 18).convert("P"), "PNG", transparency=3),
+    encoded(picture(24, 18, "RGBA"), "WEBP", exif=EXIF, icc_profile=bytes(200)),
+    encoded(picture(24, 18), "TIFF", compression="tiff_lzw"),
+    encoded(picture(24, 18, "L").convert("I"), "TIFF"),
+    *(encoded(picture(24, 18), kind) for kind in FORMATS),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=5), st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_conversion_accepts_is_read_by_training(seed, damages, draw):
+    data = seed
+    for place, replacement in damages:
+        place %= len(data)
+        data = data[:place] + replacement + data[place + len(replacement) :]
+    data = data[: draw.draw(st.integers(1, len(data)) | st.just(len(data)))]
+    with contextlib.suppress(PictureError):  # any other error fails the test
+        sound = read_picture(data, strict=True, max_pixels=10**6)
+        assert sound.format in FORMATS
+        turned = decode(data, apply_exif=True, to_srgb=True, max_pixels=10**6)
+        assert sorted(turned.shape) == sorted(decode(data).shape) == sorted(sound.pixels.shape)
 
 
 def test_the_setting_of_another_library_does_not_let_damage_through(monkeypatch):
