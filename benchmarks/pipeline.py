@@ -19,7 +19,6 @@ from PIL import Image
 
 from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
-from data_pipeline.input import decode
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.decode import load_picture
 from data_pipeline.input.options import FrameOptions
@@ -119,7 +118,6 @@ def main(arguments: argparse.Namespace) -> None:
         seconds = turns.in_turn(candidates, arguments.repeats)
     pictures = sum(len(paths) + 1 for paths, _ in files.values())
     report: dict[str, Any] = {
-        "decoder": "Pillow" if decode.simplejpeg is None else "simplejpeg",
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "examples": len(rows),

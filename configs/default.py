@@ -85,6 +85,9 @@ class DataConfig(Section):
     white_balance: Share = field(0.0, "w: red, green and blue are each multiplied by 1 - w to 1 + w, in training")
     erase: Share = field(0.0, "probability of painting over a square of 0.2 to 0.5 of the side, in training")
     apply_exif: bool = field(False, "turn pictures as their EXIF orientation says", change="in evaluation")
+    to_srgb: bool = field(
+        False, "convert colours of other ICC profiles, as phones write, to sRGB", change="in evaluation"
+    )
     cache_bytes: Natural = field(0, "memory for decoded and resized training pictures", "bytes", change="per host")
     threads: Natural = field(4, "threads of each process that read, decode and resize", change="per host")
     workers: Natural = field(0, "extra processes that read, decode and resize; 0: the main one does", change="per host")

@@ -25,7 +25,7 @@ case "${1:-}" in
       mountpoint -q /mnt/rice || sudo mount $SHARE /mnt/rice; sudo chmod a+w /mnt/rice
       mkdir -p rice_jax; tar -C rice_jax -xzf $NAME.tar.gz
       pip3 install --user --quiet uv; python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-      python3 -m uv pip install --quiet --python .venv/bin/python './rice_jax[tpu,fast]'"
+      python3 -m uv pip install --quiet --python .venv/bin/python './rice_jax[tpu]'"
     ;;
   # Which worker this is, of how many, the machine's metadata say. It runs on when the connection breaks. The secret is
   # made anew for each job: no other process can join the run.

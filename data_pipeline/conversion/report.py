@@ -1,10 +1,12 @@
 """The report of a conversion: counts of each split, for report.json and as a table for the screen."""
 
+import collections
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.conversion.finish import Converted
+from data_pipeline.layouts.pictures import ODDITIES
 
 COUNTS = {  # key of the report: label in the table
     "listed_clips": "clips in the lists",
@@ -26,9 +28,13 @@ COUNTS = {  # key of the report: label in the table
 
 
 def count_split(split: Converted) -> dict[str, Any]:
-    """Returns the COUNTS of a split, and "skipped": its number of faults by reason."""
+    """Returns the COUNTS of a split, "skipped": its faults by reason, and "odd_pictures": their numbers by ODDITIES."""
     listing = split.listing
     clips, images = split.clip_ordinals, split.image_ordinals
+    notes = (*split.images, *split.clips)
+    odd: collections.Counter[str] = collections.Counter()
+    for note in notes:
+        odd.update(note.odd_pictures)
     products = np.concatenate([listing.columns["product"][clips], listing.image_products[images]])
 
     def distinct(values: Any) -> int:
@@ -49,13 +55,14 @@ def count_split(split: Converted) -> dict[str, Any]:
         "skipped_clips": split.skipped_clips,
         "skipped_images": split.skipped_images,
         "failed_downloads": sum(note.failed_downloads for note in split.clips),
-        "bytes": sum(note.size for note in (*split.images, *split.clips)),
+        "bytes": sum(note.size for note in notes),
         "skipped": split.reasons,
+        "odd_pictures": {name: odd[name] for name in ODDITIES if odd[name]},
     }
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Prints the report as a table with a column a split, then fault counts, remarks and the content hash."""
+    """Prints the report as a table with a column a split, then counts of faults and oddities, remarks, content hash."""
     splits = report["splits"]
     width = max(map(len, COUNTS.values())) + 2
     print(report["layout"].ljust(width) + "".join(f"{name:>16}" for name in splits))
@@ -64,6 +71,8 @@ def print_report(report: dict[str, Any]) -> None:
     for name, split in splits.items():
         for reason, count in split["skipped"].items():
             print(f"{name}: left out for {reason}: {count:,}")
+        for oddity, count in split["odd_pictures"].items():
+            print(f"{name}: {count:,} pictures {ODDITIES[oddity]}")
     for remark in report["remarks"]:
         print(remark)
     print(f"content hash {report['content_hash']}")

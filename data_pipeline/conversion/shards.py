@@ -4,6 +4,7 @@ A finished shard has a note in the work folder, with a digest of its inputs and 
 the same command verifies the shards that have notes and writes the others. A shard is the same in every run.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -15,7 +16,7 @@ from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import SCHEMA_VERSION, Box, Clip, Picture, ShopImage, encode_clip, encode_image
 from data_pipeline.format.tfrecord import ShardWriter, file_crc, index_path, new_shard, write_file
 from data_pipeline.layouts.listing import NONE, ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, RowLocation
-from data_pipeline.layouts.pictures import PictureReader, decode_picture
+from data_pipeline.layouts.pictures import PictureReader, decode_picture, oddities
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class ShardNote:
     failed_downloads: int = 0
     faults: list[Fault] = dataclasses.field(default_factory=list)
     left_out: list[int] = dataclasses.field(default_factory=list)  # ordinals with a picture that exists and is at fault
+    odd_pictures: dict[str, int] = dataclasses.field(default_factory=dict)  # numbers of stored ones, by ODDITIES
 
 
 def write_shard(
@@ -90,7 +92,9 @@ class _FaultsError(Exception):
 
 
 def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, note: ShardNote) -> None:
+    odd: collections.Counter[str] = collections.Counter()
     for entry, item in found:
+        pictures.odd.clear()
         try:
             data = _encode(pictures, entry, item)
         except BadInputError as err:
@@ -98,11 +102,13 @@ def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, n
             note.left_out.append(entry.ordinal)
             continue
         writer.write(data)
+        odd.update(pictures.odd)
         note.ordinals.append(entry.ordinal)
         if isinstance(item, Clip):
             note.frames.append(len(item.frames))
             note.original_frames.append(item.original_frames)
             note.failed_downloads += item.failed_downloads
+    note.odd_pictures = dict(odd)
 
 
 def _find_pictures(layout: Layout, entries: Sequence[Entry], split: str, faults: list[Fault]) -> Found:
@@ -167,7 +173,9 @@ def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> byte
 def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, int]]:
     """Returns a picture's bytes and (width, height), decoded as a check. Raises BadInputError if it cannot be used."""
     data = pictures.read(picture)
-    return data, decode_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path).size
+    decoded = decode_picture(data, f"{picture.path}/{picture.member}" if picture.member else picture.path)
+    pictures.odd.update(oddities(decoded, picture.member or picture.path))
+    return data, decoded.size
 
 
 def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...]:

@@ -32,6 +32,7 @@ class FrameOptions:
       white_balance: red, green and blue are scaled, each by 1 - white_balance to 1 + white_balance.
       erase: probability that a square of 0.2 to 0.5 of the side is painted over.
       apply_exif: rotate pictures by their EXIF orientation, which the official code does not do.
+      to_srgb: convert the colours of pictures with another ICC profile to sRGB, which the official code does not do.
 
     Raises ValueError if a field is outside its range. The message names the field, the value and the range.
 
@@ -58,6 +59,7 @@ class FrameOptions:
     white_balance: float = 0.0
     erase: float = 0.0
     apply_exif: bool = False
+    to_srgb: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("resize_mode", ("stretch", "keep_ratio")), ("frame_sampling", ("uniform", "random"))):

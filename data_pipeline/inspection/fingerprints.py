@@ -4,12 +4,10 @@ Fingerprints of sound pictures are appended to a file in blocks, each with its c
 picture again only if its file has another size or modification time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +18,9 @@ from PIL import Image
 from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.format.tfrecord import HEADER, OVERHEAD, frame_record, unframe_record
-from data_pipeline.input.decode import UNREADABLE, convert_rgb, simplejpeg
-from data_pipeline.layouts.pictures import PictureReader, decode_picture
+from data_pipeline.input.decode import DecodedPicture
+from data_pipeline.input.metadata import UPRIGHT
+from data_pipeline.layouts.pictures import PictureReader, decode_picture, oddities
 
 FINGERPRINT = np.dtype(
     [
@@ -36,12 +35,10 @@ FINGERPRINT = np.dtype(
 )
 Fingerprints = NDArray[np.void]  # of dtype FINGERPRINT, shape [n], or [] for one
 NO_FINGERPRINT = np.zeros((), FINGERPRINT)
-VERSION = 2  # of FINGERPRINT and of the checks: with another number, fingerprints of earlier runs are not used
+VERSION = 4  # of FINGERPRINT and of the checks: with another number, fingerprints of earlier runs are not used
 MIN_SIDE = 16  # pixels: on a shorter side a network of patches sees nothing
 UNIFORM_RANGE = 12  # of 255 levels: JPEG's noise on a black frame stays below it
-GREY_ROWS = 8  # height of a JPEG block
 STRAY = 0.1  # per cent of the pixels, darkest and brightest, that the test for one colour ignores: hot pixels, specks
-ORIENTATION = 0x0112  # EXIF
 ODD_MODES = {"CMYK": "inks (CMYK)", "I": "32 bits", "F": "floats", "I;16": "16 bits", "I;16B": "16 bits"}
 
 
@@ -63,22 +60,24 @@ def is_comparable(fingerprints: Fingerprints) -> NDArray[np.bool_]:
 def inspect_picture(data: bytes, path: str, key: int = 1, *, named: bool = True) -> InspectedPicture:
     """Returns the fingerprint of an encoded picture under `key`, and the problems that a conversion would accept.
 
-    path: names the picture in problems. named: whether its suffix must agree with its format. Raises BadInputError for
-    a picture that a conversion would refuse: empty, damaged, of another format, or of too many pixels.
+    path: names the picture in problems. named: whether its suffix should agree with its format. Raises BadInputError
+    for a picture that a conversion would refuse: empty, damaged, of no format that is read, or of too many pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-        picture = decode_picture(data, path, named=named)
-        rgb = convert_rgb(picture)
-        brightness = np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
-        fingerprint = np.zeros((), FINGERPRINT)
-        fingerprint["key"] = key
-        fingerprint["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        fingerprint["hash"], fingerprint["mirror"] = _rises(brightness), _rises(brightness[:, ::-1])
-        fingerprint["width"], fingerprint["height"] = picture.size
-        fingerprint["thumb"] = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX))
-        oddities = _oddities(picture, rgb, fingerprint["thumb"], data)
-        return InspectedPicture(fingerprint, [BadInputError(reason, detail, path) for reason, detail in oddities])
+    picture = decode_picture(data, path)
+    rgb = Image.fromarray(picture.pixels)
+    brightness = np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
+    fingerprint = np.zeros((), FINGERPRINT)
+    fingerprint["key"] = key
+    fingerprint["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    fingerprint["hash"], fingerprint["mirror"] = _rises(brightness), _rises(brightness[:, ::-1])
+    fingerprint["width"], fingerprint["height"] = picture.size
+    fingerprint["thumb"] = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX))
+    problems = _problems(picture, fingerprint["thumb"])
+    if named and "misnamed" in oddities(picture, path):
+        suffix = os.path.splitext(path)[1] or "nothing"
+        detail = f"found {picture.format} data in a file called {suffix}, and reads them as such; rename it."
+        problems.append(("wrong suffix", detail))
+    return InspectedPicture(fingerprint, [BadInputError(reason, detail, path) for reason, detail in problems])
 
 
 def _rises(brightness: NDArray[np.int16]) -> np.uint64:
@@ -86,7 +85,7 @@ def _rises(brightness: NDArray[np.int16]) -> np.uint64:
     return bits
 
 
-def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], data: bytes) -> list[tuple[str, str]]:
+def _problems(picture: DecodedPicture, thumb: NDArray[np.uint8]) -> list[tuple[str, str]]:
     found = []
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
@@ -94,7 +93,7 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
         found.append(("tiny picture", detail))
     # The thumbnail decides first: percentiles of every picture would cost more than decoding it.
     if np.max(np.ptp(thumb.reshape(-1, 3).astype(np.int16), axis=0)) <= 2 * UNIFORM_RANGE and width * height > 1:
-        darkest, brightest = np.percentile(np.asarray(rgb).reshape(-1, 3), (STRAY, 100 - STRAY), axis=0).astype(int)
+        darkest, brightest = np.percentile(picture.pixels.reshape(-1, 3), (STRAY, 100 - STRAY), axis=0).astype(int)
         if (brightest - darkest).max() <= UNIFORM_RANGE:
             colour = "black" if brightest.max() <= 2 * UNIFORM_RANGE else f"of one colour {tuple(darkest.tolist())}"
             detail = f"is all {colour}, needs something to see; replace the file or leave it out."
@@ -102,32 +101,13 @@ def _oddities(picture: Image.Image, rgb: Image.Image, thumb: NDArray[np.uint8], 
     if picture.mode in ODD_MODES:
         detail = f"has {ODD_MODES[picture.mode]}, which training reduces to 8-bit RGB; save it as 8-bit RGB."
         found.append(("unusual colours", detail))
-    with contextlib.suppress(*UNREADABLE):
-        if picture.getexif().get(ORIENTATION, 1) not in (0, 1):
-            detail = "has an EXIF orientation, which training ignores unless data.apply_exif is set; turn its pixels."
-            found.append(("turned by EXIF", detail))
-    if picture.format == "JPEG" and picture.mode == "RGB":
-        found += _damage(rgb, data)
-    if picture.format != "MPO":
-        with contextlib.suppress(*UNREADABLE):
-            picture.seek(1)
-            detail = "is animated or has several pages, and training takes only the first; split it."
-            found.append(("several pictures in a file", detail))
+    if picture.metadata.orientation != UPRIGHT:
+        detail = "has an EXIF orientation, which training ignores unless data.apply_exif is set; turn its pixels."
+        found.append(("turned by EXIF", detail))
+    if picture.has_more:
+        detail = "is animated or has several pages, and training takes only the first; split it."
+        found.append(("several pictures in a file", detail))
     return found
-
-
-def _damage(rgb: Image.Image, data: bytes) -> list[tuple[str, str]]:
-    """Returns [(reason, detail)] of damage that Pillow ignores, [] for none: a JPEG's lost part is grey or stripes."""
-    remedy = "look at it, and restore the file."
-    if simplejpeg:
-        try:
-            simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError as err:
-            reason = "truncated picture" if "premature end" in str(err).lower() else "damaged picture"
-            return [(reason, f"decodes with a warning ({err}); {remedy}")]
-    elif rgb.height > GREY_ROWS and rgb.crop((0, rgb.height - GREY_ROWS, *rgb.size)).getextrema() == 3 * ((128, 128),):
-        return [("damaged picture", f"has only grey in its lowest rows, like a JPEG without its end; {remedy}")]
-    return []
 
 
 # --- from run to run --------------------------------------------------------------------------------------------------

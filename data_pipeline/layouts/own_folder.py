@@ -28,9 +28,10 @@ from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts.annotations import checked_id
 from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, Listing, RunTasks
-from data_pipeline.layouts.pictures import PictureReader
+from data_pipeline.layouts.pictures import HEIC_TO_JPEG, SUFFIXES, PictureReader
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURE_SUFFIXES = tuple(SUFFIXES)
+HEIC = (".heic", ".heif")
 KEYS = {"products.csv": ("product",), "clips.csv": ("product", "clip")}  # columns with the id of a row's subject
 VALUES = {"products.csv": {"title", "livestream"}, "clips.csv": {"split"}}  # other columns, at least one is needed
 LIVESTREAM = "shop"  # of products without one in the table
@@ -277,6 +278,8 @@ class OwnFolder(Layout):
             more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             shown = ", ".join(map(_printable, self.left_out[:SHOWN]))
             remarks.append(f"left out, since no clip, frame (jpg, jpeg, png, webp) or shop image: {shown}{more}")
+        if heic := sum(path.lower().endswith(HEIC) for path in self.left_out):
+            remarks.append(f"left out {heic} HEIC pictures, which are not read; convert them to JPEG: {HEIC_TO_JPEG}")
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
         return remarks

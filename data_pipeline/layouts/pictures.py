@@ -1,17 +1,15 @@
-"""Pictures of a source folder: finding and reading files that lie inside the folder, and decoding them with limits."""
+"""Pictures of a source folder: finding and reading files that lie inside the folder, and decoding them strictly."""
 
+import collections
 import functools
-import io
 import os
 import warnings
 from pathlib import Path
 from stat import S_ISREG
 
-from PIL import Image
-
 from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
-from data_pipeline.input.decode import FORMATS, MAX_PIXELS, UNREADABLE
+from data_pipeline.input.decode import MAX_PIXELS, DecodedPicture, PictureError, read_picture
 
 SUFFIXES = {  # in the order in which the official loader tries them (docs/official.md 8.9): format of the bytes
     ".jpg": "JPEG",
@@ -23,6 +21,23 @@ SUFFIXES = {  # in the order in which the official loader tries them (docs/offic
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".webp": "WEBP",
+    ".jfif": "JPEG",  # from here on, those that it does not try
+    ".gif": "GIF",
+    ".avif": "AVIF",
+}
+HEIC_TO_JPEG = "`magick mogrify -format jpg *.heic`"
+REMEDIES = {  # by PictureError's reason
+    "empty picture": "restore the file",
+    "not a picture": "replace the file",
+    "unknown format": f"convert it to JPEG (a phone's HEIC: {HEIC_TO_JPEG})",
+    "oversized picture": "replace the file",
+    "truncated picture": "restore the file",
+    "damaged picture": "restore the file, or leave it out",
+}
+ODDITIES = {  # of sound pictures; a conversion counts them
+    "transparent": "are transparent somewhere; training sees white there",
+    "misnamed": "have another format than their suffix names; they are read as what they are",
+    "other colours": "have an ICC profile other than sRGB; training reads them as sRGB unless data.to_srgb is set",
 }
 MAX_BYTES = 1 << 26  # 64 MiB, more than any frame or shop image has
 
@@ -33,6 +48,7 @@ class PictureReader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._real_root = os.path.realpath(root)
+        self.odd: collections.Counter[str] = collections.Counter()  # `oddities` of pictures that the caller decoded
 
     def find(self, path: str, *, missing: str) -> Picture:
         """Returns the picture at `path`, relative to the source folder, with the first of SUFFIXES that exists there.
@@ -97,36 +113,24 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def decode_picture(data: bytes, path: str, *, named: bool = True) -> Image.Image:
-    """Returns the first picture of a file, decoded. Raises BadInputError if that fails or it has over MAX_PIXELS.
+def decode_picture(data: bytes, path: str) -> DecodedPicture:
+    """Returns the first picture of a file, decoded with a check for damage; `path` is for messages.
 
-    named: also if its format is not that of the suffix of `path`, which is otherwise only for messages.
+    Raises BadInputError if bytes are empty, damaged, of no format that is read, or declare more than MAX_PIXELS.
     """
-    if not data:
-        raise BadInputError("empty picture", "found 0 bytes, needs a picture; restore the file.", path)
-    suffix = os.path.splitext(path)[1]
-    expected = SUFFIXES.get(suffix.lower())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about large pictures, which MAX_PIXELS limits, and metadata
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            found = "JPEG" if picture.format == "MPO" else picture.format  # MPO: a JPEG followed by others
-            if named and found != expected:
-                detail = f"found {found} data in a file called {suffix or 'nothing'}, "
-                detail += f"needs {expected or 'a suffix of a picture'}; rename or replace the file."
-                raise BadInputError("wrong suffix", detail, path)
-            picture.load()
-            return picture
-    except (Image.DecompressionBombError, MemoryError) as err:
-        detail = f"found over {MAX_PIXELS:,} pixels in its header, needs fewer; replace the file."
-        raise BadInputError("oversized picture", detail, path) from err
-    except Image.UnidentifiedImageError as err:
-        detail = f"found bytes {data[:8]!r}, needs {expected or 'a picture'}; replace the file."
-        raise BadInputError("not a picture", detail, path) from err
-    except BadInputError:
-        raise
-    except UNREADABLE as err:
-        detail = f"cannot be decoded ({err}), needs a whole picture; restore the file."
-        raise BadInputError("truncated picture", detail, path) from err
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures, which MAX_PIXELS limits, and odd metadata
+            return read_picture(data, strict=True, max_pixels=MAX_PIXELS)
+    except PictureError as err:
+        raise BadInputError(err.reason, f"{err}; {REMEDIES[err.reason]}.", path) from err
+
+
+def oddities(picture: DecodedPicture, path: str) -> list[str]:
+    """Returns which of ODDITIES a sound picture has. path: its name, which may be of another format."""
+    found = {
+        "transparent": picture.is_transparent,
+        "misnamed": SUFFIXES.get(os.path.splitext(path)[1].lower()) != picture.format,
+        "other colours": picture.metadata.has_other_colours,
+    }
+    return [name for name in ODDITIES if found[name]]

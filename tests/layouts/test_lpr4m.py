@@ -248,7 +248,8 @@ def test_a_damaged_picture_in_a_tar_is_named_by_tar_and_member(tmp_path: Path) -
     data = bytearray((source / "test_frame/00000.tar").read_bytes())
     data[512:516] = b"text"  # the first bytes of the first member, which is the last picture of the shard
     (source / "test_frame/00000.tar").write_bytes(data)
-    with pytest.raises(FailedError, match=r"test_frame/00000.tar/0000007.jpg \(clip .*\): found bytes b'text"):
+    named = r"test_frame/00000.tar/0000007.jpg \(clip .*\): is not a picture \(starts with b'text"
+    with pytest.raises(FailedError, match=named):
         run(source, tmp_path / "records")
 
 

@@ -205,7 +205,7 @@ def test_a_link_that_stays_is_followed(tmp_path: Path) -> None:
 
 def test_a_picture_that_declares_too_many_pixels_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.layouts.pictures.MAX_PIXELS", 128 * 128 - 1)
-    with pytest.raises(BadInputError, match=r"found over 16,383 pixels"):
+    with pytest.raises(BadInputError, match=r"declares more than 16383 pixels"):
         decode_picture(FRAMES[0].read_bytes(), "x.jpg")
 
 
