@@ -156,7 +156,7 @@ BAD_INPUTS = [
     Bad("clip without frames", cell(1, "[]"), row(1) + "found an empty frame list, needs at least one", (CLIP.id,)),
     Bad("image id without an image", lambda source: (source / SHOP_IMAGE).unlink(),
         rf"^{SHOP_IMAGE} \(image {IMAGE_IDS[0]}\): found no such picture", USERS),
-    Bad("no image id", cell(3, ""), row(1) + "found the image id '', needs 1 to 200 printable bytes", (CLIP.id,)),
+    Bad("no image id", cell(3, ""), row(1) + "found the image id '', needs 1 to 200 bytes", (CLIP.id,)),
     Bad("true image not in its gallery", lambda source: edit_json(
         source / TRUTH, lambda truth: truth.update({QUERY.id: [IMAGE_IDS[2]]})),
         rf"^annotations/query_tenframes.json \(clip {QUERY.id}\): found none of {IMAGE_IDS[2]} in the gallery of "
