@@ -390,19 +390,19 @@ def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[in
     needed, optional = KEYS[file], VALUES[file]
     line = 1
     try:
-        header = [cell.strip() for cell in next(reader, [])]
+        header = next(reader, [])
         if len(set(header)) < len(header) or not {*needed} < {*header} <= {*needed, *optional}:
             detail = f"found the columns {','.join(header)!r:.200}, needs {','.join(needed)} and "
             detail += f"{' or '.join(sorted(optional))}, separated by commas; correct the first line."
             faults.append(Fault("wrong columns", file, detail, line))
             return
         line = reader.line_num + 1
-        for cells in reader:
-            row = [cell.strip() for cell in cells]
-            if any(row) and len(row) != len(header):
+        for row in reader:
+            filled = any(cell.strip() for cell in row)  # spreadsheets save blank rows as commas
+            if filled and len(row) != len(header):
                 detail = f"found {len(row)} cells, needs {len(header)} as in the first line; quote cells with commas."
                 faults.append(Fault("wrong number of cells", file, detail, line))
-            elif any(row):
+            elif filled:
                 yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1
     except csv.Error as err:

@@ -116,7 +116,7 @@ def test_an_id_may_have_any_character_but_control_characters(tmp_path: Path) -> 
     assert run(source, tmp_path / "records") == 0
     dataset = open_dataset(tmp_path / "records")
     assert sorted(dataset.split("test").image_ids) == sorted(PRODUCTS)
-    assert dataset.tables["livestream"] == ["live\u202fone"]
+    assert list(dataset.tables["livestream"]) == ["live\u202fone"]
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_names_that_unicode_writes_in_two_ways_meet(tmp_path: Path) -> None:
         (
             "products.csv",
             b"product,livestream\nA,a\tb\n",
-            r"line 2: found the livestream id 'a\tb', needs 1 to 200 pri",
+            r"line 2: found the livestream id 'a\tb', needs 1 to 200 by",
         ),
         ("clips.csv", b"product,clip,split\nA,take 2,test\n", "clips.csv line 2: found the clip 'A/take 2', which is"),
         ("clips.csv", b"product,clip,split\nA/take 1,,test\n", "clips.csv line 2: found the clip 'A/take 1/', which"),
