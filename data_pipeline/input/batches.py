@@ -356,13 +356,14 @@ def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOp
 
     "random_of_stored" asks for other frames, so there it is raised only if the stored ones leave nothing to draw.
     """
-    counts = np.stack([np.asarray(split.columns[name])[rows] for name in ("frames", "original_frames")], axis=1)
-    for stored, original in np.unique(counts[counts[:, 0] < counts[:, 1]], axis=0).tolist():
-        if fault := _frames_fault(stored, original, options, train=train):
-            row = int(rows[np.flatnonzero((counts == (stored, original)).all(axis=1))[0]])
-            raise ValueError(
-                f"split {split.name} clip {split.clip_ids[row]}: found {stored} stored frames of {original}, {fault}."
-            )
+    stored, original = (np.asarray(split.columns[name], np.int64)[rows] for name in ("frames", "original_frames"))
+    short = np.flatnonzero(stored < original)
+    _, first = np.unique(stored[short] << 32 | original[short], return_index=True)  # of millions of clips few differ
+    for each in short[np.sort(first)].tolist():
+        found, of = int(stored[each]), int(original[each])
+        if fault := _frames_fault(found, of, options, train=train):
+            clip = split.clip_ids[int(rows[each])]
+            raise ValueError(f"split {split.name} clip {clip}: found {found} stored frames of {of}, {fault}.")
 
 
 def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: bool) -> str:

@@ -37,21 +37,8 @@ VALUES = {"products.csv": {"title", "livestream"}, "clips.csv": {"split"}}  # ot
 LIVESTREAM = "shop"  # of products without one in the table
 SHOWN = 20  # files in a warning
 FILMS = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".avi",
-    ".mkv",
-    ".webm",
-    ".mpg",
-    ".mpeg",
-    ".mts",
-    ".m2ts",
-    ".3gp",
-    ".wmv",
-    ".flv",
-    ".ts",
-)
+    ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".3gp", ".wmv", ".flv",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -366,6 +353,13 @@ def natural(name: str) -> tuple[list[str | int], str]:
     """Returns a key that sorts frame2 before frame10 and ignores the case of letters, unless names are else equal."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)], name
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Returns the pictures of a clip's folder, or of shop/, as a conversion takes them: natural order, no leftovers."""
+    paths = [path for path in folder.iterdir() if not (path.name.startswith(".") or is_leftover(path.name))]
+    pictures = [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+    return sorted(pictures, key=lambda path: natural(path.stem))
 
 
 def default_splits(count: int) -> list[str]:
