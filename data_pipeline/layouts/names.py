@@ -40,4 +40,5 @@ def has_control_characters(text: str) -> bool:
 
     All else may be in an id, printable or not: narrow spaces, joiners of emoji, marks of the writing direction.
     """
-    return any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
+    # LPR4M has 473 million names, nearly all of them printable.
+    return not text.isprintable() and any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
