@@ -254,8 +254,10 @@ def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
                         files[path] = files[target]
                 if path in files:
                     yield path, *files[path]
-            if tar.offset >= total:  # no block of zeros ends it
-                raise tarfile.ReadError("it is cut short")
+            with open(f"{shard}.tar", "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile stops without an error
+                    raise tarfile.ReadError(f"it is cut short or damaged at byte {tar.offset:,}")
     except (tarfile.TarError, EOFError, ValueError) as err:
         with open(f"{shard}.tar", "rb") as file:
             head = file.read(4)
@@ -283,8 +285,8 @@ def _read_table(download: Download, number: int) -> list[Entry | BadEntry] | Non
         metadata = parquet.read_metadata(path)
         if path.stat().st_size > MAX_TABLE_BYTES or metadata.num_rows > MAX_TABLE_ROWS:
             raise ValueError(f"found over {MAX_TABLE_BYTES:,} bytes or {MAX_TABLE_ROWS:,} rows, needs fewer")
-        columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
-        kinds = {column.name: column.physical_type for column in columns}
+        fields = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+        kinds = {each.name: each.physical_type for each in fields}
         if missing := [name for name in TABLE_TEXTS if name not in kinds]:
             raise ValueError(f"found no column {', '.join(missing)}")
         names = [name for name in (*TABLE_TEXTS, *TABLE_SIZES) if name in kinds]
@@ -292,11 +294,12 @@ def _read_table(download: Download, number: int) -> list[Entry | BadEntry] | Non
         texts = [name for name in TABLE_TEXTS if kinds[name] == "BYTE_ARRAY"]
         table = parquet.read_table(path, columns=names, read_dictionary=texts)
         _refuse_long_texts(table.select(texts))
-        rows = table.to_pylist()
+        columns = table.to_pydict()
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
         detail = f"{path.name} cannot be read ({err}); download the shard again."
         raise BadInputError("unreadable table", detail) from err
-    return [_entry_or_bad(path.name, row) for row in rows]
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [_entry_or_bad(path.name, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _refuse_long_texts(table: Any) -> None:

@@ -171,6 +171,18 @@ def test_the_end_of_a_tar_that_was_cut_short_is_lost_and_no_more(tmp_path: Path)
         assert frames.keys() == {clip.id for clip in TRAIN}
 
 
+def test_a_tar_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
+    source = make_lpr4m(tmp_path / "source", tars=True, tables=False)
+    tar = source / "training_frame/00001.tar"
+    with tarfile.open(tar) as archive:
+        offset = list(archive)[4].offset
+    data = bytearray(tar.read_bytes())
+    data[offset : offset + 512] = 512 * b"x"
+    tar.write_bytes(data)
+    assert run(source, tmp_path / "records", "--splits=train") == 1
+    assert any(f"cut short or damaged at byte {offset:,}" in fault for fault in faults_of(tmp_path / "records"))
+
+
 def test_a_compressed_tar_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_lpr4m(tmp_path / "source", tars=True)
     tar = source / "training_frame/00001.tar"
