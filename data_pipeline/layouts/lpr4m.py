@@ -1,5 +1,6 @@
 """LPR4M as downloaded: lists of ids, and pictures that img2dataset has numbered (docs/official.md 8.4 to 8.7)."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -72,9 +73,11 @@ class Lpr4m(TextLayout):
         return galleries, []
 
     def changed_since(self, time: int) -> list[str]:
-        kinds = {_download_of(split, kind) for split in self.splits() for kind in ("image", "frame")}
-        downloads = [find_download(self.source, kind) for kind in sorted(kinds)]
-        shards = [f"{each.folder}/{shard}{'.tar' if each.tars else ''}" for each in downloads for shard in each.shards]
+        shards: list[str] = []
+        for kind in sorted({_download_of(split, kind) for split in self.splits() for kind in ("image", "frame")}):
+            with contextlib.suppress(WrongUseError):  # a download may be deleted when it is converted
+                download = find_download(self.source, kind)
+                shards += [f"{download.folder}/{shard}{'.tar' if download.tars else ''}" for shard in download.shards]
         return [path for path in shards if (self.source / path).stat().st_mtime_ns > time]
 
     def _frame_urls(self) -> Path | None:
