@@ -71,8 +71,10 @@ class DataConfig(Section):
     resize_mode: Literal["stretch", "keep_ratio"] = field(
         "stretch", "stretch to a square (bilinear), or resize the shorter side (bicubic), as CLIP [17]"
     )
-    frame_sampling: Literal["uniform", "random"] = field(
-        "uniform", "take evenly spaced frames of a clip; or, in training, a sorted random subset"
+    frame_sampling: Literal["uniform", "random", "random_of_stored"] = field(
+        "uniform",
+        "evenly spaced frames of a clip; in training also a sorted random subset: of the clip's (needs --frames all), "
+        "or of those stored",
     )
     tail_cut: bool = field(True, "in training, half of the full clips lose a random tail (docs/official.md 9.2)")
     test_tail_cut: bool = field(False, "in evaluation too, as official: Recall gets random [15]", change="on resume")

@@ -15,7 +15,7 @@ def get_config(arg: str = "icl_pmd_pfr") -> default.Config:
     c.num_updates = 1300
 
     # Random frames, crops, colours and holes, so that pictures hardly repeat; 64 px, to be fast on a CPU.
-    c.data.num_frames, c.data.frame_sampling, c.data.tail_cut = 2, "random", False
+    c.data.num_frames, c.data.frame_sampling, c.data.tail_cut = 2, "random_of_stored", False
     c.data.min_scale, c.data.max_aspect = 0.35, 1.2
     c.data.colour_jitter, c.data.white_balance, c.data.erase = 0.2, 0.08, 0.5
     # Evaluation crops the middle, because training's crops show products 1.2 times as large as whole pictures do.

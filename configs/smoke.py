@@ -8,8 +8,7 @@ def get_config() -> default.Config:
     c.unlock()
     c.batch_size = 8
     c.num_updates = 6
-    c.data.num_frames = 3
-    c.data.eval_num_frames = 3
+    c.data.num_frames = c.data.eval_num_frames = 4  # evenly spaced ones of a clip are among the ten that are stored
     c.data.image_size, c.data.resize = 32, 36
     c.model.patch_size = 16
     c.model.width, c.model.layers, c.model.heads, c.model.hidden, c.model.embedding = 32, 2, 2, 64, 16

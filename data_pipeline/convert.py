@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.conversion.finish import Converted, encode_json, make_manifest
-from data_pipeline.conversion.report import count_split, print_report
+from data_pipeline.conversion.report import count_split, lost_boxes, print_report
 from data_pipeline.conversion.shards import Entry, ShardNote, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError, Fault
@@ -76,6 +76,7 @@ def convert(options: Options) -> dict[str, Any]:
         # The lists may change between the runs, when a fault is corrected: each shard's note has its own inputs.
         if claim(options.output, identity, options.output / MANIFEST, may_change=("lists",)):
             print(f"{options.output}: already converted, nothing to do.")
+            warn_of_changes(options, layout)
             report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
             return report
         return _convert(options, layout, splits, identity, lease)
@@ -99,6 +100,7 @@ def _convert(
         converted = [convert_split(workers, options, listing, tables["product"], lease) for listing in listings]
     lease.check()
     judge_faults(options, converted)
+    remarks += [remark for split in converted if (remark := lost_boxes(split))]
     manifest = make_manifest(options.output, identity, converted, tables)
     report = {
         "layout": options.layout,
@@ -199,6 +201,18 @@ def refuse_list_faults(layout: Layout) -> None:
     """Returns None if the lists and names as a whole have no faults. Raises BadInputError that shows them otherwise."""
     if faults := list(dict.fromkeys(layout.faults)):
         raise BadInputError("bad lists", show_faults(faults))
+
+
+def warn_of_changes(options: Options, layout: Layout) -> None:
+    """Warns on stderr of pictures that were written after the set was converted: it contains what they were before."""
+    converted = (options.output / MANIFEST).stat().st_mtime_ns
+    if changed := layout.changed_since(converted):
+        print(
+            f"warning: {options.source}: found {len(changed)} pictures or archives that were written after the "
+            f"conversion (first {changed[0]}), and the converted set has what was there before; to have the new ones, "
+            "convert to another --output.",
+            file=sys.stderr,
+        )
 
 
 def judge_faults(options: Options, converted: Sequence[Converted]) -> None:

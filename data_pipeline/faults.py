@@ -1,11 +1,15 @@
 """Faults of a source, each with its place, what was found, what is needed and what to do; and errors of commands."""
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of a source. `str` of it is its line in faults.txt: "FILE line N (SUBJECT): DETAIL"."""
+    """One fault of a source. `str` of it is its line in faults.txt: "FILE line N (SUBJECT): DETAIL".
+
+    Control characters, which a file's name may have, are escaped there, so that it is one line.
+    """
 
     reason: str  # its kind, by which reports count faults
     file: str  # relative to the source folder
@@ -16,7 +20,8 @@ class Fault:
     def __str__(self) -> str:
         line = f" line {self.line}" if self.line else ""
         subject = f" ({self.subject})" if self.subject else ""
-        return f"{self.file}{line}{subject}: {self.detail}"
+        text = f"{self.file}{line}{subject}: {self.detail}"
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda control: repr(control[0])[1:-1], text)
 
 
 class BadInputError(ValueError):

@@ -34,6 +34,8 @@ PATHS = ("data.path", "init_from")  # fields that hold a path
 FREE = tuple(name for name, field in FIELDS.items() if field.change in ("on resume", "per host"))
 EVALUATED = tuple(name for name, field in FIELDS.items() if field.change != "no")
 PER_HOST = tuple(name for name, field in FIELDS.items() if field.change == "per host")
+# Values that give the same run wherever both are allowed, so that a run may go on with the other.
+ALIKE = {"data.frame_sampling": {"random", "random_of_stored"}}
 
 
 def shipped_path(name: str) -> str:
@@ -298,10 +300,11 @@ def from_json(text: str) -> Config:
 
 
 def differences(old: Config, new: Config, *, free: tuple[str, ...] = ()) -> list[str]:
-    """Returns the fields that differ, sorted, as 'field: old -> new' (reprs), without those in `free`; [] if none."""
+    """Returns the fields that differ, sorted, as 'field: old -> new' (reprs), but those `free` or ALIKE; [] if none."""
     a, b = (flatten(json.loads(to_json(c))) for c in (old, new))  # tuples as lists on both sides
+    alike = {name for name, values in ALIKE.items() if {a[name], b[name]} <= values}
     return [
         f"{name}: {a.get(name)!r} -> {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name) and name not in free
+        if a.get(name) != b.get(name) and name not in free and name not in alike
     ]

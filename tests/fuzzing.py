@@ -44,6 +44,7 @@ from data_pipeline.input.sampling import choose_frames
 from data_pipeline.inspection import fingerprints
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.listing import TrainingRow
+from data_pipeline.layouts.names import has_control_characters
 from data_pipeline.layouts.own_folder import read_table
 from data_pipeline.system.paths import parse_path
 from rice_jax.weights import archives
@@ -60,7 +61,7 @@ def check_row(line: bytes) -> None:
     """A line of a training list (docs/official.md 8.3, 8.4)."""
     with contextlib.suppress(BadInputError):
         row = annotations.parse_row(line)
-        assert isinstance(row, TrainingRow) and row.frames and all(frame.isprintable() for frame in row.frames)
+        assert isinstance(row, TrainingRow) and row.frames and not has_control_characters("".join(row.frames))
         assert row.boxes is None or len(row.boxes) == len(row.frames)
         for box in (box for of_frame in row.boxes or () for box in of_frame):
             assert len(box) == 4 and np.isfinite(box).all() and any(box)
@@ -119,7 +120,7 @@ def check_lists(data: bytes, folder: Path) -> None:
     faults: list[Fault] = []
     with contextlib.suppress(BadInputError):
         for ids in annotations.load_id_lists(path, faults).values():
-            assert all(each and each.isprintable() for each in ids)
+            assert all(each and not has_control_characters(each) for each in ids)
     with contextlib.suppress(BadInputError):
         for boxes in annotations.load_boxes(path, faults).values():
             assert all(len(box) == 4 and np.isfinite(box).all() for box in boxes)

@@ -1,24 +1,33 @@
-"""A livestream shop of a dozen real photographs, written in the layouts of LPR750K and LPR4M.
+"""A livestream shop of a dozen real photographs, wider than high, written in the layouts of LPR750K and LPR4M.
 
 Seven training clips, one validation clip and three test clips of four products, in livestreams with galleries. One clip
 has twelve frames, one has one. The pictures are of the Grocery Store Dataset (see data/grocery/LICENSE.txt).
 """
 
+import atexit
 import dataclasses
 import io
 import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-PICTURES = Path(__file__).parent / "data" / "grocery"
+from PIL import Image
+
+SIZE = (160, 90)  # of all pictures: neither square nor as high as wide, so that no test confuses the sides
+ORIGINAL = (320, 180)  # of the frames before LPR4M's download halved them
+PICTURES = Path(tempfile.mkdtemp(prefix="lpr-pictures-"))
+atexit.register(shutil.rmtree, PICTURES, ignore_errors=True)
+for _path in sorted((Path(__file__).parent / "data" / "grocery").glob("*.jpg")):
+    with Image.open(_path) as _picture:
+        _picture.resize(SIZE, box=(0, 28, 128, 100)).save(PICTURES / _path.name, quality=90)  # 128 x 128, its middle
 FRAMES = sorted(PICTURES.glob("frame*.jpg"))
 SHOP_IMAGES = sorted(PICTURES.glob("shop*.jpg"))
 IMAGE_IDS = [f"{number:08x}-0000-4000-8000-00000000000{number}" for number in range(4)]
 LIVES = [f"{number:08x}-1111-4111-8111-11111111111{number}" for number in range(4)]
 TITLES = ["Lime", "Äpple, röd", "Milk\u3000牛乳", 'Juice "fresh"']
-ORIGINAL_SIDE = 256  # of the frames before LPR4M's download halved them
 URLS = "http://shop.example/ad-material-video/"
 
 
@@ -150,11 +159,11 @@ class Img2dataset:
         files: dict[str, bytes] = {}
         for index, (name, picture) in reversed(list(enumerate(pictures.items()))):
             key, good = f"{shard:05d}{index:02d}", name not in failed
-            side = ORIGINAL_SIDE if good else None
+            width, height = ORIGINAL if good else (None, None)
             row = {
                 "url": f"{URLS}{name}.jpg", "key": key, "status": "success" if good else "failed_to_download",
-                "error_message": None if good else "HTTP Error 404: Not Found", "original_width": side,
-                "original_height": side,
+                "error_message": None if good else "HTTP Error 404: Not Found", "original_width": width,
+                "original_height": height,
             }  # fmt: skip
             rows.append(row)
             if good:

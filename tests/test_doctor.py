@@ -306,7 +306,7 @@ PLANTED = [
         (s / TRUTH).read_bytes().replace(b"{", f'{{"{QUERY.id}": ["{IMAGE_IDS[0]}"], '.encode(), 1)), TRUTH),
     Planted("wrong number of columns", lines(LIST, columns_less), LINE + "found 12 columns"),
     Planted("bad gallery row", lines(GALLERY, lambda rows: rows.append(b"no slash")), rf"{GALLERY} line 6"),
-    Planted("bad id", lambda s: (s / LIST).write_bytes(b"\xef\xbb\xbf" + (s / LIST).read_bytes()), rf"{LIST} line 1"),
+    Planted("bad id", lambda s: (s / LIST).write_bytes(b"\x07" + (s / LIST).read_bytes()), rf"{LIST} line 1"),
     Planted("frame in train and test", copy(FRAME, QUERY_FRAME), rf"{FRAME} .*found the same bytes as {QUERY_FRAME}"),
     Planted("frame in train and test", recode(QUERY_FRAME, FRAME),
             rf"{FRAME} .*found the same picture as {QUERY_FRAME}"),

@@ -182,12 +182,12 @@ def test_a_failed_save_deletes_no_step_of_the_run_that_took_the_lease(
 def test_a_line_of_metrics_is_not_written_by_a_run_that_lost_its_lease(tmp_path: Path) -> None:
     check = Leased()
     with Log(tmp_path, step=0, check=check) as log:
-        log.write(1, {"loss": 1.0})
+        log.write_updates([(1, {"loss": 1.0})], lambda *_: None)
         before = (tmp_path / "metrics.jsonl").read_bytes()
         assert b'"loss": 1.0' in before  # nothing waits to be written
         check.lost = True
         with pytest.raises(LeaseLostError):
-            log.write(2, {"loss": 2.0})
+            log.write_updates([(2, {"loss": 2.0})], lambda *_: None)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     with pytest.raises(LeaseLostError):
         Log(tmp_path, step=0, check=check)  # which would cut the file

@@ -69,6 +69,10 @@ class Converted:
         return sum(sum(note.frames) for note in self.clips)
 
     @property
+    def lost_boxes(self) -> int:
+        return sum(note.lost_boxes for note in self.clips)
+
+    @property
     def skipped_clips(self) -> int:
         return self.listing.listed - len(self.clip_ordinals)
 

@@ -23,6 +23,7 @@ COUNTS = {  # key of the report: label in the table
     "skipped_clips": "clips left out",
     "skipped_images": "shop images left out",
     "failed_downloads": "frames whose download failed",
+    "lost_boxes": "frames whose boxes are left out",
     "bytes": "bytes",
 }
 
@@ -55,10 +56,22 @@ def count_split(split: Converted) -> dict[str, Any]:
         "skipped_clips": split.skipped_clips,
         "skipped_images": split.skipped_images,
         "failed_downloads": sum(note.failed_downloads for note in split.clips),
+        "lost_boxes": split.lost_boxes,
         "bytes": sum(note.size for note in notes),
         "skipped": split.reasons,
         "odd_pictures": {name: odd[name] for name in ODDITIES if odd[name]},
     }
+
+
+def lost_boxes(split: Converted) -> str:
+    """Returns a remark on the frames of a split whose boxes are left out, "" if there are none."""
+    if not split.lost_boxes:
+        return ""
+    return (
+        f"{split.listing.split}: left out the boxes of {split.lost_boxes:,} frames: their pictures have not the shape "
+        "of the originals (img2dataset's --resize_mode border and center_crop change it), or their size before the "
+        "download is not known; to have the boxes, download with --resize_mode keep_ratio."
+    )
 
 
 def print_report(report: dict[str, Any]) -> None:

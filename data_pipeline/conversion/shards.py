@@ -1,14 +1,17 @@
 """Writing of one shard, in a worker: find and check its pictures, write its records, and note the result.
 
 A finished shard has a note in the work folder, with a digest of its inputs and the checksum of its bytes. After a kill
-the same command verifies the shards that have notes and writes the others. A shard is the same in every run.
+the same command verifies the shards that have notes and writes the others. A shard is the same in every run. The digest
+has the size and time of each picture's file, since a picture may be replaced between a failed run and the next.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +48,7 @@ class ShardNote:
     frames: list[int] = dataclasses.field(default_factory=list)  # number of stored frames; none for shop images
     original_frames: list[int] = dataclasses.field(default_factory=list)
     failed_downloads: int = 0
+    lost_boxes: int = 0  # number of frames whose boxes `scale_boxes` cannot place
     faults: list[Fault] = dataclasses.field(default_factory=list)
     left_out: list[int] = dataclasses.field(default_factory=list)  # ordinals with a picture that exists and is at fault
     odd_pictures: dict[str, int] = dataclasses.field(default_factory=dict)  # numbers of stored ones, by ODDITIES
@@ -60,13 +64,15 @@ def write_shard(
     faults: list[Fault] = []
     found = _find_pictures(layout, entries, split, faults)
     # The digest has what decides the shard's bytes. A clip's RowLocation changes when another line is corrected.
+    state = functools.cache(functools.partial(_file_state, layout.source))  # the pictures of a tar share one file
+    states = [[state(picture.path) for picture in _pictures_of(item)] for _, item in found]
     decisive = [
         (entry.ordinal, entry.image_index, entry.product, entry.product_index, item)
         if isinstance(item, Clip)
         else (entry, item)
         for entry, item in found
     ]
-    inputs = hashlib.sha256(repr((SCHEMA_VERSION, decisive, faults)).encode()).hexdigest()
+    inputs = hashlib.sha256(repr((SCHEMA_VERSION, decisive, states, faults)).encode()).hexdigest()
     note_path = work / f"{path.name}.json"
     pictures = PictureReader(layout.source)
     if (finished := _finished(path, note_path, inputs)) and (
@@ -87,6 +93,19 @@ def write_shard(
     return note
 
 
+def _pictures_of(item: Clip | Picture) -> Sequence[Picture]:
+    return item.frames if isinstance(item, Clip) else (item,)
+
+
+def _file_state(source: Path, path: str) -> tuple[int, int] | None:
+    """Returns a file's size in bytes and time of change in ns, None if it cannot be asked: reading it is a fault."""
+    try:
+        stat = os.stat(source / path)
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 class _FaultsError(Exception):
     """Ends a shard that must not be written."""
 
@@ -96,7 +115,7 @@ def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, n
     for entry, item in found:
         pictures.odd.clear()
         try:
-            data = _encode(pictures, entry, item)
+            data, lost_boxes = _encode(pictures, entry, item)
         except BadInputError as err:
             note.faults.append(_fault(err, entry))
             note.left_out.append(entry.ordinal)
@@ -108,6 +127,7 @@ def _write_records(writer: ShardWriter, pictures: PictureReader, found: Found, n
             note.frames.append(len(item.frames))
             note.original_frames.append(item.original_frames)
             note.failed_downloads += item.failed_downloads
+            note.lost_boxes += lost_boxes
     note.odd_pictures = dict(odd)
 
 
@@ -155,19 +175,24 @@ def make_clip(listed: ClipEntry, found: Sequence[FoundFrame]) -> Clip:
     )
 
 
-def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> bytes:
-    """Returns the data of an entry's record. Raises BadInputError for a picture that cannot be used."""
+def _encode(pictures: PictureReader, entry: Entry, item: Clip | Picture) -> tuple[bytes, int]:
+    """Returns the data of an entry's record, and the number of its frames whose boxes cannot be placed.
+
+    Raises BadInputError for a picture that cannot be used.
+    """
     if isinstance(item, Picture):
         assert isinstance(entry.source, ShopImage)
         data, _ = _read(pictures, item)
-        return encode_image(entry.source, data, ordinal=entry.ordinal, product_index=entry.product_index)
+        return encode_image(entry.source, data, ordinal=entry.ordinal, product_index=entry.product_index), 0
     frames = [_read(pictures, picture) for picture in item.frames]
+    lost_boxes = 0
     if item.boxes is not None:
-        sizes = [size for _, size in frames]
-        item = dataclasses.replace(item, boxes=tuple(map(scale_boxes, item.boxes, item.frames, sizes)))
+        boxes = list(map(scale_boxes, item.boxes, item.frames, [size for _, size in frames]))
+        lost_boxes = boxes.count(None)
+        item = dataclasses.replace(item, boxes=tuple(each or () for each in boxes))
     clip = dataclasses.replace(item, product=entry.product)
     indices = {"image_index": entry.image_index, "product_index": entry.product_index}
-    return encode_clip(clip, [data for data, _ in frames], ordinal=entry.ordinal, **indices)
+    return encode_clip(clip, [data for data, _ in frames], ordinal=entry.ordinal, **indices), lost_boxes
 
 
 def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, int]]:
@@ -178,12 +203,26 @@ def _read(pictures: PictureReader, picture: Picture) -> tuple[bytes, tuple[int, 
     return data, decoded.size
 
 
-def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...]:
-    """Returns boxes in the original's pixels in those of the stored picture, of `size` (w, h); equal if not shrunk."""
-    if picture.original_size is None:
+def scale_boxes(boxes: Sequence[Box], picture: Picture, size: tuple[int, int]) -> tuple[Box, ...] | None:
+    """Returns boxes in the original's pixels in those of the stored picture, of `size` (w, h); equal if not shrunk.
+
+    None if there are boxes, but the picture has not its original's shape, so that it was padded or cropped, or a
+    download does not tell the original's size.
+    """
+    if picture.original_size is None or not boxes:
         return tuple(boxes)
+    if not _same_shape(size, picture.original_size):
+        return None
     x, y = (stored / original for stored, original in zip(size, picture.original_size, strict=True))
     return tuple((left * x, top * y, right * x, bottom * y) for left, top, right, bottom in boxes)
+
+
+def _same_shape(size: tuple[int, int], original: tuple[int, int]) -> bool:
+    """Returns whether a picture of `size` (w, h) can be the whole original, shrunk, with a side rounded to pixels."""
+    width, height = size
+    return all(original) and (
+        abs(width - height * original[0] / original[1]) <= 1 or abs(height - width * original[1] / original[0]) <= 1
+    )
 
 
 def _fault(error: BadInputError, entry: Entry) -> Fault:

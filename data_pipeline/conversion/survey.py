@@ -110,7 +110,7 @@ def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey
             except BadInputError:
                 survey.nameless += 1
             continue
-        category = f"{row.category}\t{row.category_name}".strip("\t")
+        category = f"{row.category}\t{row.category_name}" if row.category or row.category_name else ""
         texts = (row.livestream, category, row.product, row.scale, row.duration, row.number)
         hashes = hash_names(layout.frames_to_locate(row))
         survey.rows.append(SurveyedRow(row.clip_id, line, texts, image, row.columns, hashes))

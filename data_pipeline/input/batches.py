@@ -24,6 +24,7 @@ from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
+from data_pipeline.input.sampling import sample_frames
 from data_pipeline.system.processes import WorkerDiedError, death_of_worker, end_with_parent
 
 Rows = Sequence[int] | NDArray[np.integer]
@@ -223,9 +224,10 @@ def train_batches(
         index: int32 [b], the clip's row in the split.
 
     Raises:
-      ValueError: no position, or one outside 0 to G - 1; a clip of the plan without shop image, or with fewer than N
-        stored frames where the source had more; threads, workers or prefetch_batches out of range. From next(): a
-        record or picture that cannot be read (the message names it), a negative start_step, or closed batches.
+      ValueError: no position, or one outside 0 to G - 1; a clip of the plan without shop image, or whose stored frames
+        are not all of the source's and lack what num_frames and frame_sampling ask for; threads, workers or
+        prefetch_batches out of range. From next(): a record or picture that cannot be read (the message names it), a
+        negative start_step, or closed batches.
       RuntimeError: from next(), a worker process died.
 
     Example:
@@ -242,7 +244,7 @@ def train_batches(
     if batch_positions.ndim != 1 or not len(batch_positions) or outside:
         raise ValueError(f"positions: found {batch_positions.tolist()}, needs positions of 0 to {plan.batch_size - 1}.")
     used = slice(None) if plan.keep is None else plan.keep
-    _check_stored_frames(split, np.arange(split.num_clips)[used], options)
+    _check_stored_frames(split, np.arange(split.num_clips)[used], options, train=True)
     without_image = np.flatnonzero(np.asarray(split.columns["image"])[used] < 0)
     if len(without_image):
         row = int(np.arange(split.num_clips)[used][without_image[0]])
@@ -286,9 +288,9 @@ def clip_batches(
         valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0).
 
     Raises:
-      ValueError: a row outside -1 to num_clips - 1; rows not of one axis; batch_size below 1; a clip with fewer than N
-        stored frames where the source had more; threads or workers below 0. From next(): a record or picture that
-        cannot be read (the message names it), or batches that were closed before their end.
+      ValueError: a row outside -1 to num_clips - 1; rows not of one axis; batch_size below 1; a clip whose stored
+        frames are not all of the source's and lack some of the N evenly spaced ones; threads or workers below 0. From
+        next(): a record or picture that cannot be read (the message names it), or batches closed before their end.
       RuntimeError: from next(), a worker process died.
 
     Example:
@@ -300,7 +302,7 @@ def clip_batches(
         assert shown == split.num_clips
     """
     padded = _padded(rows, split.num_clips, split.name, batch_size)
-    _check_stored_frames(split, padded[padded != PADDING], options)
+    _check_stored_frames(split, padded[padded != PADDING], options, train=False)
     return _evaluation_batches("clip", split, padded, options, seed, threads, workers)
 
 
@@ -355,12 +357,37 @@ def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDAr
     return padded.astype(np.int32).reshape(-1, batch_size)
 
 
-def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOptions) -> None:
-    stored, original = (np.asarray(split.columns[name])[rows] for name in ("frames", "original_frames"))
-    short = np.flatnonzero((stored < original) & (stored < options.num_frames))
-    if len(short):
-        first = short[0]
-        raise ValueError(
-            f"split {split.name} clip {split.clip_ids[int(rows[first])]}: found {stored[first]} stored frames of "
-            f"{original[first]}, needs num_frames = {options.num_frames}; convert again with --frames all."
-        )
+def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOptions, *, train: bool) -> None:
+    """Raises ValueError if the stored frames of a clip in `rows` give other frames than the clip itself would.
+
+    "random_of_stored" asks for other frames, so there it is raised only if the stored ones leave nothing to draw.
+    """
+    stored, original = (np.asarray(split.columns[name], np.int64)[rows] for name in ("frames", "original_frames"))
+    short = np.flatnonzero(stored < original)
+    _, first = np.unique(stored[short] << 32 | original[short], return_index=True)  # of millions of clips few differ
+    for each in short[np.sort(first)].tolist():
+        found, of = int(stored[each]), int(original[each])
+        if fault := _frames_fault(found, of, options, train=train):
+            clip = split.clip_ids[int(rows[each])]
+            raise ValueError(f"split {split.name} clip {clip}: found {found} stored frames of {of}, {fault}.")
+
+
+def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: bool) -> str:
+    """Returns what frames that are `stored` of `original` frames cannot give and what to do; "" if they suffice."""
+    slots, sampling = options.num_frames, options.frame_sampling if train else "uniform"
+    again = "convert again with --frames all"
+    if stored < slots:
+        return f"needs num_frames = {slots}; {again}"
+    if sampling == "random":
+        return f'needs all for frame_sampling "random"; {again}, or set "random_of_stored" to draw from these'
+    if sampling == "random_of_stored":
+        return "" if stored > slots else f"needs more than num_frames = {slots} to draw from; {again}"
+    positions = sample_frames(original, stored)
+    agree = [
+        n
+        for n in range(1, stored + 1)
+        if np.array_equal(positions[sample_frames(stored, n)], sample_frames(original, n))
+    ]
+    if slots in agree:
+        return ""
+    return f"which lack some of the num_frames = {slots} evenly spaced ones; {again}, or set one of {agree}"

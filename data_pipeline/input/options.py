@@ -1,7 +1,9 @@
 """The options by which clips become frames of one size, with their checks."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+FrameSampling = Literal["uniform", "random", "random_of_stored"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,9 @@ class FrameOptions:
       resize_mode: "stretch" makes a square, bilinearly, as RICE does. "keep_ratio" keeps the aspect ratio, bicubically,
         as CLIP does (docs/official.md 11, row 17).
       num_frames: slots of a clip, N.
-      frame_sampling: "uniform" takes evenly spaced frames. "random" draws any num_frames frames, in their order.
+      frame_sampling: "uniform" takes evenly spaced frames. "random" draws any num_frames frames of the clip, in their
+        order; the data set must store all frames. "random_of_stored" draws from the frames that are stored, such as the
+        ten evenly spaced ones of a default conversion.
       tail_cut: with probability 0.5, a clip that fills every slot keeps only its first 1 to num_frames frames
         (docs/official.md 9.2).
       test_tail_cut: the same cut in evaluation, as the official code does (docs/official.md 11, row 15).
@@ -47,7 +51,7 @@ class FrameOptions:
     resize: int = 256
     resize_mode: Literal["stretch", "keep_ratio"] = "stretch"
     num_frames: int = 10
-    frame_sampling: Literal["uniform", "random"] = "uniform"
+    frame_sampling: FrameSampling = "uniform"
     tail_cut: bool = True
     test_tail_cut: bool = False
     flip: bool = True
@@ -62,7 +66,7 @@ class FrameOptions:
     to_srgb: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("resize_mode", ("stretch", "keep_ratio")), ("frame_sampling", ("uniform", "random"))):
+        for name, allowed in (("resize_mode", ("stretch", "keep_ratio")), ("frame_sampling", get_args(FrameSampling))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, needs one of {', '.join(allowed)}.")
         if not 1 <= self.image_size <= self.resize:

@@ -50,7 +50,7 @@ def choose_frames(count: int, options: FrameOptions, words: RandomWords, *, trai
     ValueError if count is below 1, or random sampling gets another number of words.
     """
     slots = options.num_frames
-    if train and options.frame_sampling == "random" and count > slots:
+    if train and options.frame_sampling != "uniform" and count > slots:
         positions = random_subset(count, slots, words[2:])
     else:
         positions = sample_frames(count, slots)

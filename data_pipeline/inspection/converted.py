@@ -214,10 +214,12 @@ def _disagreements(
     else:
         pairs = {"id": (record.id, split.clip_ids[row])}
         texts = {name: getattr(record, name) for name in TABLES if name != "category"}
-        texts["category"] = f"{record.category}\t{record.category_name}".strip("\t")
+        texts["category"] = f"{record.category}\t{record.category_name}"
         for name, text in texts.items():
             number = int(split.columns[name][row])
-            pairs[name] = text, context.tables[name][number] if number != NONE else ""
+            column = context.tables[name][number] if number != NONE else ""
+            # Earlier versions left out the tab of a category without id or name.
+            pairs[name] = (text.strip("\t"), column.strip("\t")) if name == "category" else (text, column)
         pairs["image"] = record.image_index, int(split.columns["image"][row])
         pairs["frames"] = len(record.frames), int(split.columns["frames"][row])
         pairs["original_frames"] = record.original_frames, int(split.columns["original_frames"][row])

@@ -15,7 +15,8 @@ from data_pipeline.layouts.listing import NONE
 
 # Kinds that a conversion accepts and that make neither training nor its figures wrong. Every other kind is an error.
 WARNINGS = (
-    "control characters", "file of no manifest", "frame listed twice", "frame of two products",
+    "control characters", "file of no manifest", "frame listed twice", "frame of another shape",
+    "frame of two products",
     "ids alike", "image twice in a gallery", "several pictures in a file", "shop image under two ids",
     "truth without query", "turned by EXIF", "two shop images under one id", "unusual colours", "wrong suffix",
 )  # fmt: skip

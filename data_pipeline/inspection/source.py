@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,14 @@ from data_pipeline.inspection.summary import UNLISTED, InspectedData, PartResult
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
 from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
+from data_pipeline.layouts.names import is_leftover
 from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 from data_pipeline.system.workers import Workers
 
 CLIPS_A_TASK = 64
 PICTURES_A_TASK = 512
 BOX_SLACK = 0.5  # pixels by which a box may leave its frame: the rounding of a download that shrank the frame
+RESHAPED = "frame of another shape"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")  # with U+FFFD, which replaces a lost character
 TEXTS = ("image_title", "category", "category_name", "product", "speech", "scale", "duration", "number")
 T = TypeVar("T")
@@ -187,11 +190,16 @@ def _empty_lists(listing: Listing) -> Iterator[Fault]:
 
 
 def _pictures_below(root: Path) -> Iterator[str]:
-    """Yields the paths, relative to root, of files with a picture's suffix, in order; links to folders are left."""
-    for folder, inner, files in os.walk(root):
-        inner.sort()
+    """Yields the paths, relative to root, of files with a picture's suffix, in order, but leftovers.
+
+    Links to folders are left, except for those at the top, which a conversion follows.
+    """
+    links = [path for path in sorted(root.iterdir()) if path.is_symlink()]
+    outside = [path for path in links if not path.resolve().is_relative_to(root.resolve())]
+    for folder, inner, files in itertools.chain(os.walk(root), *map(os.walk, outside)):
+        inner[:] = sorted(name for name in inner if not is_leftover(name))
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not is_leftover(name):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
@@ -275,6 +283,7 @@ def inspect_clips(
 ) -> PartResult:
     """Returns fingerprints, frame counts, faults of clips (clip id, where listed); one that cannot be parsed has 0."""
     part = _Part(context)
+    reshaped = False
     for clip_id, source in clips:
         number = source.number if isinstance(source, RowLocation) else 0
         fault = lambda err, file=source.file, number=number, clip=clip_id: err.at(file, number, f"clip {clip}")
@@ -300,7 +309,10 @@ def inspect_clips(
                 part.faults.append(fault(BadInputError("frame listed twice", detail)))
             before.add(name)
             if listed.boxes and fingerprint["key"]:
-                part.faults += map(fault, box_faults(listed.boxes[frame.position], frame.picture, fingerprint, name))
+                for error in box_faults(listed.boxes[frame.position], frame.picture, fingerprint, name):
+                    if error.reason != RESHAPED or not reshaped:  # once a task, since a download has millions of them
+                        part.faults.append(fault(error))
+                    reshaped |= error.reason == RESHAPED
     return part.result()
 
 
@@ -313,9 +325,17 @@ def inspect_unlisted(context: SourceContext, paths: Sequence[str]) -> PartResult
 
 
 def box_faults(boxes: Sequence[Box], picture: Picture, fingerprint: Fingerprints, name: str) -> Iterator[BadInputError]:
-    """Yields BadInputError for each box of frame `name` that is inverted or leaves it by more than BOX_SLACK pixels."""
+    """Yields BadInputError for each box of frame `name` that is inverted or leaves it by more than BOX_SLACK pixels.
+
+    If a conversion leaves the boxes out, since the frame has not its original's shape, yields one error of RESHAPED.
+    """
     width, height = int(fingerprint["width"]), int(fingerprint["height"])
-    for box, scaled in zip(boxes, scale_boxes(boxes, picture, (width, height)), strict=True):
+    in_frame = scale_boxes(boxes, picture, (width, height))
+    if in_frame is None:
+        detail = f"found frame {name} of {width}x{height} pixels, needs the shape of its original "
+        detail += f"({'x'.join(map(str, picture.original_size or ()))}); its boxes, and those of frames like it, are "
+        yield BadInputError(RESHAPED, f"{detail}left out. img2dataset keeps the shape with --resize_mode keep_ratio.")
+    for box, scaled in zip(boxes if in_frame else (), in_frame or (), strict=True):
         left, top, right, bottom = scaled
         size = "x".join(map(str, picture.original_size or (width, height)))
         if right <= left or bottom <= top:

@@ -4,15 +4,17 @@ docs/official.md 8.3 to 8.8 describe them. They come from a download, so they ar
 """
 
 import ast
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box
 from data_pipeline.layouts.listing import RowLocation, TrainingRow
+from data_pipeline.layouts.names import has_control_characters
 from data_pipeline.layouts.pictures import SUFFIXES
 
 MAX_LINE_BYTES = 1 << 24  # a clip of one hour, one frame per second, takes 0.5 MB
@@ -37,6 +39,9 @@ def parse_row(line: bytes) -> TrainingRow:
     Column 4 is the picture's path in LPR750K, its title in LPR4M: docs/official.md 8.3, 8.4. Raises BadInputError for
     bytes that are not UTF-8, a wrong number of columns, a bad id, and lists of frames or boxes that cannot be parsed.
     """
+    if len(line) >= MAX_LINE_BYTES:
+        detail = f"found over {MAX_LINE_BYTES:,} bytes in a line, needs fewer; restore the file's line ends."
+        raise BadInputError("oversized line", detail)
     try:
         cells = line.decode("utf-8").split("\t")
     except UnicodeDecodeError as err:
@@ -52,6 +57,8 @@ def parse_row(line: bytes) -> TrainingRow:
     frames = parse_frames(cells[1])
     boxes = parse_boxes(cells[2], len(frames))
     texts = dict(zip(LPR750K_TEXTS if has_path else LPR4M_TEXTS, cells[4:], strict=False))
+    if has_path:
+        texts["image_path"] = slashes(texts["image_path"])
     return TrainingRow(
         clip_id=checked_id(cells[0], "clip"),
         livestream=livestream_of(cells[0]),
@@ -64,13 +71,22 @@ def parse_row(line: bytes) -> TrainingRow:
 
 
 def parse_frames(cell: str) -> tuple[str, ...]:
-    """Returns a JSON or Python list's strings. Raises BadInputError if it is none, empty or has unprintable ones."""
+    """Returns a JSON or Python list's strings, with `slashes`.
+
+    Raises BadInputError if the cell is no list, is empty, or a string has control characters.
+    """
     frames = _parse_list(cell, "frame")
     if not frames:
         raise BadInputError("clip without frames", "found an empty frame list, needs at least one; remove the line.")
-    if not "".join(frames).isprintable():
-        raise BadInputError("bad id", f"found unprintable characters in {cell!r:.80}, needs names; correct the cell.")
-    return tuple(frames)
+    if has_control_characters("".join(frames)):
+        detail = f"found control characters in {cell!r:.80}, needs names; correct the cell (in a list, a path's "
+        raise BadInputError("bad id", f"{detail}backslashes are doubled, or slashes).")
+    return tuple(map(slashes, frames))
+
+
+def slashes(path: str) -> str:
+    """Returns a path with slashes for backslashes, which programs on Windows write."""
+    return path.replace("\\", "/")
 
 
 def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | None:
@@ -121,9 +137,13 @@ def _parse_list(cell: str, what: str) -> list:
 
 
 def checked_id(text: str, what: str) -> str:
-    """Returns `text` if printable and of 1 to MAX_ID_BYTES bytes. Raises BadInputError, which names `what`, if not."""
-    if not text or not text.isprintable() or len(text.encode()) > MAX_ID_BYTES:
-        detail = f"found the {what} id {text!r:.80}, needs 1 to {MAX_ID_BYTES} printable bytes; correct it."
+    """Returns `text` if it has 1 to MAX_ID_BYTES bytes and no control character. Raises BadInputError otherwise.
+
+    what: the id's kind, for the message.
+    """
+    if not text or has_control_characters(text) or len(text.encode()) > MAX_ID_BYTES:
+        detail = f"found the {what} id {text!r:.80}, needs 1 to {MAX_ID_BYTES} bytes without control characters; "
+        detail += "correct it."
         raise BadInputError("bad id", detail)
     return text
 
@@ -136,19 +156,50 @@ def livestream_of(clip_id: str) -> str:
 def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Yields (number, offset, content without line end) of the lines that start in bytes [begin, end) of a file.
 
-    Numbers count from 1 at the first of these lines. Empty lines are counted and left out. A line longer than
-    MAX_LINE_BYTES ends there, and its rest is another line. end None: to the file's end. Raises OSError on reading.
+    Numbers count from 1 at the first of these lines. Blank lines and a byte order mark are left out, the lines but not
+    the mark counted. Of a line longer than MAX_LINE_BYTES the content is its first MAX_LINE_BYTES. end None: to the
+    file's end. Raises BadInputError if the file begins like UTF-16 or has an old Mac's line ends, OSError on reading.
     """
     with path.open("rb") as file:
-        file.seek(max(0, begin - 1))
         if begin:
-            file.readline()  # the end of a line that starts before `begin`
+            file.seek(begin - 1)
+            _skip_line(file)  # the end of a line that starts before `begin`
+        else:
+            head = file.read(MAX_LINE_BYTES)
+            file.seek(_bom_length(head, path))
+            if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+                detail = "found lines that end in CR alone, as on old Macs, needs LF or CR LF; convert them: "
+                raise BadInputError("old line ends", rf"{detail}tr '\r' '\n' < FILE > NEW.", _name_in_source(path))
         number, offset = 0, file.tell()
-        while (end is None or offset < end) and (line := file.readline(MAX_LINE_BYTES)):
+        start = offset if begin else 0  # of the next line; a byte order mark belongs to the first
+        while (end is None or start < end) and (line := file.readline(MAX_LINE_BYTES)):
             number += 1
-            if content := line.rstrip(b"\r\n"):
-                yield number, offset, content
-            offset += len(line)
+            if line.strip():
+                yield number, offset, line.rstrip(b"\r\n")
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(file)
+            offset = start = file.tell()
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def wide_encoding(head: bytes) -> str:
+    """Returns "UTF-16" or "UTF-32" if a text file that begins with `head` has this encoding, else ""."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    bom = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "UTF-16" if bom or re.match(rb"([^\0]\0){2}|(\0[^\0]){2}", head) else ""
+
+
+def _bom_length(head: bytes, path: Path) -> int:
+    """Returns the length, 3 or 0, of UTF-8's byte order mark in a list's first bytes. BadInputError: wide_encoding."""
+    if wide := wide_encoding(head):
+        detail = f"found {wide}, needs UTF-8; convert it: iconv -f {wide} -t UTF-8 FILE > NEW."
+        raise BadInputError("not UTF-8", detail, _name_in_source(path))
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
 def read_row(source: Path, location: RowLocation) -> TrainingRow:
@@ -188,7 +239,7 @@ def training_lists(source: Path, chosen: str | None) -> list[Path]:
 
 
 def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises BadInputError if it is too large or no such object, OSError on reading.
+    """Returns the JSON object in a file. BadInputError: too large, no such object, UTF-16. OSError: on reading.
 
     Bytes that are not UTF-8 are replaced. Of a key given twice the first counts. Both become `faults`.
     """
@@ -197,6 +248,7 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
         detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
         raise BadInputError("oversized file", detail, file)
     data = path.read_bytes()
+    data = data[_bom_length(data, path) :]
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as err:

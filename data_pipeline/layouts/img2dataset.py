@@ -12,9 +12,8 @@ import os
 import re
 import tarfile
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Picture
-from data_pipeline.layouts.listing import Layout, RunTasks
+from data_pipeline.layouts.listing import Layout
 from data_pipeline.layouts.pictures import SUFFIXES
 
 FOLDERS_ABOVE = ("", "files/", "webdataset/")  # of a download in the source folder, tried in this order
@@ -47,8 +46,19 @@ MAX_TABLE_BYTES, MAX_TABLE_ROWS = 1 << 28, 1_000_000  # of a shard's table; the 
 MAX_URL_BYTES = 1 << 14
 MAX_SIDE = 1 << 24  # px, of an original picture
 MAX_MEMBER_BYTES = (1 << 32) - 1  # PLACE's size
-TABLE_COLUMNS = ["url", "key", "status", "original_width", "original_height"]
-Entry = tuple[str, str, bool, tuple[int, int]]  # of a download: name, key, stored or not, size of the original in px
+TABLE_TEXTS, TABLE_SIZES = ("url", "key", "status"), ("original_width", "original_height")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+SUFFIX_IN_URL = re.compile(rf"(.+?)({'|'.join(map(re.escape, SUFFIXES))})(?![a-z0-9]).*", re.IGNORECASE | re.DOTALL)
+Entry = tuple[str, int, bool, tuple[int, int]]  # of a download: name, key, stored or not, size of the original in px
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of an entry
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """An entry that cannot be read."""
+
+    file: str  # the sidecar or table
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,7 @@ class Download:
         """Returns the location, in a tar or as a file, of the picture `name` of a stored download. place: its PLACE."""
         shard = self.shards[place["shard"]]
         member = f"{int(place['key']):0{int(place['digits'])}d}{SUFFIX_LIST[place['suffix']]}"
-        original = (int(place["width"]), int(place["height"]))
-        size = original if all(original) else None
+        size = (int(place["width"]), int(place["height"]))
         if self.tars:
             path = f"{self.folder}/{shard}.tar"
             return Picture(name, path, int(place["offset"]), int(place["size"]), member, size)
@@ -74,6 +83,7 @@ class Download:
 
 def find_download(source: Path, kind: str) -> Download:
     """Returns the download `kind`, such as training_frame. Raises WrongUseError if none has numbered shards."""
+    found = ""
     for above in FOLDERS_ABOVE:
         folder = Path(above) / kind
         if not (source / folder).is_dir():
@@ -83,16 +93,40 @@ def find_download(source: Path, kind: str) -> Download:
         shards = tars or tuple(name for name in names if re.fullmatch(r"\d+", name))
         if shards:
             return Download(source, folder.as_posix(), bool(tars), shards)
+        found = found or f"{folder.as_posix()}: found {_unread_content(names)}"
+    if found:
+        raise WrongUseError(f"{source}/{found} Or leave the split out with --splits.")
     raise WrongUseError(
         f"{source}: found no folder {kind}, files/{kind} or webdataset/{kind} with img2dataset's numbered shards, "
         f"needs one; rename the output folder, or leave the split out with --splits."
     )
 
 
+def _unread_content(names: Sequence[str]) -> str:
+    """Returns what a folder of these names has in place of the shards of `files` or `webdataset`, and what to do."""
+    again = "download again with --output_format webdataset (or files)."
+    for pattern, what in (
+        (r"\d+\.(tar\.\w+|tgz)", "compressed tars ({}), needs them plain; decompress them, such as with gunzip."),
+        (r"\d+\.tfrecord", f"img2dataset's output_format tfrecord ({{}}), needs webdataset or files; {again}"),
+        (r"\d+\.parquet", f"tables, as of img2dataset's output_format parquet ({{}}), but no pictures; {again}"),
+        (r"\d+_stats\.json", f"statistics, as of img2dataset's output_format dummy ({{}}), but no pictures; {again}"),
+    ):
+        if matching := [name for name in names if re.fullmatch(pattern, name)]:
+            return what.format(matching[0])
+    others = ", ".join(names[:3]) or "nothing"
+    return f"{others}, needs img2dataset's numbered shards (00000.tar or 00000/); move or rename them."
+
+
 def name_of(text: str) -> str:
-    """Returns the frame or image id in an id, a path or a URL: the last part without a picture's suffix."""
+    """Returns the frame or image id in an id, a path or a URL: the last part without a picture's suffix.
+
+    In a URL a server's options may follow the suffix, as in x.jpg!w300, x.jpg_300x300.jpg or x.jpg/w/300.
+    """
     if "://" in text:
         text = urllib.parse.unquote(text.partition("?")[0].partition("#")[0])
+        for part in reversed(text.split("/")[3:]):
+            if match := SUFFIX_IN_URL.fullmatch(part):
+                return match[1]
     stem, suffix = os.path.splitext(os.path.basename(text))
     return stem if suffix.lower() in SUFFIXES else stem + suffix
 
@@ -114,33 +148,51 @@ class ShardScan:
     places: NDArray[np.void]  # PLACE of each
     listed: int = 0  # number of downloads in the shard, wanted or not
     failed: int = 0  # number of them that failed
-    has_table: bool = True  # and pyarrow is installed
-    fault: Fault | None = None  # the shard cannot be read
+    has_table: bool = True  # and it was read
+    faults: list[Fault] = field(default_factory=list)  # at most one of each cause
+
+
+@dataclass
+class Members:
+    """What one shard contains, by key. Offset and size are as in PLACE."""
+
+    pictures: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # digits, suffix, offset, size
+    sidecars: dict[int, tuple[str, int, int]] = field(default_factory=dict)  # file name, offset, size
+    fault: BadInputError | None = None  # what the archive has after the damage is missing
 
 
 def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Path) -> ShardScan:
     """Returns the wanted names in shard `number`. hashes_file: their sorted hashes. Runs in a worker.
 
-    A shard that cannot be read gives the scan a `fault`. Raises WrongUseError if there is a table but no sidecars, and
-    pyarrow is not installed, and OSError if a tar or folder cannot be opened.
+    What cannot be read of a shard gives the scan a fault, and counts as a failed download if its name is known. Raises
+    WrongUseError if there is a table but no sidecars, and pyarrow is not installed, and OSError if a tar or folder
+    cannot be opened.
     """
     wanted = np.load(hashes_file, mmap_mode="r")
     scan = ShardScan(np.zeros(0, np.uint64), np.zeros(0, PLACE))
+    members = _members(download, number)
+    entries, scan.has_table, errors = _read_entries(download, number, members)
+    errors += [members.fault] if members.fault else []
     rows: list[tuple] = []
-    try:
-        pictures, sidecars = _members(download, number)
-        table = _read_table(download, number)
-        scan.has_table = table is not None
-        for name, key, stored, size in table if table is not None else _read_sidecars(download, number, sidecars):
-            scan.listed += 1
-            scan.failed += not stored
-            picture = pictures.get(key) if stored else (0, 0, 0)
-            if picture is not None:
-                suffix, offset, length = picture
-                state = STORED if stored else FAILED
-                rows.append((name, int(key), offset, length, number, *size, len(key), suffix, state))
-    except BadInputError as err:
-        scan.fault = err.at(f"{download.folder}/{download.shards[number]}")
+    bad: list[BadEntry] = []
+    lost: list[int] = []
+    for entry in entries:
+        if isinstance(entry, BadEntry):
+            bad.append(entry)
+            continue
+        name, key, stored, size = entry
+        scan.listed += 1
+        scan.failed += not stored
+        picture = members.pictures.get(key) if stored else None
+        if stored and not picture:
+            lost.append(key)
+        digits, suffix, offset, length = picture or (0, 0, 0, 0)
+        rows.append((name, key, offset, length, number, *size, digits, suffix, STORED if picture else FAILED))
+    errors += _bad_entries(bad)
+    if lost and not members.fault:
+        detail = f"found no picture of {len(lost)} downloads that succeeded (first key {lost[0]}), needs KEY.jpg or "
+        errors.append(BadInputError("missing pictures", f"{detail}another suffix; download the shard again."))
+    scan.faults = [error.at(f"{download.folder}/{download.shards[number]}") for error in errors]
     hashes = hash_names([name for name, *_ in rows])
     at = np.searchsorted(wanted, hashes)
     chosen = np.flatnonzero(at < len(wanted))
@@ -150,40 +202,79 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
     return scan
 
 
-def _members(download: Download, number: int) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, int]]]:
-    """Returns a shard's pictures (suffix, offset, size) and sidecars (offset, size), both by key, numbers as in PLACE.
+def _bad_entries(bad: Sequence[BadEntry]) -> list[BadInputError]:
+    """Returns one error for a shard's entries that cannot be read, which names the first, or none."""
+    if not bad:
+        return []
+    more = f", nor can {len(bad) - 1} more of this shard" if len(bad) > 1 else ""
+    detail = f"{bad[0].file} cannot be read ({bad[0].error!r:.100}){more}; download the shard again."
+    return [BadInputError("unreadable sidecar" if bad[0].file.endswith(".json") else "unreadable table", detail)]
 
-    Raises BadInputError for a tar that is damaged, OSError for a tar or folder that cannot be opened.
-    """
-    pictures: dict[str, tuple[int, int, int]] = {}
-    sidecars: dict[str, tuple[int, int]] = {}
+
+def _members(download: Download, number: int) -> Members:
+    """Returns a shard's members, by base name. Raises OSError for a tar or folder that cannot be opened."""
+    members = Members()
     shard = download.source / download.folder / download.shards[number]
-    members = _tar_members(shard) if download.tars else ((name, 0, 0) for name in os.listdir(shard))
-    for name, offset, size in members:
-        key, suffix = os.path.splitext(name)
-        if not re.fullmatch(r"\d{1,18}", key):
-            continue
-        if suffix == ".json":
-            sidecars[key] = offset, size
-        elif suffix.lower() in SUFFIXES:
-            pictures[key] = SUFFIX_LIST.index(suffix.lower()), offset, size
-    return pictures, sidecars
+    try:
+        for path, offset, size in (
+            _tar_members(shard) if download.tars else ((name, 0, 0) for name in os.listdir(shard))
+        ):
+            name = os.path.basename(path)
+            key, suffix = os.path.splitext(name)
+            if not re.fullmatch(r"\d{1,18}", key, re.ASCII):
+                continue
+            if suffix == ".json":
+                members.sidecars[int(key)] = name, offset, size
+            elif suffix.lower() in SUFFIXES:
+                members.pictures[int(key)] = len(key), SUFFIX_LIST.index(suffix.lower()), offset, size
+    except BadInputError as err:
+        members.fault = err
+    return members
 
 
 def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
+    """Yields (path, offset, size) of the files of a tar; of a link, those of the file before it that it names.
+
+    Raises BadInputError where the tar is damaged or cut short.
+    """
+    files: dict[str, tuple[int, int]] = {}
     try:
+        total = os.path.getsize(f"{shard}.tar")
         with tarfile.open(f"{shard}.tar", "r:") as tar:
             for member in tar:
+                path = os.path.normpath(member.name)
                 if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
-                    yield member.name, member.offset_data, member.size
+                    if member.offset_data + member.size > total:
+                        raise tarfile.ReadError(f"it is cut short in {member.name:.100}")
+                    files[path] = member.offset_data, member.size
+                elif member.islnk() or member.issym():
+                    folder = os.path.dirname(path) if member.issym() else ""
+                    target = os.path.normpath(os.path.join(folder, member.linkname))
+                    if target in files:
+                        files[path] = files[target]
+                if path in files:
+                    yield path, *files[path]
+            with open(f"{shard}.tar", "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile stops without an error
+                    raise tarfile.ReadError(f"it is cut short or damaged at byte {tar.offset:,}")
     except (tarfile.TarError, EOFError, ValueError) as err:
+        with open(f"{shard}.tar", "rb") as file:
+            head = file.read(4)
+        packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
         detail = f"cannot be read as a tar ({err}); download the shard again."
+        if packed:
+            detail = f"cannot be read as a tar, as it is compressed ({packed}); decompress it."
         raise BadInputError("unreadable archive", detail) from err
 
 
-def _read_table(download: Download, number: int) -> list[Entry] | None:
-    """Returns every download's entry; None without a table or pyarrow. Raises BadInputError if it cannot be read."""
-    path = download.source / download.folder / f"{download.shards[number]}.parquet"
+def _table_path(download: Download, number: int) -> Path:
+    return download.source / download.folder / f"{download.shards[number]}.parquet"
+
+
+def _read_table(download: Download, number: int) -> list[Entry | BadEntry] | None:
+    """Returns the entries of a shard's table; None without a table or pyarrow. BadInputError: it cannot be read."""
+    path = _table_path(download, number)
     if not path.exists():
         return None
     try:
@@ -191,17 +282,24 @@ def _read_table(download: Download, number: int) -> list[Entry] | None:
     except ImportError:
         return None
     try:
-        if path.stat().st_size > MAX_TABLE_BYTES or parquet.read_metadata(path).num_rows > MAX_TABLE_ROWS:
+        metadata = parquet.read_metadata(path)
+        if path.stat().st_size > MAX_TABLE_BYTES or metadata.num_rows > MAX_TABLE_ROWS:
             raise ValueError(f"found over {MAX_TABLE_BYTES:,} bytes or {MAX_TABLE_ROWS:,} rows, needs fewer")
-        texts = ["url", "key", "status"]  # read as dictionaries: a text of a million rows is in memory once
-        table = parquet.read_table(path, columns=TABLE_COLUMNS, read_dictionary=texts)
+        fields = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+        kinds = {each.name: each.physical_type for each in fields}
+        if missing := [name for name in TABLE_TEXTS if name not in kinds]:
+            raise ValueError(f"found no column {', '.join(missing)}")
+        names = [name for name in (*TABLE_TEXTS, *TABLE_SIZES) if name in kinds]
+        # Texts are read as dictionaries: a text of a million rows is in memory once.
+        texts = [name for name in TABLE_TEXTS if kinds[name] == "BYTE_ARRAY"]
+        table = parquet.read_table(path, columns=names, read_dictionary=texts)
         _refuse_long_texts(table.select(texts))
         columns = table.to_pydict()
-        rows = zip(*(columns[name] for name in TABLE_COLUMNS), strict=True)
-        return [_entry(*row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
         detail = f"{path.name} cannot be read ({err}); download the shard again."
         raise BadInputError("unreadable table", detail) from err
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [_entry_or_bad(path.name, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _refuse_long_texts(table: Any) -> None:
@@ -213,123 +311,98 @@ def _refuse_long_texts(table: Any) -> None:
             raise ValueError(f"found a text of {longest:,} bytes, needs at most {MAX_URL_BYTES:,}")
 
 
-def _entry(url: Any, key: Any, status: Any, width: Any, height: Any) -> Entry:
-    """Returns a download's entry; a missing size is 0. Raises ValueError, TypeError or OverflowError for bad values."""
-    size = int(width or 0), int(height or 0)
-    if not re.fullmatch(r"\d{1,18}", key) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
+def _entry(row: Any) -> Entry:
+    """Returns a download's entry; a missing size is 0. Raises one of UNREADABLE for a bad or missing value."""
+    key = row["key"]
+    if isinstance(key, int | float) and key == int(key):  # tables of other tools
+        key = str(int(key))
+    size = _side(row.get("original_width")), _side(row.get("original_height"))
+    if not re.fullmatch(r"\d{1,18}", key, re.ASCII) or not 0 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"found the key {key!r:.40} and an original of {size[0]} x {size[1]} pixels")
-    return name_of(url), key, status == "success", size
+    return name_of(row["url"]), int(key), row["status"] == "success", size
 
 
-def _read_sidecars(download: Download, number: int, sidecars: dict[str, tuple[int, int]]) -> Iterator[Entry]:
-    """Yields the entry of each download in a shard that has a sidecar; failed ones have none.
+def _side(value: Any) -> int:
+    return 0 if value is None or value != value else int(value or 0)  # some tables have NaN for no value
 
-    Raises WrongUseError if there are no sidecars but a table, and BadInputError if a sidecar cannot be read.
-    """
+
+def _entry_or_bad(file: str, row: Any) -> Entry | BadEntry:
+    try:
+        return _entry(row)
+    except UNREADABLE as err:
+        return BadEntry(file, err)
+
+
+def _read_sidecars(download: Download, number: int, members: Members) -> Iterator[Entry | BadEntry]:
+    """Yields the entry of each download in a shard that has a sidecar; failed ones have none."""
     folder, shard = download.source / download.folder, download.shards[number]
-    if not sidecars and (folder / f"{shard}.parquet").exists():
-        raise WrongUseError(
-            f"{folder / shard}.parquet: found no sidecars (.json) beside the pictures, needs pyarrow to read their "
-            "names from this table; pip install 'rice_jax[parquet]'."
-        )
-    for key, (offset, size) in sidecars.items():
-        path = folder / (f"{shard}.tar" if download.tars else f"{shard}/{key}.json")
+    for key, (name, offset, size) in members.sidecars.items():
+        path = folder / (f"{shard}.tar" if download.tars else f"{shard}/{name}")
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
-                entry = json.loads(file.read(min(size or MAX_SIDECAR_BYTES, MAX_SIDECAR_BYTES)))
-            yield _entry(entry["url"], key, entry["status"], entry["original_width"], entry["original_height"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
-            detail = f"{key}.json cannot be read ({err!r:.100}); download the shard again."
-            raise BadInputError("unreadable sidecar", detail) from err
+                data = file.read(min(size, MAX_SIDECAR_BYTES) if download.tars else MAX_SIDECAR_BYTES)
+            if not data:
+                raise ValueError("found 0 bytes")
+            yield _entry(json.loads(data) | {"key": key})
+        except UNREADABLE as err:
+            yield BadEntry(name, err)
+
+
+def _read_entries(
+    download: Download, number: int, members: Members | None = None
+) -> tuple[Iterable[Entry | BadEntry], bool, list[BadInputError]]:
+    """Returns a shard's entries from its table, else its sidecars; whether from the table; the table's error, if any.
+
+    members: the shard's, if they are read already. Raises WrongUseError and OSError as `scan_shard` does.
+    """
+    errors: list[BadInputError] = []
+    try:
+        table = _read_table(download, number)
+        if table is not None:
+            return table, True, errors
+    except BadInputError as err:
+        errors.append(err)
+    members = members or _members(download, number)
+    if not members.sidecars and not errors and (path := _table_path(download, number)).exists():
+        raise WrongUseError(
+            f"{path}: found no sidecars (.json) beside the pictures, needs pyarrow to read their names from this "
+            "table; pip install 'rice_jax[parquet]'."
+        )
+    return _read_sidecars(download, number, members), False, errors
 
 
 def list_names(download: Download) -> Iterator[str]:
-    """Yields each download's name, shard by shard. Raises as `_members`, `_read_table` and `_read_sidecars` do."""
+    """Yields each download's name, shard by shard, but those that cannot be read, which `scan_shard` makes faults.
+
+    Raises WrongUseError and OSError as `scan_shard` does.
+    """
     for number in range(len(download.shards)):
-        table = _read_table(download, number)
-        entries = table if table is not None else _read_sidecars(download, number, _members(download, number)[1])
-        yield from (name for name, *_ in entries)
+        entries, _, _ = _read_entries(download, number)
+        yield from (entry[0] for entry in entries if not isinstance(entry, BadEntry))
 
 
 def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault]:
-    """Returns faults: of each sidecar unlike its shard's table, if both exist, and of what of them cannot be read."""
-    faults: list[Fault] = []
+    """Returns faults of a shard with a table that can be read: sidecars unlike it, and those that cannot be read."""
     shard = f"{download.folder}/{download.shards[number]}"
     try:
-        _, sidecars = _members(download, number)
         table = _read_table(download, number)
-        listed = {key: (name, stored) for name, key, stored, _ in table or ()}
-        for name, key, stored, _ in _read_sidecars(download, number, sidecars) if table and sidecars else ():
-            if listed.get(key) != (name, stored):
-                detail = f"found {name} ({'stored' if stored else 'failed'}) of key {key} in its sidecar and "
-                detail += f"{listed.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
-                faults.append(Fault("table and sidecar differ", f"{shard}/{key}.json", detail))
-    except BadInputError as err:
-        faults.append(err.at(shard))  # perhaps a repetition of `scan_shard`'s fault
-    return faults
-
-
-# --- the index --------------------------------------------------------------------------------------------------------
-
-
-class Index:
-    """An index of the wanted names of one download. Picklable, since it maps its arrays from files in `folder`."""
-
-    def __init__(self, download: Download, folder: Path) -> None:
-        self.download = download
-        name = download.folder.replace("/", "-")
-        self.hashes_file, self.places_file = folder / f"{name}.hashes.npy", folder / f"{name}.places.npy"
-        self.complete = True  # every shard's table was read, so that a name which is not listed was never downloaded
-        self.listed = self.failed = 0  # numbers of all downloads
-        self.faults: list[Fault] = []  # of shards
-        self._save(np.zeros(0, np.uint64), np.zeros(0, PLACE))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("hashes", "places")}
-
-    @cached_property
-    def hashes(self) -> NDArray[np.uint64]:
-        return np.load(self.hashes_file, mmap_mode="r")
-
-    @cached_property
-    def places(self) -> NDArray[np.void]:
-        return np.load(self.places_file, mmap_mode="r")
-
-    def add(self, hashes: NDArray[np.uint64], run: RunTasks) -> None:
-        """Looks up new hashes in every shard; sets counts, `complete` and `faults`. Raises as `scan_shard` does."""
-        wanted = np.setdiff1d(hashes, self.hashes)
-        if not len(wanted):
-            return
-        wanted_file = self.hashes_file.with_suffix(".wanted.npy")
-        np.save(wanted_file, wanted)
-        places = np.zeros(len(wanted), PLACE)
-        self.listed = self.failed = 0
-        shards = range(len(self.download.shards))
-        tasks = ((self.download, number, wanted_file) for number in shards)
-        for scan in run(scan_shard, tasks, f"{self.download.folder}: shards", total=len(shards), unit="shard"):
-            at = np.searchsorted(wanted, scan.hashes)
-            better = places["state"][at] != STORED  # of a name that was downloaded twice, a success counts
-            places[at[better]] = scan.places[better]
-            self.listed, self.failed = self.listed + scan.listed, self.failed + scan.failed
-            self.complete &= scan.has_table
-            if scan.fault and scan.fault not in self.faults:
-                self.faults.append(scan.fault)
-        all_hashes, all_places = np.concatenate([self.hashes, wanted]), np.concatenate([self.places, places])
-        order = np.argsort(all_hashes)
-        self._save(all_hashes[order], all_places[order])
-
-    def _save(self, hashes: NDArray[np.uint64], places: NDArray[np.void]) -> None:
-        for name, values, path in (("hashes", hashes, self.hashes_file), ("places", places, self.places_file)):
-            self.__dict__.pop(name, None)
-            path.unlink(missing_ok=True)  # and not overwritten, since the old file may still be mapped
-            np.save(path, values)
-
-    def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.void]:
-        """Returns the PLACE of each name, by its hash. The state is ABSENT for names not indexed or in no shard."""
-        if not len(self.hashes):
-            return np.zeros(len(hashes), PLACE)
-        at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        found = np.array(self.places[at])
-        found["state"][self.hashes[at] != hashes] = ABSENT
-        return found
+    except BadInputError:
+        return []  # a fault of `scan_shard`
+    if not table:
+        return []
+    faults: list[Fault] = []
+    bad: list[BadEntry] = []
+    listed = {entry[1]: (entry[0], entry[2]) for entry in table if not isinstance(entry, BadEntry)}
+    members = _members(download, number)
+    for entry in _read_sidecars(download, number, members):
+        if isinstance(entry, BadEntry):
+            bad.append(entry)
+            continue
+        name, key, stored, _ = entry
+        if listed.get(key) != (name, stored):
+            file = members.sidecars[key][0]
+            detail = f"found {name} ({'stored' if stored else 'failed'}) of key {key} in its sidecar and "
+            detail += f"{listed.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
+            faults.append(Fault("table and sidecar differ", f"{shard}/{file}", detail))
+    return faults + [error.at(shard) for error in _bad_entries(bad)]

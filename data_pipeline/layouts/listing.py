@@ -123,6 +123,13 @@ class Layout(abc.ABC):
     def truth(self) -> dict[str, tuple[str, ...]]:
         """True images' ids by test clip id, also of clips not listed; {} without any. Raises as `listed_clips` does."""
 
+    def changed_since(self, time: int) -> list[str]:
+        """Returns the paths of picture files or archives with a later time of change, in ns.
+
+        [] where asking for the time of each would take long: the layouts of downloads ask only for archives' times.
+        """
+        return []
+
     def frames_to_locate(self, listed: ClipEntry) -> Sequence[str]:
         """Returns the names of a clip's frames that `locate` must look up; () if paths say where pictures are."""
         return ()
@@ -135,9 +142,10 @@ class Layout(abc.ABC):
     def find_frames(self, source: ClipSource, split: str) -> tuple[ClipEntry, list[FoundFrame]]:
         """Returns a clip as it is listed, and its frames at `stored_positions` with their pictures, sorted by position.
 
-        If a download misses one of them, they are sampled again from the frames that it has. All frames that it misses
-        are then returned too, with None (failed) or the error. LPR750K's missing frames have the error. Raises
-        BadInputError for a line that cannot be parsed, OSError on reading it; LPR4M raises KeyError before `locate`.
+        Conversion and doctor both choose a clip's frames by this method. If a download misses one of them, they are
+        sampled again from the frames that it has. All frames that it misses are then returned too, with None (failed)
+        or the error. LPR750K's missing frames have the error. Raises BadInputError for a line that cannot be parsed,
+        OSError on reading it; LPR4M raises KeyError before `locate`.
         """
 
     @abc.abstractmethod

@@ -1,5 +1,6 @@
 """LPR4M as downloaded: lists of ids, and pictures that img2dataset has numbered (docs/official.md 8.4 to 8.7)."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts.annotations import decoded_lines, load_id_lists, load_texts
-from data_pipeline.layouts.img2dataset import FAILED, STORED, Index, find_download, hash_names, list_names, name_of
+from data_pipeline.layouts.download_index import Index
+from data_pipeline.layouts.img2dataset import FAILED, STORED, find_download, hash_names, list_names, name_of
 from data_pipeline.layouts.listing import (
     ClipEntry,
     ClipListing,
@@ -69,6 +71,14 @@ class Lpr4m(TextLayout):
             for livestream, image_ids in load_id_lists(path, self.faults).items()
         }
         return galleries, []
+
+    def changed_since(self, time: int) -> list[str]:
+        shards: list[str] = []
+        for kind in sorted({_download_of(split, kind) for split in self.splits() for kind in ("image", "frame")}):
+            with contextlib.suppress(WrongUseError):  # a download may be deleted when it is converted
+                download = find_download(self.source, kind)
+                shards += [f"{download.folder}/{shard}{'.tar' if download.tars else ''}" for shard in download.shards]
+        return [path for path in shards if (self.source / path).stat().st_mtime_ns > time]
 
     def _frame_urls(self) -> Path | None:
         found = [*self.source.glob(FRAME_URLS), *(self.source / "annotations").glob(FRAME_URLS)]

@@ -78,12 +78,12 @@ def _query_frames(entry: Any) -> tuple[str, ...]:
     if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
         detail = f'found {entry!r:.80}, needs {{"frames": [paths], "gt": [ids]}}; correct the entry.'
         raise BadInputError("not a list", detail)
-    return tuple(frames)
+    return tuple(map(annotations.slashes, frames))
 
 
 def _gallery_row(line: bytes) -> tuple[str, str]:
     try:
-        livestream, name = line.decode("utf-8").split("/")
+        livestream, name = annotations.slashes(line.decode("utf-8")).split("/")
     except UnicodeDecodeError as err:
         raise BadInputError("not UTF-8", f"found byte {line[err.start]:#04x}, needs UTF-8; convert it.") from err
     except ValueError as err:

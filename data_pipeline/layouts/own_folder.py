@@ -19,15 +19,16 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import google_crc32c
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import Picture, ShopImage
-from data_pipeline.layouts.annotations import checked_id
+from data_pipeline.layouts.annotations import checked_id, wide_encoding
 from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, Listing, RunTasks
+from data_pipeline.layouts.names import has_control_characters, is_leftover
 from data_pipeline.layouts.pictures import HEIC_TO_JPEG, SUFFIXES, PictureReader
 
 PICTURE_SUFFIXES = tuple(SUFFIXES)
@@ -36,6 +37,9 @@ KEYS = {"products.csv": ("product",), "clips.csv": ("product", "clip")}  # colum
 VALUES = {"products.csv": {"title", "livestream"}, "clips.csv": {"split"}}  # other columns, at least one is needed
 LIVESTREAM = "shop"  # of products without one in the table
 SHOWN = 20  # files in a warning
+FILMS = (
+    ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".3gp", ".wmv", ".flv",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class FolderEntry:
     path: str  # relative to the source folder, as the disk has it
     is_folder: bool
     size: int
+    time: int = 0  # of its last change, in ns
 
     @property
     def is_picture(self) -> bool:
@@ -84,6 +89,7 @@ class OwnFolder(Layout):
         super().__init__(source, stored_frames)
         self.reader = PictureReader(source)
         self.picture_sizes: dict[str, int] = {}  # bytes by path
+        self.picture_times: dict[str, int] = {}  # of the last change, in ns, by path
         self.left_out: list[str] = []  # paths of entries that are not the picture or folder needed in their place
         self.titles: dict[str, str] = {}  # by product
         self.livestreams: dict[str, str] = {}  # by product
@@ -92,6 +98,7 @@ class OwnFolder(Layout):
         if not self.clips and not self.faults:
             raise WrongUseError(
                 f"{source}/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct --source."
+                f"{_films_advice(self.left_out)}"
             )
         self._read_products()
         self._read_splits()
@@ -99,17 +106,26 @@ class OwnFolder(Layout):
     # --- names --------------------------------------------------------------------------------------------------------
 
     def _entries(self, folder: str) -> list[FolderEntry]:
-        """Returns a folder's entries in natural order, without hidden files. Bad or repeated names become faults."""
+        """Returns a folder's entries in natural order, without leftovers and hidden files.
+
+        Names that cannot be a part of an id, and names twice, become faults. A frame's name is part of none.
+        """
         entries: dict[str, FolderEntry] = {}
+        of_clip = folder.count("/") == 2
         with os.scandir(self.source / folder) as found:
             for each in sorted(found, key=lambda each: each.name):
+                if is_leftover(each.name):
+                    continue
                 name = unicodedata.normalize("NFC", each.name)
-                size = each.stat().st_size if each.is_file() else -1  # reading a broken link will be a fault
-                entry = FolderEntry(name, f"{folder}/{each.name}", each.is_dir(), size)
-                if name.startswith("._") or (name.startswith(".") and not (entry.is_folder or entry.is_picture)):
-                    continue  # made by a file manager, such as .DS_Store
-                if name.startswith(".") or not name.isprintable() or entry.stem != entry.stem.strip():
-                    detail = f"found the name {name!r}, needs printable characters, no dot in front, no space at "
+                size, time = -1, 0  # of a folder or a broken link; reading that will be a fault
+                if each.is_file():
+                    size, time = each.stat().st_size, each.stat().st_mtime_ns
+                entry = FolderEntry(name, f"{folder}/{each.name}", each.is_dir(), size, time)
+                if name.startswith(".") and not (entry.is_folder or entry.is_picture):
+                    continue
+                stem = "" if of_clip else entry.stem
+                if name.startswith(".") or has_control_characters(stem) or stem != stem.strip():
+                    detail = f"found the name {name!r}, needs no control character, no dot in front, no space at "
                     detail += "either end; rename it."
                     self.faults.append(Fault("bad name", _printable(entry.path), detail))
                 elif name in entries:
@@ -141,8 +157,9 @@ class OwnFolder(Layout):
                 others = tuple(each.name for each in content if not each.is_picture)
                 clips[clip_id] = ClipFolder(clip_id, entry.path, product.name, frames, others)
             if len(clips) == before:
-                detail = "found no folder of a clip, needs clips/<product>/<clip>/ with pictures; "
-                detail += "give each clip a folder, or remove the product's."
+                files = [path for path in self.left_out if path.startswith(f"{product.path}/")]
+                detail = f"found no folder of a clip{_but(files)}, needs clips/<product>/<clip>/ with pictures; "
+                detail += f"give each clip a folder, or remove the product's.{_films_advice(files)}"
                 self.faults.append(Fault("product without clips", _printable(product.path), detail))
         return clips
 
@@ -160,6 +177,7 @@ class OwnFolder(Layout):
         """Returns the pictures among a folder's content, notes their sizes, and adds other entries to `left_out`."""
         pictures = [entry for entry in content if entry.is_picture]
         self.picture_sizes |= {entry.path: entry.size for entry in pictures}
+        self.picture_times |= {entry.path: entry.time for entry in pictures}
         self.left_out += [entry.path for entry in content if not entry.is_picture]
         return pictures
 
@@ -219,7 +237,9 @@ class OwnFolder(Layout):
 
     def checksums(self, splits: Sequence[str]) -> dict[str, list[int]]:
         tables = {name: self.reader.read(_picture(name)) for name in KEYS if (self.source / name).exists()}
-        listing = "".join(f"{path}\t{size}\n" for path, size in self.picture_sizes.items()).encode()
+        listing = "".join(f"{path}\t{size}\n" for path, size in self.picture_sizes.items()).encode(
+            "utf-8", "surrogateescape"
+        )
         contents = {"pictures": listing, **tables}
         return {name: [len(data), google_crc32c.value(data)] for name, data in contents.items()}
 
@@ -241,12 +261,18 @@ class OwnFolder(Layout):
 
     def _fault(self, clip: ClipFolder) -> BadInputError | None:
         if not clip.frames:
-            other = f" (but {', '.join(clip.others[:3])})" if clip.others else ""
-            detail = f"found no picture{other}, needs jpg, jpeg, png or webp; add them, or remove the folder."
-            return BadInputError("clip without pictures", detail)
+            detail = (
+                f"found no picture{_but(clip.others)}, needs jpg, jpeg, png or webp; add them, or remove the folder."
+            )
+            if any((self.source / clip.path / other).is_dir() for other in clip.others):
+                detail += " Folders inside a clip's are not read: put their pictures into the clip's, or move them up."
+            return BadInputError("clip without pictures", detail + _films_advice(clip.others))
         images = self.shop.get(clip.product, ())
         if not images:
-            detail = f"found no shop/{clip.product}.jpg (or .jpeg, .png, .webp), needs one; add it, or remove the clip."
+            near = [paths[0] for name, paths in self.shop.items() if name.casefold() == clip.product.casefold()]
+            but = f" but {near[0]}, which differs in capitals" if near else ""
+            detail = f"found no shop/{clip.product}.jpg (or .jpeg, .png, .webp){but}, needs one; "
+            detail += "rename it." if near else "add it, or remove the clip."
             return BadInputError("product without shop image", detail)
         return _two_images(images) if len(images) > 1 else None
 
@@ -277,7 +303,8 @@ class OwnFolder(Layout):
         if self.left_out:
             more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             shown = ", ".join(map(_printable, self.left_out[:SHOWN]))
-            remarks.append(f"left out, since no clip, frame (jpg, jpeg, png, webp) or shop image: {shown}{more}")
+            what = f"left out, since no clip, frame ({', '.join(suffix[1:] for suffix in SUFFIXES)}) or shop image"
+            remarks.append(f"{what}: {shown}{more}{_films_advice(self.left_out)}")
         if heic := sum(path.lower().endswith(HEIC) for path in self.left_out):
             remarks.append(f"left out {heic} HEIC pictures, which are not read; convert them to JPEG: {HEIC_TO_JPEG}")
         for remark in remarks:
@@ -306,18 +333,36 @@ class OwnFolder(Layout):
     def find_image(self, image: ShopImage, split: str) -> Picture:
         return _picture(image.reference)
 
+    def changed_since(self, time: int) -> list[str]:
+        return [path for path, changed in self.picture_times.items() if changed > time]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a worker needs: each task brings its clips, so names and tables of a million files stay here."""
+        return {name: self.__dict__[name] for name in ("source", "stored_frames", "reader")} | {
+            "faults": [],
+            "copies": [],
+        }
+
     def _livestream(self, product: str) -> str:
         return self.livestreams.get(product, LIVESTREAM)
 
 
 def _picture(path: str) -> Picture:
-    return Picture(os.path.splitext(os.path.basename(path))[0], path)
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return Picture(stem.encode("utf-8", "backslashreplace").decode(), path)  # a frame's name may be any bytes
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
     """Returns a key that sorts frame2 before frame10 and ignores the case of letters, unless names are else equal."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)], name
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Returns the pictures of a clip's folder, or of shop/, as a conversion takes them: natural order, no leftovers."""
+    paths = [path for path in folder.iterdir() if not (path.name.startswith(".") or is_leftover(path.name))]
+    pictures = [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+    return sorted(pictures, key=lambda path: natural(path.stem))
 
 
 def default_splits(count: int) -> list[str]:
@@ -328,6 +373,10 @@ def default_splits(count: int) -> list[str]:
 
 def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line, cells by column) of the rows below a CSV file's first, but empty ones. Others become `faults`."""
+    if wide := wide_encoding(data):
+        detail = f'found {wide}, needs UTF-8; save it again as "CSV UTF-8".'
+        faults.append(Fault("not UTF-8", file, detail, 1))
+        return
     try:
         text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as err:
@@ -346,10 +395,11 @@ def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[in
             return
         line = reader.line_num + 1
         for row in reader:
-            if row and len(row) != len(header):
+            filled = any(cell.strip() for cell in row)  # spreadsheets save blank rows as commas
+            if filled and len(row) != len(header):
                 detail = f"found {len(row)} cells, needs {len(header)} as in the first line; quote cells with commas."
                 faults.append(Fault("wrong number of cells", file, detail, line))
-            elif row:
+            elif filled:
                 yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1
     except csv.Error as err:
@@ -360,6 +410,19 @@ def _two_images(images: Sequence[str]) -> BadInputError:
     return BadInputError(
         "several shop images", f"found {' and '.join(images)}, needs one shop image a product; remove the others."
     )
+
+
+def _but(names: Sequence[str]) -> str:
+    return f" (but {', '.join(map(_printable, names[:3]))})" if names else ""
+
+
+def _films_advice(names: Sequence[str]) -> str:
+    """Returns a sentence on how to make frames of the first film among `names`, "" if there is none."""
+    film = next((name for name in names if name.lower().endswith(FILMS)), None)
+    if film is None:
+        return ""
+    example = 'ffmpeg -i film.mp4 -vf fps=2 "my_shop/clips/Cola/clip 1/%03d.jpg"'
+    return f" Films such as {_printable(film)} are not read: make a clip's folder of frames of each, as with {example}."
 
 
 def _printable(path: str) -> str:

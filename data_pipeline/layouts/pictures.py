@@ -43,7 +43,10 @@ MAX_BYTES = 1 << 26  # 64 MiB, more than any frame or shop image has
 
 
 class PictureReader:
-    """Finds and reads the pictures of a source folder, and refuses paths and links that lead out of it."""
+    """Finds and reads the pictures of a source folder, and refuses paths and links that lead out of it.
+
+    A link at the folder's top level is followed wherever it leads: large sets are spread over disks in this way.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -98,9 +101,12 @@ class PictureReader:
         real = os.path.join(_real_folder(folder), name)
         if os.path.islink(found):
             real = os.path.realpath(found)
-        if not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or give a "
-            raise BadInputError("path leaves the source", f"{detail}--source that holds both.", path)
+        top = os.path.join(self.root, os.path.normpath(path).split(os.sep)[0])
+        roots = (self._real_root, _real_folder(top))
+        if real != roots[1] and not any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or put a "
+            detail += "link to its folder at the source's top level, where links are followed."
+            raise BadInputError("path leaves the source", detail, path)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -1,11 +1,13 @@
 """Worker processes: how many may run, and how they end with their parent."""
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 POLL_SECONDS = 1.0
 
@@ -15,8 +17,45 @@ class WorkerDiedError(RuntimeError):
 
 
 def cores() -> int:
-    """Returns the number of cores that this process may use, at least 1."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns the number of cores that this process may use, at least 1.
+
+    These are the cores it is bound to, or, if that is fewer, the CPU time that its container may take, rounded up.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(bound, cpu_quota())))
+
+
+def cpu_quota(proc: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Returns the number of CPUs whose time this process's control groups may take; infinity without a limit.
+
+    Each group above limits those below. proc: lists the process's groups. cgroups: the folder of both versions' files.
+    """
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return math.inf  # no Linux
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A container may see its own group as the root, whatever path the line has.
+        for mount in (cgroups / controllers, cgroups / "cpu") if controllers else (cgroups, cgroups / "unified"):
+            group = mount / path.strip("/")
+            quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+    return min(quotas)
+
+
+def _quota(group: Path) -> float:
+    """Returns the quota of one control group, of version 2 (cpu.max) or 1 (cpu.cfs_quota_us), infinity without one."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf  # "max", or no such file
 
 
 def end_with_parent() -> None:

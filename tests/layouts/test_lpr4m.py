@@ -22,7 +22,7 @@ from data_pipeline.layouts import img2dataset as downloads
 from data_pipeline.layouts.img2dataset import name_of
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.system.workers import Workers
-from tests.lpr_layouts import IMAGE_IDS, ORIGINAL_SIDE, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
+from tests.lpr_layouts import IMAGE_IDS, ORIGINAL, TEST, TRAIN, edit_json, make_lpr4m, make_lpr750k
 
 LONG = next(clip for clip in TRAIN if clip.length == 12)
 SHORT = next(clip for clip in TRAIN if clip.length == 4)
@@ -228,7 +228,7 @@ def test_a_table_beyond_any_download_is_refused(
 def test_a_sidecar_of_nonsense_numbers_is_refused(tmp_path: Path, no_pyarrow: None) -> None:
     source = make_lpr4m(tmp_path / "source")
     sidecar = source / "training_frame/00001/0000100.json"
-    sidecar.write_text(sidecar.read_text().replace(str(ORIGINAL_SIDE), "1e999"))
+    sidecar.write_text(sidecar.read_text().replace(str(ORIGINAL[0]), "1e999"))
     fault = fault_of_second_shard(source)
     assert "0000100.json cannot be read" in str(fault)
 
@@ -236,7 +236,7 @@ def test_a_sidecar_of_nonsense_numbers_is_refused(tmp_path: Path, no_pyarrow: No
 def fault_of_second_shard(source: Path) -> object:
     np.save(source / "wanted.npy", np.zeros(0, np.uint64))
     download = downloads.find_download(source, "training_frame")
-    return downloads.scan_shard(Lpr4m(source, None, None), download, 1, source / "wanted.npy").fault
+    return downloads.scan_shard(Lpr4m(source, None, None), download, 1, source / "wanted.npy").faults[0]
 
 
 def pyarrow() -> Any:
@@ -279,7 +279,7 @@ def test_products_are_shop_images_where_the_list_names_none(tmp_path: Path) -> N
 def test_numbers_in_sidecars_may_be_written_as_strings(lpr750k: Dataset, tmp_path: Path, no_pyarrow: None) -> None:
     source = make_lpr4m(tmp_path / "source")
     for path in source.glob("*/*/*.json"):
-        edit_json(path, lambda row: row.update(original_width="256", original_height="256"))
+        edit_json(path, lambda row: row.update(original_width="320", original_height="180"))
     dataset, _ = run(source, tmp_path / "records")
     same(dataset.split("train"), lpr750k.split("train"))
 

@@ -48,7 +48,7 @@ def test_the_compiler_counts_about_as_many_in_one_layer(stem: bool) -> None:
 def test_saving_memory_costs_forward_passes() -> None:
     config = with_changes(smoke.get_config(), {"batch_size": 64})
     whole = costs.example_cost(config, devices=8)
-    encoder = 2 * 4 * costs.encoder_macs(config)  # three frames and an image
+    encoder = 2 * (config.data.num_frames + 1) * costs.encoder_macs(config)  # the frames and an image
     micro = costs.example_cost(with_changes(config, {"loss.micro_batch": 8}), devices=8)
     assert micro.needed == whole.needed and micro.repeated - whole.repeated == encoder
     assert (

@@ -98,7 +98,10 @@ def test_the_command_reports_a_step_on_more_devices_than_there_are(tmp_path: Pat
 def test_the_memory_of_a_device_has_its_share_of_state_and_batch() -> None:
     config = with_changes(smoke.get_config(), {"model.layers": 1, "loss.pmd": 0.0, "loss.pfr": 0.0})
     whole, split = (assess(with_changes(config, {"mesh.fsdp": fsdp}), topologies.parse("cpu:8")) for fsdp in (1, 4))
-    batch = 3 * 32 * 32 * 3 + 3 * 4 + 32 * 32 * 3 + 4 + 4  # one of 8 rows: frames, mask, image, product, index
+    frames = config.data.num_frames
+    batch = (
+        frames * 32 * 32 * 3 + frames * 4 + 32 * 32 * 3 + 4 + 4
+    )  # one of 8 rows: frames, mask, image, product, index
     assert whole.batch_bytes == split.batch_bytes == batch
     assert split.argument_bytes < 0.5 * whole.argument_bytes
     assert whole.collectives is not None and split.collectives is not None
