@@ -16,21 +16,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.faults import WrongUseError
 from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.inspection.converted import InspectedSet
 from data_pipeline.inspection.cross_checks import cross_checks
-from data_pipeline.inspection.findings import Findings, distributions
-from data_pipeline.inspection.fingerprints import KnownFingerprints, append_fingerprints, load_fingerprints
+from data_pipeline.inspection.distributions import distributions
+from data_pipeline.inspection.findings import Findings
 from data_pipeline.inspection.page import make_page
 from data_pipeline.inspection.source import InspectedSource
-from data_pipeline.inspection.summary import InspectedData
+from data_pipeline.inspection.store import KnownFingerprints, append_fingerprints
+from data_pipeline.inspection.summary import InspectedData, Sample
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.owner import remove_abandoned
-from data_pipeline.system.command_line import add_workers, exit_status, make_parser
+from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK
 from data_pipeline.system.paths import parse_path
@@ -54,15 +53,15 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
         work = options.output / WORK
         work.mkdir(exist_ok=True)
         remove_abandoned(options.output)
-        data = _inspect_data(options, work)
-        findings = Findings(frozenset(options.accept))
-        findings.add(data.faults)
+        findings = Findings(frozenset(options.accept), options.path)
+        data = _inspect_data(options, work, findings)
         findings.add(cross_checks(data))
         report = {
             "path": str(options.path),
             "layout": options.layout,
+            "sample": options.sample and {"clips": options.sample, "seed": options.seed},
             **findings.as_json(),
-            "remarks": data.remarks,
+            "remarks": [*_sample_remark(options), *data.remarks],
             "distributions": distributions(data),
             "seconds": round(time.monotonic() - begin, 1),
         }
@@ -73,26 +72,36 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
         return report
 
 
-def _inspect_data(options: argparse.Namespace, work: Path) -> InspectedData:
-    store = work / "looks.bin"  # an early name, kept so that the fingerprints of earlier runs are found
-    fingerprints, known_file = load_fingerprints(store), work / "known.npy"
-    np.save(known_file, fingerprints)
-    known = KnownFingerprints(known_file)
-    if len(fingerprints):
-        print(f"{options.output}: found {len(fingerprints):,} pictures inspected by an earlier run; those of unchanged "
-              "files are not decoded again.")  # fmt: skip
-    on_new = functools.partial(append_fingerprints, store)
+def _inspect_data(options: argparse.Namespace, work: Path, findings: Findings) -> InspectedData:
+    log = work / "fingerprints.bin"
+    known = KnownFingerprints(log)
+    if known.count:
+        print(f"{options.output}: found {known.count:,} pictures inspected by an earlier run; those of unchanged files "
+              "are not decoded again.")  # fmt: skip
+    sample = Sample(options.sample, options.seed) if options.sample else None
+    on_new = functools.partial(append_fingerprints, log)
+    shared: dict[str, Any] = {"findings": findings, "work": work, "on_new": on_new, "sample": sample}
     if options.layout == CONVERTED:
-        converted = InspectedSet(options.path, options.workers)
-        converted.inspect(known, on_new)
+        converted = InspectedSet(options.path, options.workers, **shared)
+        converted.inspect(known)
         return converted
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
     layout, splits = open_source(options.layout, options.path, stored_frames)
-    source = InspectedSource(layout, splits, options.workers)
+    source = InspectedSource(layout, splits, options.workers, **shared)
     with Workers(options.workers, layout) as workers:
-        source.read_lists(workers.run, work)
-    source.inspect_pictures(known, on_new)
+        source.read_lists(workers.run)
+    source.inspect_pictures(known)
     return source
+
+
+def _sample_remark(options: argparse.Namespace) -> list[str]:
+    """Returns [what a sample leaves out], [] if all clips were inspected."""
+    if not options.sample:
+        return []
+    return [
+        f"A sample: {options.sample:,} clips of each split (seed {options.seed}) and the shop images that they show "
+        "were inspected, and the lists read whole; what other clips have is not known."
+    ]
 
 
 def _json(report: dict[str, Any]) -> str:
@@ -106,7 +115,8 @@ def _printable(text: str) -> str:
 
 def print_report(report: dict[str, Any], output: Path) -> None:
     for kind, each in report["counts"].items():
-        print(f"{each['severity']:<8} {kind:<40} {each['count']:>9,}")
+        cases = f"   (in {each['cases']:,} places)" if each["cases"] > each["count"] else ""
+        print(f"{each['severity']:<8} {kind:<40} {each['count']:>9,}{cases}")
     shown: collections.Counter[str] = collections.Counter()
     for fault in report["faults"]:
         shown[fault["kind"]] += 1
@@ -135,6 +145,14 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namesp
     parser.add_argument(
         "--frames", choices=("all", "sampled"), default="all",
         help=f"inspect every listed frame, or the {SAMPLED_FRAMES} of each clip that a conversion stores",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sample", type=parse_count, metavar="N",
+        help="inspect only N clips of each split, and the shop images that they show: a quick look",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=functools.partial(parse_number, int, needed="a whole number"), default=0, metavar="N",
+        help="chooses the clips of --sample (0)",
     )  # fmt: skip
     parser.add_argument(
         "--accept", type=lambda text: text.split(","), default=[], metavar="KINDS",

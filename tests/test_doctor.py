@@ -23,7 +23,8 @@ from data_pipeline import convert, doctor
 from data_pipeline.faults import BadInputError
 from data_pipeline.input.decode import DecodedPicture
 from data_pipeline.input.metadata import ORIENTATION
-from data_pipeline.inspection import duplicates, fingerprints
+from data_pipeline.inspection import fingerprints
+from data_pipeline.inspection.store import KnownFingerprints
 from tests.lpr_layouts import (
     FRAMES,
     IMAGE_IDS,
@@ -450,7 +451,7 @@ def test_faults_of_an_own_folder_are_reported_together(tmp_path: Path) -> None:
     status, report = inspect(source)
     assert status == 1
     assert kinds(report) == {
-        "unknown product": 1, "bad name": 1, "empty picture": 1, "product without shop image": 3,
+        "unknown product": 1, "bad name": 1, "empty picture": 1, "product without shop image": 1,
     }  # fmt: skip
     assert named(report, "unknown product")[0].startswith("products.csv line 2: ")
 
@@ -528,33 +529,16 @@ def test_a_second_run_decodes_only_what_changed(source: Path, monkeypatch: pytes
     assert second["distributions"]["test"] == first["distributions"]["test"]
 
 
-def test_a_block_that_a_kill_left_half_written_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "looks.bin"
-    rows = np.zeros(3, fingerprints.FINGERPRINT)
-    rows["key"] = (5, 3, 9)
-    fingerprints.append_fingerprints(path, rows)
-    fingerprints.append_fingerprints(path, rows[:1])
-    sound_size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(path.read_bytes()[:50])
-    assert fingerprints.load_fingerprints(path)["key"].tolist() == [3, 5, 9]
-    assert path.stat().st_size == sound_size
-    flipped = bytearray(path.read_bytes())
-    flipped[20] ^= 1
-    path.write_bytes(flipped)
-    assert not len(fingerprints.load_fingerprints(path))
-
-
 def test_a_killed_run_goes_on_where_it_stopped(source: Path) -> None:
     output = source.parent / "checked"
     arguments = [sys.executable, "-m", "data_pipeline.doctor", str(source), f"--output={output}", "--workers=1"]
     process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.DEVNULL)
-    store = output / ".work/looks.bin"
+    store = output / ".work/fingerprints.bin"
     while process.poll() is None and not (store.exists() and store.stat().st_size):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(fingerprints.load_fingerprints(store))
+    assert KnownFingerprints(store).count
     status, report = inspect(source)
     assert (status, report["counts"]) == (0, {})
 
@@ -630,53 +614,7 @@ def test_wrong_use_is_exit_status_2(
     assert message in capsys.readouterr().err
 
 
-# --- pictures that show the same --------------------------------------------------------------------------------------
-
-
-def fingerprints_of(pictures: Sequence[bytes]) -> fingerprints.Fingerprints:
-    each = [fingerprints.inspect_picture(data, "picture.jpg").fingerprint for data in pictures]
-    return np.array(each, fingerprints.FINGERPRINT)
-
-
-def pairs_within(pictures: Sequence[bytes]) -> list[duplicates.Pair]:
-    read = pictures.__getitem__
-    return list(duplicates.same_picture(fingerprints_of(pictures), None, read, read))
-
-
-def encoded(image: Image.Image, quality: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def test_a_picture_encoded_anew_is_found_and_another_product_is_not() -> None:
-    pictures = [path.read_bytes() for path in SHOP_IMAGES]
-    again = []
-    for path, quality, size in zip(SHOP_IMAGES, (30, 60, 80, 95), (96, 224, 128, 300), strict=True):
-        with Image.open(path) as image:
-            again.append(encoded(image.convert("RGB").resize((size, size)), quality))
-    ours, theirs = fingerprints_of(pictures), fingerprints_of(again)
-    found = duplicates.same_picture(ours, theirs, pictures.__getitem__, again.__getitem__)
-    assert sorted(found) == [(k, k) for k in range(4)]
-    assert pairs_within(pictures) == []
-    assert list(duplicates.same_bytes(ours)) == []
-    assert list(duplicates.same_bytes(ours, ours[2:])) == [(2, 0), (3, 1)]
-
-
-def test_large_sets_are_searched_by_parts_of_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = [path.read_bytes() for path in (*SHOP_IMAGES, *FRAMES)]
-    with Image.open(FRAMES[3]) as image:
-        pictures.append(encoded(image.convert("RGB"), 80))
-    whole = set(pairs_within(pictures))
-    monkeypatch.setattr(duplicates, "ALL_PAIRS", 0)
-    assert set(pairs_within(pictures)) == whole
-    assert (len(SHOP_IMAGES) + 3, len(pictures) - 1) in whole
-
-
-def test_black_frames_are_not_the_same_frame() -> None:
-    black = [encoded(Image.new("RGB", (64, 64), (shade, 0, 0)), 90) for shade in (0, 0, 3)]
-    assert list(duplicates.same_bytes(fingerprints_of(black))) == []
-    assert pairs_within(black) == []
+# --- odd pictures -----------------------------------------------------------------------------------------------------
 
 
 def test_sixteen_bits_and_animation_are_reported() -> None:

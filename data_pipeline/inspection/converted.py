@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.inspection import fingerprints
-from data_pipeline.inspection.fingerprints import Fingerprints, KnownFingerprints
+from data_pipeline.inspection.fingerprints import Fingerprints
+from data_pipeline.inspection.neighbours import Rows
 from data_pipeline.inspection.source import box_faults
-from data_pipeline.inspection.summary import InspectedData, OnNewFingerprints, PartResult, SplitSummary, join_parts
+from data_pipeline.inspection.store import KnownFingerprints
+from data_pipeline.inspection.summary import InspectedData, PartResult, SplitSummary
 from data_pipeline.layouts.listing import NONE, TABLES
 from data_pipeline.system.workers import Workers
 
@@ -34,30 +37,31 @@ class InspectedSet(InspectedData):
 
     knows_products = True
 
-    def __init__(self, path: Path, workers: int) -> None:
-        super().__init__()
+    def __init__(self, path: Path, workers: int, **shared: Any) -> None:
+        """shared: the arguments of `InspectedData`."""
+        super().__init__(**shared)
         self.path, self.workers = path, workers
         self.splits: dict[str, Split] = {}
+        self.rows: dict[str, dict[str, Rows]] = {}  # by split, then "clip" or "image": what is inspected
 
-    def inspect(self, known: KnownFingerprints, on_new: OnNewFingerprints) -> None:
-        """Fills in the results, as far as the set is sound; what is wrong is added to `faults`, a bad manifest too.
+    def inspect(self, known: KnownFingerprints) -> None:
+        """Fills in the results, as far as the set is sound; what is wrong is added to `findings`, a bad manifest too.
 
-        on_new: called after each task with new fingerprints of sound pictures, [n]. Raises OSError if a file is
-        unreadable.
+        known: fingerprints of earlier runs. Raises OSError if a file is unreadable.
         """
         try:
             dataset = open_dataset(self.path, verify=False)
         except (ValueError, FileNotFoundError) as err:
-            self.faults.append(Fault("bad manifest", MANIFEST, _without(err, self.path / MANIFEST)))
+            self.findings.add([Fault("bad manifest", MANIFEST, _without(err, self.path / MANIFEST))])
             return
         wrong = dict(dataset.disagreements())
-        self.faults += [Fault("damaged file", name, detail) for name, detail in wrong.items()]
+        self.findings.add(Fault("damaged file", name, detail) for name, detail in wrong.items())
         expected = {MANIFEST, *dataset.manifest["files"]}
-        self.faults += [
+        self.findings.add(
             Fault("file of no manifest", name, "found a shard that the manifest does not name; remove it.")
             for name in sorted(path.name for path in self.path.glob("*.tfrecord*"))
             if name not in expected
-        ]
+        )
         if any(f"{COLUMNS}/{file}.txt" in wrong for file in TABLE_FILES.values()):
             return  # without the tables the columns have no meaning
         self.tables = {name: list(texts) for name, texts in dataset.tables.items()}
@@ -67,9 +71,18 @@ class InspectedSet(InspectedData):
             for name, split in self.splits.items():
                 if any(file.startswith(f"{COLUMNS}/{name}-") for file in wrong):
                     continue  # already a fault; records cannot be compared with damaged columns
-                images, clips = (self._inspect(workers, split, kind, damaged, on_new) for kind in ("image", "clip"))
-                self.faults += _split_faults(split)
-                self.summaries.append(_summary(split, images, clips))
+                rows = self.rows[name] = self._chosen(split)
+                images, clips = (self._inspect(workers, split, kind, rows[kind], damaged) for kind in ("image", "clip"))
+                self.findings.add(_split_faults(split, rows["clip"]))
+                self.summaries.append(_summary(split, rows, images, clips))
+
+    def _chosen(self, split: Split) -> dict[str, Rows]:
+        """Returns the rows to inspect, ascending: of the sample's clips and the images that they show, or all."""
+        if not self.sample:
+            return {"clip": np.arange(split.num_clips), "image": np.arange(split.num_images)}
+        clips = self.sample.rows(split.clip_ids)
+        images = np.unique(split.columns["image"][clips]).astype(np.int64)
+        return {"clip": clips, "image": images[(images >= 0) & (images < split.num_images)]}
 
     def _check_shards(self, dataset: Dataset, workers: Workers, wrong: set[str]) -> set[str]:
         """Returns `wrong` and shards of another checksum, which become faults. Raises OSError if one is unreadable."""
@@ -78,38 +91,42 @@ class InspectedSet(InspectedData):
         crcs = workers.run(shard_crc, tasks, "shards: checksums", total=len(shards), unit="shard")
         unsound = [name for name, crc in zip(shards, crcs, strict=True) if crc != dataset.manifest["files"][name][1]]
         detail = "found a checksum (CRC32C) that disagrees; restore the shard from a copy, or convert again."
-        self.faults += [Fault("damaged file", name, detail) for name in unsound]
+        self.findings.add(Fault("damaged file", name, detail) for name in unsound)
         return {*wrong, *unsound}
 
-    def _inspect(
-        self, workers: Workers, split: Split, kind: str, damaged: set[str], on_new: OnNewFingerprints
-    ) -> PartResult:
-        total = split.num_clips if kind == "clip" else split.num_images
+    def _inspect(self, workers: Workers, split: Split, kind: str, rows: Rows, damaged: set[str]) -> PartResult:
+        shards = ((begin, rows[(rows >= begin) & (rows < end)]) for begin, end in split.shard_rows(kind))
         tasks = (
-            (split.name, kind, begin, end, _shard(split, kind, begin) not in damaged)
-            for begin, end in split.shard_rows(kind)
+            (split.name, kind, chosen, _shard(split, kind, begin) not in damaged)
+            for begin, chosen in shards
+            if len(chosen)
         )
-        label, rows = f"{split.name}: {kind}s", lambda task: task[3] - task[2]
-        joined = join_parts(workers.run(inspect_shard, tasks, label, total=total, unit=kind, weigh=rows), on_new)
-        self.faults += joined.faults
-        return joined
+        label, weigh = f"{split.name}: {kind}s", lambda task: len(task[2])
+        parts = workers.run(inspect_shard, tasks, label, total=len(rows), unit=kind, weigh=weigh)
+        return self.join_parts(parts, f"{split.name}-{kind}s")
 
     # --- access -------------------------------------------------------------------------------------------------------
 
     def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str:
-        return f"{_where(self.splits[summary.split], 'clip', clip)} frame {frame}"
+        return f"{self._where(summary, 'clip', clip)} frame {frame}"
 
     def image_name(self, summary: SplitSummary, image: int) -> str:
-        return _where(self.splits[summary.split], "image", image)
+        return self._where(summary, "image", image)
 
     def clip_source(self, summary: SplitSummary, clip: int) -> tuple[str, int]:
-        return _where(self.splits[summary.split], "clip", clip), 0
+        return self._where(summary, "clip", clip), 0
 
     def frame(self, summary: SplitSummary, clip: int, frame: int) -> bytes:
-        return self.splits[summary.split].clip(clip).frames[frame].encoded
+        return self.splits[summary.split].clip(self._row(summary, "clip", clip)).frames[frame].encoded
 
     def image(self, summary: SplitSummary, image: int) -> bytes:
-        return self.splits[summary.split].image(image).encoded
+        return self.splits[summary.split].image(self._row(summary, "image", image)).encoded
+
+    def _row(self, summary: SplitSummary, kind: str, row: int) -> int:
+        return int(self.rows[summary.split][kind][row])
+
+    def _where(self, summary: SplitSummary, kind: str, row: int) -> str:
+        return _where(self.splits[summary.split], kind, self._row(summary, kind, row))
 
     def faulty_picture(self, file: str) -> bytes | None:
         return None
@@ -135,10 +152,8 @@ def shard_crc(context: ConvertedContext, name: str) -> int:
     return file_crc(context.path / name)
 
 
-def inspect_shard(
-    context: ConvertedContext, split_name: str, kind: str, begin: int, end: int, sound: bool
-) -> PartResult:
-    """Returns the fingerprints, frame counts (1 an image) and faults of a shard, rows begin to end - 1.
+def inspect_shard(context: ConvertedContext, split_name: str, kind: str, rows: Rows, sound: bool) -> PartResult:
+    """Returns the fingerprints, frame counts (1 an image) and faults of some rows of a shard.
 
     Its records are read and compared with the columns, and their pictures inspected, unless their fingerprints are
     known. What is damaged is a fault; ValueError is not raised. sound: whether the shard has the manifest's checksum;
@@ -149,7 +164,7 @@ def inspect_shard(
     new: list[Fingerprints] = []
     faults: list[Fault] = []
     counts = []
-    for row in range(begin, end):
+    for row in rows.tolist():
         count = int(split.columns["frames"][row]) if kind == "clip" else 1
         keys = [_key(split, kind, row, frame) for frame in range(count)]
         counts.append(count)
@@ -232,24 +247,26 @@ def _disagreements(
 # --- a split as a whole -----------------------------------------------------------------------------------------------
 
 
-def _split_faults(split: Split) -> Iterator[Fault]:
+def _split_faults(split: Split, clips: Rows) -> Iterator[Fault]:
     """Yields faults: gallery rows outside, clips without image, queries without gallery, truth, or true image in it."""
     galleries = split.galleries
     for name, rows in galleries.items():
         if np.any((rows < 0) | (rows >= split.num_images)):
             detail = f"found rows outside 0 to {split.num_images - 1} in the gallery of {name}; convert again."
             yield Fault("bad gallery", f"{COLUMNS}/{split.name}-gallery.npy", detail)
-    for row, clip_id in enumerate(split.clip_ids):
+    for row in clips.tolist():
+        clip_id = split.clip_ids[row]
         where, subject = _where(split, "clip", row), f"clip {clip_id}"
         if not 0 <= split.columns["image"][row] < split.num_images:
             detail = f"found shop image {split.columns['image'][row]}, needs a row of 0 to {split.num_images - 1}; "
             yield Fault("clip without shop image", where, f"{detail}convert again.", subject=subject)
         if not split.is_evaluation:
             continue
-        gallery = galleries.get(split.gallery_name(row), np.zeros(0, np.int32))
+        name = split.gallery_name(row)
+        gallery = galleries.get(name, np.zeros(0, np.int32))
         truth = set(split.truth_by_clip.get(clip_id, ()))
         if not len(gallery):
-            detail = "found no shop image in its livestream's gallery, needs some; convert again."
+            detail = f"found no shop image in the gallery of {name or split.name}, needs some; convert again."
             yield Fault("livestream without gallery", where, detail, subject=subject)
         elif not truth:
             yield Fault("query without truth", where, "found no true image, needs one; convert again.", subject=subject)
@@ -258,18 +275,23 @@ def _split_faults(split: Split) -> Iterator[Fault]:
             yield Fault("true image not in its gallery", where, detail, subject=subject)
 
 
-def _summary(split: Split, images: PartResult, clips: PartResult) -> SplitSummary:
-    rows = split.columns["image"]
+def _summary(split: Split, rows: Mapping[str, Rows], images: PartResult, clips: PartResult) -> SplitSummary:
+    renumber = np.full(split.num_images + 1, NONE, np.int32)  # the last entry maps rows outside to NONE
+    renumber[rows["image"]] = np.arange(len(rows["image"]))
+    inside = lambda values: renumber[np.where((values >= 0) & (values < split.num_images), values, NONE)]
+    shown = {name: inside(np.asarray(gallery)) for name, gallery in split.galleries.items()}
+    clip_ids = [split.clip_ids[row] for row in rows["clip"].tolist()]
+    truth = split.truth_by_clip if split.name == "test" else {}
     return SplitSummary(
         split=split.name,
-        clip_ids=list(split.clip_ids),
-        image_ids=list(split.image_ids),
-        clip_images=np.where((rows >= 0) & (rows < split.num_images), rows, NONE).astype(np.int32),
-        columns={name: np.asarray(split.columns[name]) for name in TABLES},
-        image_products=np.asarray(split.image_columns["product"]),
-        galleries={name: each[(each >= 0) & (each < split.num_images)] for name, each in split.galleries.items()},
-        truth=split.truth_by_clip if split.name == "test" else {},
-        frame_counts=clips.frame_counts,
+        clip_ids=clip_ids,
+        image_ids=[split.image_ids[row] for row in rows["image"].tolist()],
+        clip_images=inside(split.columns["image"][rows["clip"]]),
+        columns={name: split.columns[name][rows["clip"]] for name in TABLES},
+        image_products=split.image_columns["product"][rows["image"]],
+        galleries={name: gallery[gallery != NONE] for name, gallery in shown.items()},
+        truth=truth if len(clip_ids) == split.num_clips else {each: truth[each] for each in clip_ids if each in truth},
+        frame_counts=np.asarray(clips.frame_counts),
         frame_fingerprints=clips.fingerprints,
         image_fingerprints=images.fingerprints,
     )

@@ -1,17 +1,19 @@
 """Faults that only a comparison shows: a frame in training and test, a picture under two products, mistyped ids."""
 
 import collections
+import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.duplicates import same_bytes, same_picture
+from data_pipeline.inspection.duplicates import duplicates, equal_rows
 from data_pipeline.inspection.summary import InspectedData, SplitSummary
 from data_pipeline.layouts.listing import NONE
 
 SHOWN_IDS = 5
+MAX_PAIRS = 100_000  # of images with one picture, among which one of two products is looked for
 ImageRow = tuple[SplitSummary, int]  # a shop image: its split's summary, and its row there
 
 
@@ -44,36 +46,53 @@ def _clips_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumma
 
 
 def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame in both splits, unless its clip is too. Raises ValueError if one cannot be read."""
-    frames, other_frames = summary.frame_fingerprints, other.frame_fingerprints
+    """Yields a fault for each picture that frames of both splits show, unless they are of one clip, which both have.
+
+    Raises ValueError if a picture to compare cannot be read.
+    """
     read = lambda row: data.frame(summary, *summary.clip_of(row))
     read_other = lambda row: data.frame(other, *other.clip_of(row))
-    pairs = [(pair, "the same bytes as") for pair in same_bytes(frames, other_frames)]
-    pairs += [(pair, "the same picture as") for pair in same_picture(frames, other_frames, read, read_other)]
-    for (one, two), how in pairs:
-        (clip, frame), (other_clip, other_frame) = summary.clip_of(one), other.clip_of(two)
-        if summary.clip_ids[clip] == other.clip_ids[other_clip]:
+    for group in duplicates(summary.frame_fingerprints, other.frame_fingerprints, read, read_other):
+        frames = [(summary, *summary.clip_of(row)) for row in group.rows]
+        frames += [(other, *other.clip_of(row)) for row in group.other_rows]
+        clips = {each.clip_ids[clip] for each, clip, _ in frames}
+        if len(clips) == 1:
             continue  # the whole clip is a fault already
-        file = data.frame_name(summary, clip, frame)
-        name = data.frame_name(other, other_clip, other_frame)
-        detail = f"found {how} {name} ({other.split} clip {other.clip_ids[other_clip]}), needs frames of {other.split} "
-        detail += f"that {summary.split} does not have; leave one of the clips out."
-        subject = f"clip {summary.clip_ids[clip]}"
-        yield Fault(f"frame in {summary.split} and {other.split}", file, detail, 0, subject)
+        (_, clip, _), (_, other_clip, _) = frames[0], frames[len(group.rows)]
+        detail = f"found {'the same bytes as' if group.same_bytes else 'the same picture as'} "
+        detail += f"{data.frame_name(*frames[len(group.rows)])} ({other.split} clip {other.clip_ids[other_clip]})"
+        if len(frames) > 2:
+            rest = [each for place, each in enumerate(frames) if place not in (0, len(group.rows))]
+            names = [data.frame_name(*each) for each in rest[:SHOWN_IDS]]
+            detail += f" and {_shown(names, len(rest))}, in {len(clips):,} clips in all"
+        detail += f", needs frames of {other.split} that {summary.split} does not have; leave these clips, or these "
+        detail += "frames of them, out of one split, or, if the picture shows no product (a title, an empty scene), "
+        kind = f"frame in {summary.split} and {other.split}"
+        detail += f"--accept '{kind}'."
+        yield Fault(kind, data.frame_name(*frames[0]), detail, 0, f"clip {summary.clip_ids[clip]}")
+
+
+def _shown(names: Sequence[str], count: int) -> str:
+    """Returns the first SHOWN_IDS of names, and how many more of `count` there are."""
+    shown = names[:SHOWN_IDS]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each frame with the bytes of an earlier one of the split, in a clip of another product."""
-    for one, two in same_bytes(summary.frame_fingerprints):
-        (clip, frame), (other_clip, other_frame) = summary.clip_of(one), summary.clip_of(two)
-        image, other_image = (summary.clip_images[row] for row in (clip, other_clip))
-        if clip == other_clip or NONE in (image, other_image):
+    """Yields a fault for each picture, by its bytes, that frames of the split show in clips of several products."""
+    for rows in equal_rows(summary.frame_fingerprints, data.work / "digests.run"):
+        frames = [(*summary.clip_of(row), row) for row in rows]
+        products = [_product(summary, summary.clip_images[clip]) for clip, _, _ in frames]
+        others = [place for place, product in enumerate(products) if product not in (None, products[0])]
+        if products[0] is None or not others:
             continue
-        if _product(summary, image) == _product(summary, other_image):
-            continue
+        (clip, frame, _), (other_clip, other_frame, _) = frames[0], frames[others[0]]
         file = data.frame_name(summary, other_clip, other_frame)
         detail = f"found the bytes of {data.frame_name(summary, clip, frame)}, a frame of clip "
-        detail += f"{summary.clip_ids[clip]} of another product; check which of the products it shows."
+        detail += f"{summary.clip_ids[clip]} of another product"
+        if len(frames) > 2:
+            detail += f", and of {len(frames) - 2:,} more frames of {len(set(products) - {None}):,} products in all"
+        detail += "; check which of the products it shows."
         yield Fault("frame of two products", file, detail, 0, f"clip {summary.clip_ids[other_clip]}")
 
 
@@ -81,15 +100,18 @@ def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Itera
 
 
 def _product(summary: SplitSummary, image: int) -> object:
+    """Returns what identifies the product of a shop image, by its row: its number or the image's id; None for NONE."""
+    if image == NONE:
+        return None
     product = int(summary.image_products[image])
     return product if product != NONE else summary.image_ids[image]
 
 
 def _shop_images(data: InspectedData) -> Iterator[Fault]:
-    """Yields the faults of shop images over all splits: two files under one id, one picture under two ids.
+    """Yields the faults of shop images over all splits: several files under one id, one picture under several ids.
 
-    The latter are "under two products" if these differ or, where not known, one gallery has both; else "under two ids".
-    Raises ValueError if a picture to compare cannot be read.
+    The latter are "under two products" if some of these differ or, where not known, one gallery has two of them; else
+    "under two ids". Raises ValueError if a picture to compare cannot be read.
     """
     images = [(summary, row) for summary in data.summaries for row in range(len(summary.image_ids))]
     if not images:
@@ -104,20 +126,18 @@ def _shop_images(data: InspectedData) -> Iterator[Fault]:
     for number in distinct:
         by_id[ids[number]].append(number)
     for same_id in by_id.values():
-        for number in same_id[1:]:
-            detail = f"found another picture than {data.image_name(*images[same_id[0]])} under the same id, needs one "
-            detail += "an id; see which is right."
-            file, subject = data.image_name(*images[number]), f"image {ids[number]}"
-            yield Fault("two shop images under one id", file, detail, 0, subject)
+        if len(same_id) > 1:
+            names = [data.image_name(*images[number]) for number in same_id]
+            more = f" and {_shown(names[2:], len(names) - 2)}" if len(names) > 2 else ""
+            detail = f"found another picture than {names[0]}{more} under the same id, needs one an id; see which is "
+            yield Fault("two shop images under one id", names[1], f"{detail}right.", 0, f"image {ids[same_id[0]]}")
     shown_in = _galleries_by_image(data.summaries)
-    chosen = fingerprints[np.array(distinct, np.int64)]
     read = lambda row: data.image(*images[distinct[row]])
-    pairs = [(pair, "bytes") for pair in same_bytes(chosen)]
-    pairs += [(pair, "picture") for pair in same_picture(chosen, None, read, read)]
-    for (one, two), what in pairs:
-        one, two = distinct[one], distinct[two]
-        if ids[one] != ids[two]:
-            yield _two_products(data, images[one], images[two], what, shown_in[ids[one]] & shown_in[ids[two]])
+    for group in duplicates(fingerprints[np.array(distinct, np.int64)], None, read):
+        numbers = list({ids[distinct[row]]: distinct[row] for row in reversed(group.rows)}.values())[::-1]
+        if len(numbers) > 1:
+            what = "bytes" if group.same_bytes else "picture"
+            yield _several_ids(data, [images[number] for number in numbers], what, shown_in)
 
 
 def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tuple[str, str]]]:
@@ -131,42 +151,60 @@ def _galleries_by_image(summaries: Sequence[SplitSummary]) -> dict[str, set[tupl
     return galleries
 
 
-def _two_products(data: InspectedData, one: ImageRow, two: ImageRow, what: str, shared: set[tuple[str, str]]) -> Fault:
-    """Returns the fault, in the file of `two`: "under two products" or "under two ids". shared: galleries with both."""
-    ids = [summary.image_ids[image] for summary, image in (one, two)]
-    products = [int(summary.image_products[image]) for summary, image in (one, two)]
+def _several_ids(
+    data: InspectedData, images: Sequence[ImageRow], what: str, shown_in: Mapping[str, set[tuple[str, str]]]
+) -> Fault:
+    """Returns the fault of one picture under several ids, in the file of one: "under two products" or "two ids".
+
+    shown_in: the galleries (split, livestream) that show an image, by its id.
+    """
+    ids = [summary.image_ids[row] for summary, row in images]
+    products = [int(summary.image_products[row]) for summary, row in images]
+
+    def certain(pair: tuple[int, int]) -> bool:
+        one, two = pair
+        named = data.knows_products and NONE not in (products[one], products[two])
+        return products[one] != products[two] if named else bool(shown_in[ids[one]] & shown_in[ids[two]])
+
+    pairs = itertools.islice(itertools.combinations(range(len(ids)), 2), MAX_PAIRS)
+    found = next(filter(certain, pairs), None)
+    one, two = found or (0, 1)
     names = [data.tables["product"][product] if product != NONE else "not known" for product in products]
-    file = data.image_name(*two)
-    detail = f"found the same {what} as {data.image_name(*one)} (image {ids[0]}), "
-    detail += f"products {names[1]} and {names[0]}"
+    shared = shown_in[ids[one]] & shown_in[ids[two]]
+    detail = f"found the same {what} as {data.image_name(*images[one])} (image {ids[one]}), "
+    detail += f"products {names[two]} and {names[one]}"
     detail += f", both in the gallery of {min(shared)[1] or min(shared)[0]}" if shared else ""
+    if len(ids) > 2:
+        others = [each for place, each in enumerate(ids) if place not in (one, two)]
+        detail += f", and as the images {_shown(others, len(others))}"
     detail += "; nobody can tell which a clip shows: give them one id, or replace a picture."
-    named = data.knows_products and NONE not in products
-    same = named and products[0] == products[1]
-    certain = (shared or named) and not same
-    reason = "shop image under two products" if certain else "shop image under two ids"
-    return Fault(reason, file, detail, 0, f"image {ids[1]}")
+    reason = "shop image under two products" if found else "shop image under two ids"
+    return Fault(reason, data.image_name(*images[two]), detail, 0, f"image {ids[two]}")
 
 
 # --- galleries, truth and ids -----------------------------------------------------------------------------------------
 
 
 def _doubles_in_galleries(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
+    """Yields a fault for each gallery that has images twice."""
     for livestream, images in summary.galleries.items():
         rows, counts = np.unique(images[images != NONE], return_counts=True)
-        for row in rows[counts > 1].tolist():
-            file, gallery = data.image_name(summary, row), livestream or summary.split
-            detail = f"found the image twice in the gallery of {gallery}, needs each once: it takes two places of the "
-            detail += "ranking; remove a row."
-            yield Fault("image twice in a gallery", file, detail, 0, f"image {summary.image_ids[row]}")
+        twice = rows[counts > 1].tolist()
+        if twice:
+            file, gallery = data.image_name(summary, twice[0]), livestream or summary.split
+            more = f" and so {len(twice) - 1:,} more" if len(twice) > 1 else ""
+            detail = f"found the image{more} twice in the gallery of {gallery}, needs each once: it takes two places "
+            detail += "of the ranking; remove a row."
+            yield Fault("image twice in a gallery", file, detail, 0, f"image {summary.image_ids[twice[0]]}")
 
 
 def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
-    """Yields a fault for each clip of the truth file that the split lacks, sorted by id: it is a miss in Recall."""
-    for clip_id in sorted(set(summary.truth) - set(summary.clip_ids)):
-        detail = "found no clip for this entry of the truth, needs one: it counts as missed in every Recall; "
+    """Yields a fault if the truth file has clips that the split lacks: they are misses in Recall."""
+    if absent := sorted(set(summary.truth) - set(summary.clip_ids)):
+        more = f" and for {_shown(absent[1:], len(absent) - 1)}" if len(absent) > 1 else ""
+        detail = f"found no clip for this entry of the truth{more}, needs one: it counts as missed in every Recall; "
         detail += "add the clip, or remove the entry."
-        yield Fault("truth without query", summary.split, detail, 0, f"clip {clip_id}")
+        yield Fault("truth without query", summary.split, detail, 0, f"clip {absent[0]}")
 
 
 def _alike_ids(data: InspectedData) -> Iterator[Fault]:

@@ -1,110 +1,211 @@
-"""Pairs of pictures that show the same: byte for byte, encoded anew, or mirrored.
+"""Groups of pictures that show the same: byte for byte, encoded anew, resized, or mirrored.
 
-Packages of one brand differ in little: a hash of brightness alone takes cherry yoghurt for vanilla. So the hash and the
-thumbnail only propose pairs, and 16 x 16 colours decide. Measured on the 81 shop images of a grocery: encoded anew at
-quality 30 to 95 and 96 to 224 pixels, a picture differs by at most 3.1 levels from itself, and by at least 5.2 from any
-other (10.5 from the mirror image of another).
+Packages of one brand differ in little, and so do the frames of a camera that stands still: a product that covers a
+hundredth of the picture changes its mean colour by less than a new encoding does. So colours are compared place by
+place. The thumbnails of the fingerprints propose groups, and FINE x FINE places of the decoded pictures decide. Each
+picture that has a candidate is decoded once more for each split it is compared with, however many look like it.
 """
 
+import bisect
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.input.decode import decode
-from data_pipeline.inspection.fingerprints import Fingerprints, is_comparable
+from data_pipeline.inspection.fingerprints import THUMB, Fingerprints, is_comparable
+from data_pipeline.inspection.neighbours import Groups, Rows, near_pairs
+from data_pipeline.inspection.store import CHUNK, GrowingArray, chunks
 
-HASH_BITS = 12  # of 64 that may differ; encoding anew changes 10
-THUMB_LEVELS = 10  # of 255, in any of the 4 x 4 x 3; encoding anew changes 5
-SAME_LEVELS = 4.0  # of 255, mean over 16 x 16 x 3
-ALL_PAIRS = 1_000_000_000  # up to so many pairs all are compared; beyond, those that share a quarter of the hash
-BLOCK = 1 << 22  # pairs compared at once
-MAX_BUCKET = 2_000  # pictures that share a quarter of the hash: more share a white ground, not a picture
+THUMB_LEVELS = 13  # of 255, in any colour of the thumbnails; encoding anew changes 12
+FINE = 24  # columns and rows of places that decide
+FINE_LEVELS = 48  # of 255, in any place; encoding anew changes 30
+NOISE, NOISE_SHARE = 6.0, 0.15  # levels that a place may change, and share of its contrast
+# Changes as multiples of these. `Most`: what nine tenths of the places with CONTRAST change at most.
+CONTRAST, MIN_PLACES = 12, 50  # levels; with fewer places of contrast all places count
+MOST = 0.8  # a new encoding has at most MOST_MEASURED
+MOST_FLOOR, OUTLIER = 0.1, 4.5  # the place that changes most changes by 4.0 x (MOST_FLOOR + most) in a new encoding
+PAIRS = 1 << 12  # compared at once
+DECODED = 1 << 16  # candidates of one group decoded at once, 250 MB
 
-Hashes = NDArray[np.uint64]
-Pair = tuple[int, int]
+Read = Callable[[int], bytes]
 
 
-def same_bytes(pictures: Fingerprints, others: Fingerprints | None = None) -> Iterator[Pair]:
-    """Yields (row of pictures, row of others) for pictures with the same bytes, the latter ascending.
+@dataclasses.dataclass(frozen=True)
+class Duplicates:
+    """Pictures that show the same."""
 
-    Each row of others is paired with the first equal row of pictures. If others is None, each row of pictures is paired
-    with the first equal row before it: both are rows of pictures. Pictures that are not comparable are left out.
+    rows: list[int]  # of `pictures`, ascending
+    other_rows: list[int]  # of `others`, ascending; [] without any
+    same_bytes: bool  # whether all are equal byte for byte
+
+
+def duplicates(
+    pictures: Fingerprints, others: Fingerprints | None, read: Read, read_other: Read | None = None
+) -> Iterator[Duplicates]:
+    """Yields the groups of pictures that show the same, in the order of their first rows.
+
+    If others is given, a group has rows of both. Pictures that are not comparable are left out. read and read_other
+    return the encoded bytes of a row; what they raise passes. Raises ValueError if bytes cannot be decoded.
     """
+    count, groups = len(pictures), Groups()
+    theirs = _distinct(others, count) if others is not None else None
+    encoded = lambda number: read(number) if number < count or read_other is None else read_other(number - count)
+    fine_of = functools.lru_cache(DECODED)(lambda number: _fine(encoded(number)))  # mirrored ones are wanted again
+    step = CHUNK if theirs else max(1, count)
+    for begin in range(0, count, step):
+        ours = _distinct(pictures[begin : begin + step], begin)
+        if theirs:
+            _, one, two = np.intersect1d(ours.digests, theirs.digests, return_indices=True)
+            groups.join_all(ours.numbers[one], theirs.numbers[two])
+        else:
+            groups.join_all(*ours.equal)
+        for values, numbers, sides in _comparisons(ours, theirs):
+            for ones, twos in _near(values, numbers, sides, fine_of):
+                groups.join_all(ones, twos)
+        groups.join_known(*ours.equal)
+    if theirs:
+        groups.join_known(*theirs.equal)
+    for group in groups.sorted():
+        split = bisect.bisect_left(group, count)
+        rows, other_rows = group[:split], [number - count for number in group[split:]]
+        if len(group) > 1 and (others is None or (rows and other_rows)):
+            of_bytes = {int(pictures["digest"][row]) for row in rows}
+            of_bytes |= {int(others["digest"][row]) for row in other_rows} if others is not None else set()
+            yield Duplicates(rows, other_rows, len(of_bytes) == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distinct:
+    """The comparable pictures of a part, the first of each that are equal byte for byte. Numbers count all pictures."""
+
+    digests: NDArray[np.uint64]  # ascending
+    numbers: Rows  # of the first picture of each digest
+    thumbs: NDArray[np.uint8]
+    equal: tuple[Rows, Rows]  # numbers of first pictures, and of others that equal them
+
+
+def _distinct(pictures: Fingerprints, begin: int) -> _Distinct:
     rows = np.flatnonzero(is_comparable(pictures))
-    other_rows = rows if others is None else np.flatnonzero(is_comparable(others))
-    wanted = (pictures if others is None else others)["digest"][other_rows]
-    digests, first = np.unique(pictures["digest"][rows], return_index=True)
-    if not len(digests):
-        return
-    at = np.minimum(np.searchsorted(digests, wanted), len(digests) - 1)
-    for match in np.flatnonzero(digests[at] == wanted).tolist():
-        one, other = int(rows[first[at[match]]]), int(other_rows[match])
-        if others is not None or one != other:
-            yield one, other
+    digests, first, of_row = np.unique(pictures["digest"][rows], return_index=True, return_inverse=True)
+    firsts = rows[first][of_row]
+    again = rows != firsts
+    return _Distinct(
+        digests, begin + rows[first], pictures["thumb"][rows[first]], (begin + firsts[again], begin + rows[again])
+    )
 
 
-def same_picture(
-    pictures: Fingerprints,
-    others: Fingerprints | None,
-    read: Callable[[int], bytes],
-    read_other: Callable[[int], bytes],
-) -> Iterator[Pair]:
-    """Yields (row of pictures, row of others) for near-duplicates: different bytes, same picture, possibly mirrored.
+def _comparisons(
+    ours: _Distinct, theirs: _Distinct | None
+) -> Iterator[tuple[NDArray[np.uint8], Rows, NDArray[np.bool_] | None]]:
+    """Yields (thumbnails, numbers, sides) of what to compare: as they are, then with the other side's mirrored.
 
-    Each pair comes once. If others is None, both are rows of pictures, the smaller first. Pictures that are not
-    comparable are left out. read and read_other return the encoded bytes of a row; what they raise passes. Raises
-    ValueError if bytes cannot be decoded.
+    Mirrored ones have the number -1 - n. sides: which of two sides a picture is on; None: all with all.
     """
-    colours: dict[tuple[bool, int], NDArray[np.float32]] = {}
-
-    def colours_of(other: bool, row: int) -> NDArray[np.float32]:
-        if (other, row) not in colours:
-            pixels = decode((read_other if other else read)(row))
-            small = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BOX)
-            colours[other, row] = np.asarray(small, np.float32)
-        return colours[other, row]
-
-    found: set[Pair] = set()  # a picture that is its own mirror image is proposed twice
-    for side in (1, -1):
-        for one, other in _proposed(pictures, pictures if others is None else others, side, within=others is None):
-            difference = colours_of(False, one) - colours_of(others is not None, other)[:, ::side]
-            if np.abs(difference).mean() <= SAME_LEVELS and (one, other) not in found:
-                found.add((one, other))
-                yield one, other
+    other = theirs or ours
+    sides = np.repeat((False, True), (len(ours.numbers), len(other.numbers)))
+    if theirs:
+        yield np.concatenate([ours.thumbs, other.thumbs]), np.concatenate([ours.numbers, other.numbers]), sides
+    else:
+        yield ours.thumbs, ours.numbers, None
+    yield np.concatenate([ours.thumbs, other.thumbs[:, :, ::-1]]), np.concatenate([ours.numbers, ~other.numbers]), sides
 
 
-def _proposed(pictures: Fingerprints, others: Fingerprints, side: int, *, within: bool) -> Iterator[Pair]:
-    """Yields (row, row) alike in hash and thumbnail, not in bytes. side -1 mirrors `others`; within: smaller first."""
-    comparable, other_comparable = is_comparable(pictures), is_comparable(others)
-    search = _all_pairs if len(pictures) * len(others) <= ALL_PAIRS else _pairs_by_quarters
-    for ones, twos in search(pictures["hash"], others["hash" if side == 1 else "mirror"]):
-        chosen = ones < twos if within else np.ones(len(ones), bool)
-        chosen &= comparable[ones] & other_comparable[twos]
-        chosen &= pictures["digest"][ones] != others["digest"][twos]
-        ones, twos = ones[chosen], twos[chosen]
-        difference = np.abs(pictures["thumb"][ones].astype(np.int16) - others["thumb"][twos][:, :, ::side])
-        near = difference.reshape(len(ones), 48).max(axis=1, initial=0) <= THUMB_LEVELS
-        yield from zip(ones[near].tolist(), twos[near].tolist(), strict=True)
+def _near(
+    thumbs: NDArray[np.uint8],
+    numbers: Rows,
+    sides: NDArray[np.bool_] | None,
+    fine_of: Callable[[int], NDArray[np.uint8]],
+) -> Iterator[tuple[Rows, Rows]]:
+    """Yields pairs of numbers of pictures that show the same, enough to link all that do. fine_of: `_fine` by number.
+
+    Raises as fine_of does.
+    """
+    candidates = Groups()
+    for ones, twos in near_pairs(thumbs.reshape(len(thumbs), THUMB * THUMB * 3), THUMB_LEVELS, sides):
+        candidates.join_all(ones, twos)
+    for group in candidates.sorted():
+        for begin in range(0, len(group), DECODED):
+            part = np.array(group[begin : begin + DECODED])
+            of_part = None if sides is None else sides[part]
+            if of_part is not None and of_part.all() == of_part.any():
+                continue
+            chosen = numbers[part].tolist()
+            fine = np.stack([fine_of(number) if number >= 0 else fine_of(~number)[:, ::-1] for number in chosen])
+            if sides is not None and (numbers[part] < 0).any():
+                # A package that equals its mirror image but for its print would equal others' mirror images, too.
+                lopsided = np.flatnonzero(~_is_symmetric(fine))
+                fine, part, of_part = fine[lopsided], part[lopsided], sides[part[lopsided]]
+            same = functools.partial(_same, fine, _contrasts(fine))
+            for ones, twos in near_pairs(fine.reshape(len(part), FINE * FINE * 3), FINE_LEVELS, of_part, same):
+                found, others = (numbers[part[each]] for each in (ones, twos))
+                yield np.maximum(found, ~found), np.maximum(others, ~others)
 
 
-def _all_pairs(hashes: Hashes, others: Hashes) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    step = max(1, BLOCK // max(1, len(others)))
-    for begin in range(0, len(hashes), step):
-        differing = np.bitwise_count(hashes[begin : begin + step, None] ^ others[None])
-        ones, twos = np.nonzero(differing <= HASH_BITS)
-        yield ones + begin, twos
+def _is_symmetric(fine: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Returns, bool [n], which pictures show the same as their own mirror images."""
+    both = np.concatenate([fine, fine[:, :, ::-1]])
+    return _same(both, _contrasts(both), np.arange(len(fine)), np.arange(len(fine), len(both)))
 
 
-def _pairs_by_quarters(hashes: Hashes, others: Hashes) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    for quarter in range(4):
-        parts = [((each >> np.uint64(16 * quarter)) & np.uint64(0xFFFF)) for each in (hashes, others)]
-        orders = [np.argsort(part, kind="stable") for part in parts]
-        bounds = [np.searchsorted(part[order], np.arange(2**16 + 1)) for part, order in zip(parts, orders, strict=True)]
-        for value in range(2**16):
-            ones, twos = (order[bound[value] : bound[value + 1]] for order, bound in zip(orders, bounds, strict=True))
-            if len(ones) and len(twos) and max(len(ones), len(twos)) <= MAX_BUCKET:
-                differing = np.bitwise_count(hashes[ones][:, None] ^ others[twos][None])
-                rows, columns = np.nonzero(differing <= HASH_BITS)
-                yield ones[rows], twos[columns]
+def _fine(encoded: bytes) -> NDArray[np.uint8]:
+    """Returns a picture's brightness and its halved colours, means of the places, uint8 [FINE, FINE, 3].
+
+    Colours count half, since JPEG keeps less of them. Raises ValueError if the bytes cannot be decoded.
+    """
+    small = Image.fromarray(decode(encoded)).resize((FINE, FINE), Image.Resampling.BOX)
+    fine = np.array(small.convert("YCbCr"))
+    fine[:, :, 1:] //= 2
+    return fine
+
+
+def _contrasts(fine: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns the range of values around each place, in 3 x 3 places, uint8 [n, FINE, FINE, 3]."""
+    around = sliding_window_view(np.pad(fine, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge"), (3, 3), axis=(1, 2))
+    return around.max(axis=(4, 5)) - around.min(axis=(4, 5))
+
+
+def _same(fine: NDArray[np.uint8], contrasts: NDArray[np.uint8], ones: Rows, twos: Rows) -> NDArray[np.bool_]:
+    """Returns, bool [n], which pairs show the same.
+
+    A new encoding changes all of a picture: a little, more where it has contrast, and by as much in one place as in
+    others of that contrast. Another product changes some places much more than all others.
+    """
+    same = np.zeros(len(ones), bool)
+    for begin in range(0, len(ones), PAIRS):
+        one, two = ones[begin : begin + PAIRS], twos[begin : begin + PAIRS]
+        apart = np.abs(fine[one].astype(np.float32) - fine[two])
+        contrast = np.minimum(contrasts[one], contrasts[two])
+        expected = NOISE + NOISE_SHARE * contrast.astype(np.float32)
+        changes = (apart / expected).reshape(len(one), -1)
+        counts = contrast.reshape(changes.shape) >= CONTRAST
+        counts |= counts.sum(axis=1, keepdims=True) <= MIN_PLACES
+        number = counts.sum(axis=1)
+        ordered = np.sort(np.where(counts, changes, -1), axis=1)  # places that do not count come first
+        most = ordered[np.arange(len(one)), changes.shape[1] - number + (0.9 * (number - 1)).astype(np.int64)]
+        same[begin : begin + PAIRS] = (most <= MOST) & (changes.max(axis=1) <= OUTLIER * (most + MOST_FLOOR))
+    return same
+
+
+def equal_rows(pictures: Fingerprints, scratch: Path) -> Iterator[list[int]]:
+    """Yields the rows, ascending, of each group of comparable pictures with the same bytes.
+
+    scratch: a file for the sorted hashes of all. Raises OSError if it cannot be written.
+    """
+    digests = GrowingArray(scratch, np.uint64)
+    for part in chunks(pictures):
+        digests.append(part["digest"][is_comparable(part)])
+    every = digests.mapped()
+    every.sort()
+    repeated = np.unique(every[1:][every[1:] == every[:-1]])
+    rows: dict[int, list[int]] = {}
+    for number, part in enumerate(chunks(pictures)):
+        chosen = np.flatnonzero(is_comparable(part) & np.isin(part["digest"], repeated))
+        for row, digest in zip((number * CHUNK + chosen).tolist(), part["digest"][chosen].tolist(), strict=True):
+            rows.setdefault(digest, []).append(row)
+    yield from rows.values()

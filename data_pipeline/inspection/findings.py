@@ -1,17 +1,16 @@
-"""The results as JSON: faults by kind with their severity, and distributions."""
+"""Findings: the faults of one cause together, by kind with their severity."""
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import functools
+import os
+import re
+from collections.abc import Collection, Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipeline.faults import Fault
-from data_pipeline.inspection.fingerprints import Fingerprints
-from data_pipeline.inspection.summary import UNLISTED, InspectedData, SplitSummary
-from data_pipeline.layouts.listing import NONE
+from data_pipeline.layouts.text_layout import NO_IMAGE
 
 # Kinds that a conversion accepts and that make neither training nor its figures wrong. Every other kind is an error.
 WARNINGS = (
@@ -20,31 +19,77 @@ WARNINGS = (
     "ids alike", "image twice in a gallery", "several pictures in a file", "shop image under two ids",
     "truth without query", "turned by EXIF", "two shop images under one id", "unusual colours", "wrong suffix",
 )  # fmt: skip
+UNLISTED = "named by no list"  # the subject of faults of pictures that training does not use
+MISSING = ("missing frame", NO_IMAGE)
+OF_SEVERAL_FILES = (  # kinds whose detail names the cause, whichever clips or records it is found in
+    "livestream without gallery", "product without shop image", "several shop images", "bad gallery",
+)  # fmt: skip
+OF_A_LIST = (  # kinds that a list has in many lines if it was written in another way
+    "bad box", "bad gallery row", "bad id", "box inside out", "box outside the frame", "control characters",
+    "duplicate clip id", "frame listed twice", "frame of another shape", "frames and boxes differ", "not UTF-8",
+    "not a list", "path leaves the source", "wrong number of columns",
+)  # fmt: skip
+OF_A_FOLDER = ("table and sidecar differ", "unreadable sidecar")  # kinds with a cause for each shard of a download
+LISTS = (".txt", ".json", ".csv")
+CITED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[.*\]|\S*\d\S*""")  # cells and numbers in a detail
+SHOWN_PLACES = 5
 MAX_LISTED = 10_000  # faults of a kind in the report; all are counted
-MAX_VALUES = 20  # most frequent values that are listed with their counts
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
+class Finding:
+    """All that one cause makes wrong."""
+
+    first: Fault
+    cases: int = 1
+    others: list[str] = dataclasses.field(default_factory=list)  # places of the next SHOWN_PLACES cases
+
+    def detail(self) -> str:
+        if self.cases == 1:
+            return self.first.detail
+        shown = "; ".join(self.others)
+        rest = f" and {left:,} more" if (left := self.cases - 1 - len(self.others)) else ""
+        return f"{self.first.detail} The same cause in {self.cases - 1:,} more: {shown}{rest}."
+
+
 class Findings:
-    """Faults by kind, in the order in which they were found."""
+    """Findings by kind, in the order in which they were found. Faults of one cause are one finding.
 
-    accepted: Collection[str] = ()  # kinds that the user wants as warnings
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    errors: set[str] = dataclasses.field(default_factory=set)  # kinds with at least one error
-    faults: list[Fault] = dataclasses.field(default_factory=list)
+    accepted: kinds that the user wants as warnings. root: the folder that the faults' files are relative to.
+    """
+
+    def __init__(self, accepted: Collection[str] = (), root: Path | None = None) -> None:
+        self.accepted, self.root = accepted, root
+        self.counts: collections.Counter[str] = collections.Counter()  # of findings, by kind
+        self.cases: collections.Counter[str] = collections.Counter()  # of faults, by kind
+        self.errors: set[str] = set()  # kinds with at least one error
+        self.findings: dict[Hashable, Finding] = {}  # by cause, at most MAX_LISTED of a kind
+        self._seen: set[int] = set()  # hashes of faults and causes
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Adds faults that are not listed yet: splits share shop images. Counts all, keeps MAX_LISTED of a kind."""
-        known = set(self.faults)
+        """Adds faults that were not added before: splits share shop images. Counts all, keeps MAX_LISTED of a kind."""
         for fault in faults:
-            if fault in known:
-                continue
-            known.add(fault)
+            if self._is_new(fault):
+                self._add(fault)
+
+    def _add(self, fault: Fault) -> None:
+        self.cases[fault.reason] += 1
+        if self.severity(fault) == "error":
+            self.errors.add(fault.reason)
+        cause, fault = cause_of(fault, self.root)
+        if (finding := self.findings.get(cause)) is not None:
+            finding.cases += 1
+            if len(finding.others) < SHOWN_PLACES:
+                finding.others.append(_place(fault, finding.first))
+        elif self._is_new(cause):
             self.counts[fault.reason] += 1
-            if self.severity(fault) == "error":
-                self.errors.add(fault.reason)
             if self.counts[fault.reason] <= MAX_LISTED:
-                self.faults.append(fault)
+                self.findings[cause] = Finding(fault)
+
+    def _is_new(self, item: Hashable) -> bool:
+        before = len(self._seen)
+        self._seen.add(hash(item))
+        return len(self._seen) > before
 
     def severity(self, fault: Fault) -> str:
         """Returns "warning" for a kind of WARNINGS or `accepted`, or a picture that no list names; else "error"."""
@@ -52,71 +97,73 @@ class Findings:
         return "warning" if harmless else "error"
 
     def as_json(self) -> dict[str, Any]:
-        """Returns "safe" (no error), "counts" {kind: {"severity", "count"}} and "faults", a list of dicts.
+        """Returns "safe" (no error), "counts" {kind: {"severity", "count", "cases"}} and "faults", a list of dicts.
 
-        Kinds with errors first, then by count. A fault has kind, severity, file, line or None, subject or None, detail.
+        Kinds with errors first, then by count. A fault has kind, severity, file, line or None, subject or None, detail
+        and cases: of how many clips, lines or pictures it is the cause.
         """
         worst = {kind: "error" if kind in self.errors else "warning" for kind in self.counts}
         order = sorted(self.counts, key=lambda kind: (worst[kind], -self.counts[kind], kind))
+        places = {kind: place for place, kind in enumerate(order)}
+        found = sorted(self.findings.values(), key=lambda each: (places[each.first.reason], self.severity(each.first)))
         return {
             "safe": not self.errors,
-            "counts": {kind: {"severity": worst[kind], "count": self.counts[kind]} for kind in order},
+            "counts": {
+                kind: {"severity": worst[kind], "count": self.counts[kind], "cases": self.cases[kind]} for kind in order
+            },
             "faults": [
                 {
-                    "kind": fault.reason,
-                    "severity": self.severity(fault),
-                    "file": fault.file,
-                    "line": fault.line or None,
-                    "subject": fault.subject or None,
-                    "detail": fault.detail,
+                    "kind": finding.first.reason,
+                    "severity": self.severity(finding.first),
+                    "file": finding.first.file,
+                    "line": finding.first.line or None,
+                    "subject": finding.first.subject or None,
+                    "detail": finding.detail(),
+                    "cases": finding.cases,
                 }
-                for fault in sorted(self.faults, key=lambda fault: (order.index(fault.reason), self.severity(fault)))
+                for finding in found
             ],
         }
 
 
-def distributions(data: InspectedData) -> dict[str, Any]:
-    """Returns by split, for JSON, counts of clips, frames, images, galleries and sizes, and "clips_by" each column."""
-    return {summary.split: _split_distributions(summary, data.tables) for summary in data.summaries}
+def cause_of(fault: Fault, root: Path | None) -> tuple[Hashable, Fault]:
+    """Returns what faults of one cause have in common, and the fault, which is moved to a folder that is missing.
+
+    Faults of one list have a common cause if they differ in their line and subject only, those of OF_A_LIST also if in
+    the numbers and cells that their details cite. Missing pictures have it if a folder or a download lacks them all.
+    root: as in Findings.
+    """
+    if fault.reason in MISSING and root and "/" in fault.file and (folder := _missing_folder(root, fault.file)):
+        detail = "found no such folder, needs it for pictures that the lists name; unpack the archive that holds it."
+        return (fault.reason, folder), dataclasses.replace(fault, file=folder, line=0, detail=detail)
+    if fault.reason in OF_SEVERAL_FILES:
+        return (fault.reason, fault.detail), fault
+    cited = CITED.sub("#", fault.detail)
+    if fault.reason in MISSING and ("/" not in fault.file or fault.file.endswith(LISTS)):  # a download lacks it
+        return (fault.reason, cited), fault
+    if fault.reason in OF_A_FOLDER:
+        return (fault.reason, os.path.dirname(fault.file), cited), fault
+    if fault.line or fault.file.endswith(LISTS):
+        return (fault.reason, fault.file, cited if fault.reason in OF_A_LIST else fault.detail), fault
+    return (fault,), fault
 
 
-def _split_distributions(summary: SplitSummary, tables: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    frames, images = summary.frame_fingerprints, summary.image_fingerprints
-    sound, sound_images = frames[frames["key"] > 0], images[images["key"] > 0]
-    sizes = [len(rows) for rows in summary.galleries.values()]
-    spread = {name: _spread(column, tables.get(name, ())) for name, column in summary.columns.items()}
-    products = np.append(summary.image_products, np.int32(NONE))[summary.clip_images]
-    spread["product"] = _spread(products, tables.get("product", ()))
-    return {
-        "clips": len(summary.clip_ids),
-        "frames": sum(summary.frame_counts),
-        "sound_frames": len(sound),
-        "shop_images": len(summary.image_ids),
-        "sound_shop_images": len(sound_images),
-        "galleries": {"count": len(sizes), "smallest": min(sizes, default=0), "largest": max(sizes, default=0)},
-        "frames_a_clip": {str(n): clips for n, clips in sorted(collections.Counter(summary.frame_counts).items())},
-        "clips_by": {name: values for name, values in spread.items() if values["values"]},
-        "frame_sizes": _sizes(sound),
-        "shop_image_sizes": _sizes(sound_images),
-    }
+@functools.lru_cache(maxsize=1 << 16)
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path)
 
 
-def _spread(column: NDArray[np.int32], texts: Sequence[str]) -> dict[str, Any]:
-    numbers, counts = np.unique(column[column != NONE], return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    ranked = counts[order]
-    tenth = -(-len(ranked) // 10)
-    return {
-        "values": len(ranked),
-        "without": int(np.count_nonzero(column == NONE)),
-        "once": int(np.count_nonzero(ranked == 1)),
-        "median": float(np.median(ranked)) if len(ranked) else 0.0,
-        "share_of_the_first_tenth": round(int(ranked[:tenth].sum()) / max(1, int(ranked.sum())), 4),
-        "first": {texts[numbers[at]].replace("\t", " "): int(counts[at]) for at in order[:MAX_VALUES]},
-        "ranked": ranked[np.unique(np.geomspace(1, len(ranked), 40).astype(int)) - 1].tolist() if len(ranked) else [],
-    }
+def _missing_folder(root: Path, file: str) -> str | None:
+    """Returns the outermost folder above `file` that is not there, relative to root; None if its folder is there."""
+    missing = None
+    while (file := os.path.dirname(file)) and not _is_folder(os.path.join(root, file)):
+        missing = file
+    return missing
 
 
-def _sizes(pictures: Fingerprints) -> dict[str, int]:
-    pairs = collections.Counter(zip(pictures["width"].tolist(), pictures["height"].tolist(), strict=True))
-    return {f"{width} x {height}": count for (width, height), count in pairs.most_common(MAX_VALUES)}
+def _place(fault: Fault, first: Fault) -> str:
+    """Returns where a fault is, as far as this differs from the first of its cause."""
+    file = fault.file if fault.file != first.file else ""
+    line = f"line {fault.line}" if fault.line else ""
+    subject = f"({fault.subject})" if line and fault.subject else fault.subject
+    return " ".join(filter(None, (file, line, subject))) or fault.detail

@@ -1,15 +1,9 @@
-"""Fingerprints of pictures: their size, hashes and a thumbnail, made from the decoded pixels.
-
-Fingerprints of sound pictures are appended to a file in blocks, each with its checksum. So a run after a kill decodes a
-picture again only if its file has another size or modification time.
-"""
+"""Fingerprints of pictures: their size, a hash and a thumbnail, made from the decoded pixels."""
 
 import dataclasses
-import functools
 import hashlib
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +11,23 @@ from PIL import Image
 
 from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
-from data_pipeline.format.tfrecord import HEADER, OVERHEAD, frame_record, unframe_record
 from data_pipeline.input.decode import DecodedPicture
 from data_pipeline.input.metadata import UPRIGHT
 from data_pipeline.layouts.pictures import PictureReader, decode_picture, oddities
 
+THUMB = 8  # columns and rows of a thumbnail
 FINGERPRINT = np.dtype(
     [
         ("key", "<u8"),  # hash of the picture's place and of its file's size and time; 0: no sound picture
         ("digest", "<u8"),  # hash of its bytes
-        ("hash", "<u8"),  # a bit for each of 8 x 8 fields: whether brightness rises from left to right
-        ("mirror", "<u8"),  # the same hash of its mirror image
         ("width", "<u4"),
         ("height", "<u4"),
-        ("thumb", "u1", (4, 4, 3)),  # mean colours
+        ("thumb", "u1", (THUMB, THUMB, 3)),  # mean colours
     ]
 )
 Fingerprints = NDArray[np.void]  # of dtype FINGERPRINT, shape [n], or [] for one
 NO_FINGERPRINT = np.zeros((), FINGERPRINT)
-VERSION = 4  # of FINGERPRINT and of the checks: with another number, fingerprints of earlier runs are not used
+VERSION = 5  # of FINGERPRINT and of the checks: with another number, fingerprints of earlier runs are not used
 MIN_SIDE = 16  # pixels: on a shorter side a network of patches sees nothing
 UNIFORM_RANGE = 12  # of 255 levels: JPEG's noise on a black frame stays below it
 STRAY = 0.1  # per cent of the pixels, darkest and brightest, that the test for one colour ignores: hot pixels, specks
@@ -51,8 +43,8 @@ class InspectedPicture:
 
 def is_comparable(fingerprints: Fingerprints) -> NDArray[np.bool_]:
     """Returns, bool [n], which pictures can be compared: sound, no side below MIN_SIDE, and not of one colour."""
-    thumbs = fingerprints["thumb"].reshape(len(fingerprints), 16, 3).astype(np.int16)
-    varied: NDArray[np.bool_] = np.ptp(thumbs, axis=1).max(axis=1, initial=0) > UNIFORM_RANGE
+    thumbs = fingerprints["thumb"].reshape(len(fingerprints), THUMB * THUMB, 3)
+    varied: NDArray[np.bool_] = (thumbs.max(axis=1) - thumbs.min(axis=1)).max(axis=1, initial=0) > UNIFORM_RANGE
     large = np.minimum(fingerprints["width"], fingerprints["height"]) >= MIN_SIDE
     return varied & (fingerprints["key"] > 0) & large
 
@@ -65,24 +57,17 @@ def inspect_picture(data: bytes, path: str, key: int = 1, *, named: bool = True)
     """
     picture = decode_picture(data, path)
     rgb = Image.fromarray(picture.pixels)
-    brightness = np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
     fingerprint = np.zeros((), FINGERPRINT)
     fingerprint["key"] = key
     fingerprint["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    fingerprint["hash"], fingerprint["mirror"] = _rises(brightness), _rises(brightness[:, ::-1])
     fingerprint["width"], fingerprint["height"] = picture.size
-    fingerprint["thumb"] = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX))
+    fingerprint["thumb"] = np.asarray(rgb.resize((THUMB, THUMB), Image.Resampling.BOX))
     problems = _problems(picture, fingerprint["thumb"])
     if named and "misnamed" in oddities(picture, path):
         suffix = os.path.splitext(path)[1] or "nothing"
         detail = f"found {picture.format} data in a file called {suffix}, and reads them as such; rename it."
         problems.append(("wrong suffix", detail))
     return InspectedPicture(fingerprint, [BadInputError(reason, detail, path) for reason, detail in problems])
-
-
-def _rises(brightness: NDArray[np.int16]) -> np.uint64:
-    bits: np.uint64 = np.packbits(brightness[:, 1:] > brightness[:, :-1]).view("<u8")[0]
-    return bits
 
 
 def _problems(picture: DecodedPicture, thumb: NDArray[np.uint8]) -> list[tuple[str, str]]:
@@ -119,59 +104,13 @@ def key_of(text: str) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
-def load_fingerprints(path: Path) -> Fingerprints:
-    """Returns what earlier runs appended, [n], sorted by key, the first of each key; [0] if there is no file.
-
-    Cuts the file off where damage begins. Raises OSError if it cannot be read or cut.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    blocks, end = [np.zeros(0, FINGERPRINT)], 0
-    while end + OVERHEAD <= len(data):
-        size = HEADER.unpack_from(data, end)[0] + OVERHEAD
-        try:
-            block = unframe_record(data[end : end + size])
-        except ValueError:
-            break
-        if len(block) % FINGERPRINT.itemsize:
-            break
-        blocks.append(np.frombuffer(block, FINGERPRINT))
-        end += size
-    if end < len(data):
-        os.truncate(path, end)
-    fingerprints = np.concatenate(blocks)
-    return fingerprints[np.unique(fingerprints["key"], return_index=True)[1]]
-
-
-def append_fingerprints(path: Path, fingerprints: Fingerprints) -> None:
-    if len(fingerprints):
-        with path.open("ab") as file:
-            file.write(frame_record(fingerprints.tobytes()))
-
-
-class KnownFingerprints:
-    """Fingerprints of earlier runs, in a .npy file sorted by key. Small when pickled: each worker maps the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[type["KnownFingerprints"], tuple[Path]]:
-        return KnownFingerprints, (self.path,)
-
-    @functools.cached_property
-    def _rows(self) -> Fingerprints:
-        rows: Fingerprints = np.load(self.path, mmap_mode="r")
-        return rows
-
-    def find(self, key: int) -> Fingerprints | None:
-        """Returns the fingerprint with this key, shape [], or None. Raises OSError if the file cannot be read."""
-        row = int(np.searchsorted(self._rows["key"], np.uint64(key)))
-        return self._rows[row] if row < len(self._rows) and int(self._rows["key"][row]) == key else None
-
-
-def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprints) -> InspectedPicture:
+def inspect_file(
+    folder: PictureReader, picture: Picture, find: Callable[[int], Fingerprints | None]
+) -> InspectedPicture:
     """Returns a source's picture as inspect_picture does, or the fingerprint that an earlier run made of its file.
 
-    Raises BadInputError if the picture cannot be read, or is one that a conversion would refuse.
+    find: returns the known fingerprint of a key, or None. Raises BadInputError if the picture cannot be read, or is one
+    that a conversion would refuse.
     """
     try:
         stat = os.stat(folder.root / picture.path)
@@ -179,7 +118,7 @@ def inspect_file(folder: PictureReader, picture: Picture, known: KnownFingerprin
         key = key_of(f"{place}\0{stat.st_size}\0{stat.st_mtime_ns}")
     except (OSError, ValueError):
         key = 0
-    if key and (fingerprint := known.find(key)) is not None:
+    if key and (fingerprint := find(key)) is not None:
         return InspectedPicture(fingerprint, known=True)
     return inspect_picture(folder.read(picture), picture_name(picture), key)
 

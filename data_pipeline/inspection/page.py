@@ -22,6 +22,8 @@ SIDE, GAP = 72, 2  # pixels: a thumbnail, and the space between two
 SHEET_CLIPS, SHEET_FRAMES = 24, 6  # of each split
 SHOWN_FAULTS = 200  # of a kind
 SHOWN_PICTURES = 24  # of the faults of a kind
+SHOWN_BARS = 60
+MAX_TEXT = 1_000  # characters: a cell of a list may have millions
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#24292f}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.15rem .8rem .15rem 0;text-align:left;
 vertical-align:top;overflow-wrap:anywhere}td.n{text-align:right;white-space:nowrap}.error{color:#b42318}
@@ -38,7 +40,7 @@ def make_page(title: str, report: dict[str, Any], data: InspectedData) -> str:
     )
     body = [
         f"<h1>{_text(title)}</h1>{verdict}",
-        *(f"<p>{_text(remark)}</p>" for remark in report["remarks"]),
+        *(f"<p>{_text(remark)}</p>" for remark in report["remarks"][:SHOWN_FAULTS]),
         "<h2>What was found</h2>" + _counts(report),
         *_faults(report, data),
     ]
@@ -54,7 +56,9 @@ def make_page(title: str, report: dict[str, Any], data: InspectedData) -> str:
 
 
 def _text(value: object) -> str:
-    printable = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value))
+    text = str(value)
+    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ... ({len(text):,} characters)"
+    printable = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
     return html.escape(printable, quote=True)
 
 
@@ -63,9 +67,13 @@ def _counts(report: dict[str, Any]) -> str:
         return "<p>Nothing.</p>"
     return _table(
         f'<tr><td class="{each["severity"]}">{each["severity"]}</td><td>{_text(kind)}</td>'
-        f'<td class="n">{each["count"]:,}</td></tr>'
+        f'<td class="n">{each["count"]:,}</td><td>{_cases(each)}</td></tr>'
         for kind, each in report["counts"].items()
     )
+
+
+def _cases(counted: dict[str, Any]) -> str:
+    return f"(in {counted['cases']:,} places)" if counted["cases"] > counted["count"] else ""
 
 
 def _table(rows: Iterable[str]) -> str:
@@ -105,11 +113,12 @@ def _numbers(numbers: dict[str, Any]) -> Iterator[str]:
 def _bars(items: Iterable[tuple[str, int]]) -> str:
     pairs = list(items)
     longest = max((count for _, count in pairs), default=1)
-    return _table(
+    table = _table(
         f'<tr><td>{_text(name)}</td><td class="n">{count:,}</td><td><span class="bar" '
         f'style="width:{20 * count / longest:.2f}rem"></span></td></tr>'
-        for name, count in pairs
+        for name, count in pairs[:SHOWN_BARS]
     )
+    return table + (f"<p>... and {more:,} more, in report.json</p>" if (more := len(pairs) - SHOWN_BARS) > 0 else "")
 
 
 def _thumbs(data: InspectedData, faults: Sequence[dict[str, Any]]) -> str:

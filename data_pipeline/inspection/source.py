@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,12 @@ from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, Fault, WrongUseError
 from data_pipeline.format.schema import Box, Picture, ShopImage
 from data_pipeline.inspection import fingerprints
-from data_pipeline.inspection.fingerprints import Fingerprints, KnownFingerprints, picture_name
-from data_pipeline.inspection.summary import UNLISTED, InspectedData, PartResult, SplitSummary, join_parts
+from data_pipeline.inspection.findings import UNLISTED
+from data_pipeline.inspection.fingerprints import Fingerprints, picture_name
+from data_pipeline.inspection.store import GrowingArray, KnownFingerprints
+from data_pipeline.inspection.summary import InspectedData, PartResult, SplitSummary
 from data_pipeline.layouts.img2dataset import compare_shard, hash_names
-from data_pipeline.layouts.listing import TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
+from data_pipeline.layouts.listing import NONE, TABLES, ClipListing, Layout, Listing, RowLocation, RunTasks
 from data_pipeline.layouts.lpr4m import Lpr4m
 from data_pipeline.layouts.names import is_leftover
 from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
@@ -47,41 +49,44 @@ class SourceContext:
 class InspectedSource(InspectedData):
     """A source folder. `read_lists`, then `inspect_pictures` fill in the results."""
 
-    def __init__(self, layout: Layout, splits: Sequence[str], workers: int) -> None:
-        super().__init__()
+    def __init__(self, layout: Layout, splits: Sequence[str], workers: int, **shared: Any) -> None:
+        """shared: the arguments of `InspectedData`."""
+        super().__init__(**shared)
         self.layout, self.splits, self.workers = layout, splits, workers
         self.folder = PictureReader(layout.source)
         self.listings: list[Listing] = []
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def read_lists(self, run: RunTasks, work: Path) -> None:
+    def read_lists(self, run: RunTasks) -> None:
         """Reads the lists and finds the pictures. A split that cannot be read becomes a fault; the others go on.
 
-        Fills in `listings`, `tables`, `faults`, `remarks` and `knows_products`. run: runs tasks, as Workers.run does.
-        work: folder for the index of a download. Raises BadInputError or WrongUseError only if the others cannot be
-        read together.
+        Fills in `listings`, `tables`, `remarks` and `knows_products`, and adds to `findings`. run: runs tasks, as
+        Workers.run does. Raises BadInputError or WrongUseError only if the others cannot be read together.
         """
         self._without_bad(self.splits, lambda splits: self._list(splits, run))
         for listing in self.listings:
-            self.faults += [*listing.faults, *_empty_lists(listing)]
+            self.findings.add([*listing.faults, *_empty_lists(listing)])
             listing.faults = []
-        self._without_bad(self.listings, lambda listings: self._locate(listings, run, work))
+        if self.sample:
+            chosen = [self.sample.rows(map(bytes.decode, listing.clip_ids.tolist())) for listing in self.listings]
+            self.listings = list(map(take_clips, self.listings, chosen))
+        self._without_bad(self.listings, lambda listings: self._locate(listings, run))
         for index in self.layout.indices.values() if isinstance(self.layout, Lpr4m) else ():
             download = index.download
             tasks = ((download, number) for number in range(len(download.shards)))
             label = f"{download.folder}: sidecars"
             for faults in run(compare_shard, tasks, label, total=len(download.shards), unit="shard"):
-                self.faults += faults
-        self.faults += [*self.layout.faults, *(fault for listing in self.listings for fault in listing.faults)]
+                self.findings.add(faults)
+        self.findings.add([*self.layout.faults, *(fault for listing in self.listings for fault in listing.faults)])
         images = (image for listing in self.listings for image in listing.images)
         self.knows_products = any(image.product not in ("", image.id) for image in images)
 
     def _list(self, splits: Sequence[str], run: RunTasks) -> None:
         self.listings, self.tables = list_splits(self.layout, splits, run)
 
-    def _locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> None:
-        self.remarks = self.layout.locate(listings, run, work)
+    def _locate(self, listings: Sequence[Listing], run: RunTasks) -> None:
+        self.remarks = self.layout.locate(listings, run, self.work)
         self.listings = list(listings)
 
     def _without_bad(self, items: Sequence[T], read: Callable[[Sequence[T]], None]) -> None:
@@ -99,30 +104,27 @@ class InspectedSource(InspectedData):
                 subject = f"split {item.split if isinstance(item, Listing) else item}"
                 folder = self.layout.FOLDERS[0]
                 if isinstance(err, BadInputError):
-                    self.faults.append(err.at(folder, 0, subject))
+                    self.findings.add([err.at(folder, 0, subject)])
                 else:
-                    self.faults.append(Fault("split cannot be read", folder, str(err), 0, subject))
+                    self.findings.add([Fault("split cannot be read", folder, str(err), 0, subject)])
         self.listings = []
         if sound:
             read(sound)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def inspect_pictures(self, known: KnownFingerprints, on_new: Callable[[Fingerprints], None]) -> None:
+    def inspect_pictures(self, known: KnownFingerprints) -> None:
         """Inspects the pictures of all lists, then, if every frame is inspected, the pictures that no list names.
 
-        Fills in `summaries`, and adds to `faults` and `remarks`. on_new: called after each task with the fingerprints,
-        [n], of sound pictures without a problem that are not among `known`.
+        Fills in `summaries`, and adds to `findings` and `remarks`. known: fingerprints of earlier runs.
         """
-        name_hashes = [hash_names(self.layout.copies)]
+        names = GrowingArray(self.work / "names.run", np.uint64)
+        names.append(hash_names(self.layout.copies))
         with Workers(self.workers, SourceContext(self.layout, self.folder, known)) as workers:
 
             def run(function: Callable, tasks: Iterable[tuple], label: str, total: int, unit: str) -> PartResult:
                 results = workers.run(function, tasks, label, total=total, unit=unit, weigh=lambda task: len(task[-1]))
-                joined = join_parts(results, on_new)
-                self.faults += joined.faults
-                name_hashes.append(joined.name_hashes)
-                return joined
+                return self.join_parts(results, label.replace(": ", "-"), names if total else None)
 
             for listing in self.listings:
                 split, shown = listing.split, listing.images
@@ -130,18 +132,28 @@ class InspectedSource(InspectedData):
                 images = run(inspect_images, tasks, f"{split}: images", len(shown), "image")
                 clips = run(inspect_clips, _clip_tasks(listing), f"{split}: clips", len(listing), "clip")
                 self.summaries.append(_summary(listing, images, clips))
-            if self.layout.stored_frames is None:
-                others = self._unlisted(np.unique(np.concatenate(name_hashes)))
-                parts = ((others[at : at + PICTURES_A_TASK],) for at in range(0, len(others), PICTURES_A_TASK))
-                run(inspect_unlisted, parts, "not listed", len(others), "picture")
+            listed = names.mapped()
+            listed.sort()
+            if self.layout.stored_frames is None and not self.sample:
+                tasks = ((paths,) for paths in self._unlisted(listed))
+                run(inspect_unlisted, tasks, "not listed", 0, "picture")
 
-    def _unlisted(self, listed: NDArray[np.uint64]) -> list[str]:
-        """Returns the paths, in the source, of pictures that no list names, and adds a remark if there are any."""
-        paths = list(_pictures_below(self.layout.source))
-        others: list[str] = np.array(paths)[~np.isin(hash_names(paths), listed)].tolist() if paths else []
-        if others:
-            self.remarks.append(f"{len(others):,} pictures of the folder are named by no list (first {others[0]}).")
-        return others
+    def _unlisted(self, listed: NDArray[np.uint64]) -> Iterator[list[str]]:
+        """Yields paths, in the source, of pictures that no list names; then adds a remark if there are any.
+
+        listed: ascending hashes of the names of those that a list names.
+        """
+        count, first = 0, ""
+        paths = _pictures_below(self.layout.source)
+        while part := list(itertools.islice(paths, PICTURES_A_TASK)):
+            hashes = hash_names(part)
+            at = np.searchsorted(listed, hashes)
+            known = (at < len(listed)) & (listed[np.minimum(at, len(listed) - 1)] == hashes) if len(listed) else at > 0
+            if others := list(itertools.compress(part, ~known)):
+                count, first = count + len(others), first or others[0]
+                yield others
+        if count:
+            self.remarks.append(f"{count:,} pictures of the folder are named by no list (first {first}).")
 
     # --- access -------------------------------------------------------------------------------------------------------
 
@@ -181,6 +193,34 @@ class InspectedSource(InspectedData):
         return self.layout.find_image(self._listing(summary).images[image], summary.split)
 
 
+def take_clips(listing: Listing, rows: NDArray[np.int64]) -> Listing:
+    """Returns a listing of some clips, by ascending row, and the shop images that they show, without faults."""
+    images = np.unique(listing.columns["image"][rows])
+    images = images[images != NONE]
+    renumber = np.full(len(listing.images) + 1, NONE, np.int32)  # the last entry maps NONE to NONE
+    renumber[images] = np.arange(len(images))
+    columns = {name: values[rows] for name, values in listing.columns.items()}
+    begins = np.cumsum(listing.hash_counts) - listing.hash_counts
+    hashes = [listing.frame_hashes[begins[row] : begins[row] + listing.hash_counts[row]] for row in rows]
+    clip_ids = listing.clip_ids[rows]
+    chosen = {clip_id.decode() for clip_id in clip_ids.tolist()}
+    galleries = {name: renumber[np.array(shown, np.int64)] for name, shown in listing.galleries.items()}
+    return dataclasses.replace(
+        listing,
+        clip_ids=clip_ids,
+        columns=columns | {"image": renumber[columns["image"]]},
+        images=[listing.images[image] for image in images],
+        galleries={name: shown[shown != NONE].tolist() for name, shown in galleries.items()},
+        faults=[],
+        frame_hashes=np.concatenate([*hashes, np.zeros(0, np.uint64)]),
+        hash_counts=listing.hash_counts[rows],
+        lines=listing.lines[rows] if len(listing.lines) else listing.lines,
+        clips=[listing.clips[row] for row in rows] if listing.clips else [],
+        truth={clip_id: images for clip_id, images in listing.truth.items() if clip_id in chosen},
+        image_products=listing.image_products[images],
+    )
+
+
 def _empty_lists(listing: Listing) -> Iterator[Fault]:
     """Yields a fault for each file of a list without a line (from an interrupted download) that has no fault yet."""
     reported = {fault.file for fault in listing.faults}
@@ -213,7 +253,7 @@ def _summary(listing: Listing, images: PartResult, clips: PartResult) -> SplitSu
         image_products=listing.image_products,
         galleries={name: np.array(rows, np.int32) for name, rows in listing.galleries.items()},
         truth=listing.truth,
-        frame_counts=clips.frame_counts,
+        frame_counts=np.asarray(clips.frame_counts),
         frame_fingerprints=clips.fingerprints,
         image_fingerprints=images.fingerprints,
     )
@@ -251,7 +291,7 @@ class _Part:
                 raise found
             if found is not None:
                 self.names.append(picture_name(found))
-                inspected = fingerprints.inspect_file(self.context.folder, found, self.context.known)
+                inspected = fingerprints.inspect_file(self.context.folder, found, self.context.known.find)
                 fingerprint, problems = inspected.fingerprint, inspected.problems
                 if not inspected.known and not problems:
                     self.new.append(fingerprint)

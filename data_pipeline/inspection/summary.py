@@ -3,16 +3,31 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.faults import Fault
+from data_pipeline.inspection.findings import Findings
 from data_pipeline.inspection.fingerprints import FINGERPRINT, Fingerprints
+from data_pipeline.inspection.store import GrowingArray
+from data_pipeline.layouts.img2dataset import hash_names
 
-UNLISTED = "named by no list"  # the subject of faults of pictures that training does not use
 OnNewFingerprints = Callable[[Fingerprints], None]
+
+
+class Sample(NamedTuple):
+    """A part of the clips that is inspected in place of all."""
+
+    clips: int  # of each split, at most
+    seed: int
+
+    def rows(self, clip_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Returns the rows of the chosen clips, ascending. A clip's id and the seed decide, not the other clips."""
+        words = hash_names([f"{self.seed}\0{clip_id}" for clip_id in clip_ids])
+        return np.sort(np.argsort(words, kind="stable")[: self.clips])
 
 
 @dataclasses.dataclass
@@ -27,8 +42,8 @@ class SplitSummary:
     image_products: NDArray[np.int32]
     galleries: Mapping[str, NDArray[np.int32]]  # livestream -> rows of shop images
     truth: Mapping[str, Sequence[str]]  # test: clip id -> true image ids, also of clips that are not there
-    frame_counts: Sequence[int]  # inspected frames of each clip
-    frame_fingerprints: Fingerprints  # of the frames, clip after clip; key 0: not sound
+    frame_counts: NDArray[np.int64]  # inspected frames of each clip
+    frame_fingerprints: Fingerprints  # of the frames, clip after clip, mapped from a file; key 0: not sound
     image_fingerprints: Fingerprints  # of the shop images
 
     @functools.cached_property
@@ -47,12 +62,34 @@ class InspectedData(Protocol):
 
     summaries: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns
-    faults: list[Fault]
     remarks: list[str]
     knows_products: bool = False  # then each shop image counts as a product of its own
 
-    def __init__(self) -> None:
-        self.summaries, self.tables, self.faults, self.remarks = [], {}, [], []
+    def __init__(self, findings: Findings, work: Path, on_new: OnNewFingerprints, sample: Sample | None) -> None:
+        """Creates empty results.
+
+        findings: where faults are added. work: a folder for arrays that may not fit in memory. on_new: called after
+        each task with the fingerprints, [n], of sound pictures without a problem that no earlier run knew. sample: the
+        clips to inspect; None: all.
+        """
+        self.summaries, self.tables, self.remarks = [], {}, []
+        self.findings, self.work, self.on_new, self.sample = findings, work, on_new, sample
+
+    def join_parts(self, parts: Iterable["PartResult"], name: str, names: GrowingArray | None = None) -> "PartResult":
+        """Returns the results in their order as one without faults, which are added to `findings`.
+
+        name: of the file in `work` that the fingerprints are mapped from. names: gets the hashes of pictures' names.
+        """
+        prints, counts = GrowingArray(self.work / f"{name}.run", FINGERPRINT), [np.zeros(0, np.int64)]
+        for part in parts:
+            self.on_new(part.new_fingerprints)
+            self.findings.add(part.faults)
+            prints.append(part.fingerprints)
+            counts.append(np.array(part.frame_counts, np.int64))
+            if names:
+                names.append(part.name_hashes)
+        nothing = np.zeros(0, FINGERPRINT), [], np.zeros(0, np.uint64)
+        return PartResult(prints.mapped(), nothing[0], nothing[1], np.concatenate(counts), nothing[2])
 
     # Places for messages: of a frame, of a shop image, and the file that lists a clip with its line from 1 (0: none).
     def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str: ...
@@ -72,17 +109,5 @@ class PartResult:
     fingerprints: Fingerprints  # of all pictures in their order; key 0: not sound
     new_fingerprints: Fingerprints  # of sound pictures that no earlier run knew
     faults: list[Fault]
-    frame_counts: list[int]  # of clips: frames of each
+    frame_counts: Sequence[int] | NDArray[np.int64]  # of clips: frames of each
     name_hashes: NDArray[np.uint64]  # of the pictures' names, from a source folder
-
-
-def join_parts(parts: Iterable[PartResult], on_new: OnNewFingerprints) -> PartResult:
-    """Returns the results in their order as one, after a call of on_new for each; its new_fingerprints are empty."""
-    prints, faults, counts, hashes = [np.zeros(0, FINGERPRINT)], [], [], [np.zeros(0, np.uint64)]
-    for part in parts:
-        on_new(part.new_fingerprints)
-        prints.append(part.fingerprints)
-        faults += part.faults
-        counts += part.frame_counts
-        hashes.append(part.name_hashes)
-    return PartResult(np.concatenate(prints), prints[0], faults, counts, np.concatenate(hashes))
