@@ -201,10 +201,10 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
         kept_every=config.checkpoints_kept_every, kept_best=config.checkpoints_kept_best,
     )  # fmt: skip
     start = hosts.ask_first(checkpoints.latest)
-    held = hosts.ask_first(lambda: checkpoints.config(start))
-    config.init_from = config.init_from or saved_init_from(workdir, held, start)
+    text = hosts.ask_first(lambda: checkpoints.config(start))
+    config.init_from = config.init_from or saved_init_from(workdir, text, start)
     meta = {"plan": plan.fingerprint, "data": dataset.content_hash, "config": to_json(config)}
-    refuse_other_run(workdir, held, config, checkpoints.meta(start) if start else None, meta)
+    refuse_other_run(workdir, text, config, checkpoints.meta(start) if start else None, meta)
     if hosts.is_first():
         write_config(workdir, meta["config"])
     notes: list[str] = []
