@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from data_pipeline import convert as command
 from data_pipeline.convert import main

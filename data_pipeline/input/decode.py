@@ -148,7 +148,9 @@ def _excess(data: bytes) -> float:
         picture.draft("YCbCr", (1, 1))  # an eighth of each side: only the means of blocks are decoded
         means = np.asarray(picture, np.float32)
         height, width = (side // 2 for side in means.shape[:2])
-        if picture.mode == "YCbCr" and height and width:
+        sampling: Any = picture.layer  # type: ignore[attr-defined]
+        # With factors above 2, as 4:1:1 has, a colour is shared by more than 16 pixels of different brightness.
+        if picture.mode == "YCbCr" and height and width and all(max(factors[1:3]) <= 2 for factors in sampling):
             means = means[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
             rgb = (means - (0, 128, 128)) @ TO_RGB
             return float(np.maximum(rgb - 255, -rgb).max())
