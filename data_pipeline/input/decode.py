@@ -163,7 +163,7 @@ def _decode_by_pillow(data: bytes, to_srgb: bool, max_pixels: int) -> DecodedPic
             return _convert(_load(data, max_pixels), data, to_srgb)
         except UNREADABLE:
             bare = essential(data)  # what is odd may be no pixel: text of a megabyte, an index of other pictures
-            if len(bare) == len(data):
+            if bare == data:
                 raise
             return _convert(_load(bare, max_pixels), data, to_srgb)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
