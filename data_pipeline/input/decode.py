@@ -96,8 +96,8 @@ def read_picture(
     Unlike there, transparent pixels are on white, and more than 8 bits are scaled to 8 (docs/official.md 11, row 39).
 
     apply_exif: turn the picture as its EXIF orientation says. to_srgb: convert the colours of its ICC profile to sRGB.
-    strict: refuse also damage that Pillow passes over: lost parts of a JPEG, wrong checksums of a PNG. Raises
-    PictureError, a ValueError, if bytes are empty, damaged, of another format, or declare more than max_pixels.
+    strict: refuse also damage that Pillow passes over: lost parts or impossible colours of a JPEG, a PNG's checksums.
+    Raises PictureError, a ValueError, if bytes are empty, damaged, of another format, or declare more than max_pixels.
     """
     if not data:
         raise PictureError("empty picture", "has 0 bytes, needs a JPEG, PNG or WebP")
