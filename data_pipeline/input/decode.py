@@ -96,8 +96,8 @@ def read_picture(
     Unlike there, transparent pixels are on white, and more than 8 bits are scaled to 8 (docs/official.md 11, row 39).
 
     apply_exif: turn the picture as its EXIF orientation says. to_srgb: convert the colours of its ICC profile to sRGB.
-    strict: refuse also damage that Pillow passes over: lost parts of a JPEG, wrong checksums of a PNG. Raises
-    PictureError, a ValueError, if bytes are empty, damaged, of another format, or declare more than max_pixels.
+    strict: refuse also damage that Pillow passes over: lost parts or impossible colours of a JPEG, a PNG's checksums.
+    Raises PictureError, a ValueError, if bytes are empty, damaged, of another format, or declare more than max_pixels.
     """
     if not data:
         raise PictureError("empty picture", "has 0 bytes, needs a JPEG, PNG or WebP")
@@ -148,7 +148,9 @@ def _excess(data: bytes) -> float:
         picture.draft("YCbCr", (1, 1))  # an eighth of each side: only the means of blocks are decoded
         means = np.asarray(picture, np.float32)
         height, width = (side // 2 for side in means.shape[:2])
-        if picture.mode == "YCbCr" and height and width:
+        sampling: Any = picture.layer  # type: ignore[attr-defined]
+        # With factors above 2, as 4:1:1 has, a colour is shared by more than 16 pixels of different brightness.
+        if picture.mode == "YCbCr" and height and width and all(max(factors[1:3]) <= 2 for factors in sampling):
             means = means[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
             rgb = (means - (0, 128, 128)) @ TO_RGB
             return float(np.maximum(rgb - 255, -rgb).max())
@@ -161,7 +163,7 @@ def _decode_by_pillow(data: bytes, to_srgb: bool, max_pixels: int) -> DecodedPic
             return _convert(_load(data, max_pixels), data, to_srgb)
         except UNREADABLE:
             bare = essential(data)  # what is odd may be no pixel: text of a megabyte, an index of other pictures
-            if len(bare) == len(data):
+            if bare == data:
                 raise
             return _convert(_load(bare, max_pixels), data, to_srgb)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:

@@ -21,6 +21,24 @@ TURNS = {  # what turns the pixels of other orientations upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PIXEL_TAGS = {
+    *range(254, 260),
+    262,
+    266,
+    *range(273, 275),
+    *range(277, 280),
+    284,
+    317,
+    *range(320, 326),
+    330,
+    332,
+    338,
+    339,
+    347,
+    *range(512, 522),
+    *range(529, 533),
+    34675,
+}  # of TIFF: how its pixels are stored; 34675: ICC
 EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"  # what JPEG's segments start with
 APP0, APP1, APP2, APP14, APP15, COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE  # markers of segments without pixels
 START_OF_SCAN, END = 0xDA, 0xD9
@@ -84,18 +102,11 @@ def exif_orientation(exif: bytes) -> int | None:
     Reads this tag alone: the others may be odd, and may point outside the data.
     """
     tiff = exif.removeprefix(EXIF)
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    with contextlib.suppress(struct.error):
-        if order:
-            (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-            (count,) = struct.unpack_from(f"{order}H", tiff, first)
-            for at in range(first + 2, first + 2 + 12 * count, 12):
-                tag, kind, number = struct.unpack_from(f"{order}HHI", tiff, at)
-                if tag == ORIENTATION:
-                    value: int = 0
-                    if number == 1 and kind in (SHORT, LONG):
-                        (value,) = struct.unpack_from(f"{order}{'H' if kind == SHORT else 'I'}", tiff, at + 8)
-                    return value
+    for order, at in _tiff_entries(tiff):
+        tag, kind, number = struct.unpack_from(f"{order}HHI", tiff, at)
+        if tag == ORIENTATION:
+            one = number == 1 and kind in (SHORT, LONG)
+            return int(struct.unpack_from(f"{order}{'H' if kind == SHORT else 'I'}", tiff, at + 8)[0]) if one else 0
     return None
 
 
@@ -127,6 +138,17 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int, bool]]:
         at = end if kind != b"IEND" else len(data)  # what follows is no part of the picture
 
 
+def _tiff_entries(data: bytes) -> Iterator[tuple[str, int]]:
+    """Yields (byte order, as of struct, and place) of the whole entries, 12 bytes each, of a TIFF's first directory."""
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    with contextlib.suppress(struct.error):
+        if order:
+            (first,) = struct.unpack_from(f"{order}I", data, 4)
+            (count,) = struct.unpack_from(f"{order}H", data, first)
+            for at in range(first + 2, min(first + 2 + 12 * count, len(data) - 11), 12):
+                yield order, at
+
+
 def is_critical(kind: bytes) -> bool:
     return not kind[0] & 0x20  # a capital letter
 
@@ -138,7 +160,7 @@ def damaged_chunk(data: bytes) -> str:
 
 
 def essential(data: bytes) -> bytes:
-    """Returns a JPEG or PNG without what its pixels do not need, which may be odd or long; other bytes unchanged."""
+    """Returns a JPEG, PNG or TIFF without what its pixels do not need, which may be odd or long; others unchanged."""
     if data.startswith(JPEG):
         metadata = {*range(APP1, APP15 + 1), COMMENT} - {APP14}  # APP0 and APP14 say how colours are stored
         parts = [(begin, end) for marker, begin, end in jpeg_segments(data) if marker in metadata]
@@ -146,7 +168,13 @@ def essential(data: bytes) -> bytes:
         needed = lambda kind, right: is_critical(kind) or (right and kind in (b"tRNS", b"eXIf"))
         parts = [(begin, end) for kind, begin, end, right in png_chunks(data) if not needed(kind, right)]
     else:
-        return data
+        entries = [(order, data[at : at + 12]) for order, at in _tiff_entries(data)]
+        kept = [each for order, each in entries if struct.unpack(f"{order}H", each[:2])[0] in PIXEL_TAGS]
+        if not kept:
+            return data
+        order, end = entries[0][0], len(data) + len(data) % 2
+        directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+        return (data[:4] + struct.pack(f"{order}I", end) + data[8:]).ljust(end, b"\0") + directory
     ends, begins = [0, *(end for _, end in parts)], [*(begin for begin, _ in parts), len(data)]
     return b"".join(data[end:begin] for end, begin in zip(ends, begins, strict=True))
 

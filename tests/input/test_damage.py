@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -93,6 +94,35 @@ def test_whole_photographs_are_sound(path):
     for options in kinds:
         again = encoded(Image.fromarray(decoded.pixels), "JPEG", **options)
         np.testing.assert_array_equal(read_picture(again, strict=True).pixels, as_pillow(again))
+
+
+def bars(*colours: tuple[int, int, int], width: int) -> Image.Image:
+    image = Image.new("RGB", (160, 120))
+    for left in range(0, 160, width):
+        image.paste(colours[left // width % len(colours)], (left, 0, left + width, 120))
+    return image
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 13, 16, 40])
+@pytest.mark.parametrize("subsampling", ["444", "422", "440", "420", "411"])
+def test_glaring_colours_are_no_damage(subsampling, width):
+    red, green, blue, black = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
+    for pair in ((red, black), ((255, 255, 0), blue), (green, (255, 0, 255)), (black, (255, 255, 0))):
+        for quality in (5, 50, 95):
+            pixels = np.asarray(bars(*pair, width=width))
+            data = simplejpeg.encode_jpeg(pixels, quality, colorspace="RGB", colorsubsampling=subsampling)
+            assert read_picture(data, strict=True).size == (160, 120)
+
+
+def test_colours_of_films_are_no_damage():
+    """A green screen in BT.709, of which no program knows when it writes a JPEG: 44 levels out of range."""
+    y, cb, cr = (np.full((32, 32), level, np.uint8) for level in (182, 30, 12))
+    data = simplejpeg.encode_jpeg_yuv_planes(y, cb[::2, ::2].copy(), cr[::2, ::2].copy(), quality=90)
+    assert read_picture(data, strict=True).size == (32, 32)
+    y, cb, cr = (np.full((32, 32), level, np.uint8) for level in (20, 250, 220))
+    data = simplejpeg.encode_jpeg_yuv_planes(y, cb[::2, ::2].copy(), cr[::2, ::2].copy(), quality=90)
+    with pytest.raises(PictureError, match="colours that no camera writes"):
+        read_picture(data, strict=True)
 
 
 def test_warnings_that_lose_no_pixels_are_none():

@@ -59,6 +59,22 @@ def test_a_tiff_is_turned_once():
     assert decode(data).shape == decode(data, apply_exif=True).shape == (40, 30, 3)
 
 
+def test_odd_tags_of_a_tiff_do_not_matter():
+    plain = encoded(picture(40, 30), "TIFF")
+    (first,), upright = struct.unpack_from("<I", plain, 4), decode(plain)
+    stored = [plain[at : at + 12] for at in range(first + 2, first + 2 + 12 * plain[first], 12)]
+    odd = (1, 21, 270, 282, 305, 316, 34853, 40961, 65000)
+    for tag, kind, count in itertools.product(odd, range(1, 13), (2, 2**31)):
+        added = struct.pack("<HHII", tag, kind, count, 2**20), struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+        present = {entry[:2] for entry in added}
+        entries = sorted(
+            (*added, *(entry for entry in stored if entry[:2] not in present)), key=lambda each: each[1::-1]
+        )
+        directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+        data = plain[:4] + struct.pack("<I", len(plain)) + plain[8:] + directory
+        np.testing.assert_array_equal(decode(data, apply_exif=True), np.rot90(upright, 3))
+
+
 def test_orientation_in_imagemagicks_text_and_in_xmp():
     raw = tiff([]).hex()
     data = encoded(picture(40, 30), "PNG")
