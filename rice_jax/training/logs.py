@@ -33,7 +33,7 @@ class Log:
     it writes it calls `check`, which raises an error, which passes, if this run may no longer write.
     """
 
-    def __init__(self, workdir: Path, *, step: int, check: Callable[[], None] = bool) -> None:
+    def __init__(self, workdir: Path, *, step: int, check: Callable[[], object] = bool) -> None:
         self.newest: dict[str, Any] = {}  # metrics of the newest update that was written
         self._check = check
         self._path = workdir / "metrics.jsonl"
