@@ -126,15 +126,16 @@ class Studio:
         if not folder.exists():
             unfinished = temporary_name(folder)
             unfinished.mkdir(parents=True)
-            for second, frame_id in enumerate(clip.frame_ids):
-                data = _encode(scene.frame(second), "JPEG", quality=85)
-                (unfinished / f"{frame_id}.jpg").write_bytes(data)
             try:
+                for second, frame_id in enumerate(clip.frame_ids):
+                    data = _encode(scene.frame(second), "JPEG", quality=85)
+                    (unfinished / f"{frame_id}.jpg").write_bytes(data)
                 unfinished.replace(folder)
-            except OSError:
-                if not folder.exists():
+            except BaseException as err:
+                shutil.rmtree(unfinished)
+                # A worker that outlived a killed run for a moment may have drawn the same clip.
+                if not (isinstance(err, OSError) and folder.exists()):
                     raise
-                shutil.rmtree(unfinished)  # a worker that outlived a killed run for a moment has drawn the same
         return [scene.box(second) for second in range(clip.length)]
 
     def scene(self, clip: Clip) -> Scene:

@@ -11,7 +11,7 @@ from rice_jax.parallel import hosts
 
 
 @contextlib.contextmanager
-def one_writer(folder: Path) -> Iterator[Callable[[], None]]:
+def one_writer(folder: Path) -> Iterator[Callable[[], object]]:
     """Makes a folder that all processes share, and holds its lease, in process 0, for the `with` block.
 
     Yields a function that raises LeaseLostError, in process 0, if another run has taken the lease over: to be called
@@ -20,7 +20,7 @@ def one_writer(folder: Path) -> Iterator[Callable[[], None]]:
     """
     hosts.check_shared(folder)
     with contextlib.ExitStack() as held:
-        check: Callable[[], None] = bool  # does nothing
+        check: Callable[[], object] = bool  # does nothing
         if hosts.is_first():
             check = held.enter_context(Lease(folder)).check
             remove_abandoned(folder)

@@ -50,7 +50,7 @@ class Checkpoints:
 
     def __init__(
         self, workdir: str | Path, *, kept: int | None = None, kept_every: int = 0, kept_best: bool = False,
-        check: Callable[[], None] = bool,
+        check: Callable[[], object] = bool,
     ) -> None:  # fmt: skip
         """Scans the folder without changing it, and warns about damaged steps and entries that are no checkpoints.
 

@@ -36,7 +36,7 @@ class Log:
     `check`, which raises an error, which passes, if this run may no longer write.
     """
 
-    def __init__(self, workdir: Path, *, step: int, check: Callable[[], None] = bool) -> None:
+    def __init__(self, workdir: Path, *, step: int, check: Callable[[], object] = bool) -> None:
         """Opens the log of `workdir`. Lines after `step`, the restored one, and a half-written last line are deleted.
 
         Raises ValueError for a line that is none of metrics, and OSError if the file cannot be read or written.
