@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_b
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.preflight") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:..., or cpu:8")
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:..., 2xv5e:16x16, or cpu:8")
     parser.add_argument("--search", action="store_true", help="find the largest batch_size that fits")
     parser.add_argument("--json", type=parse_path, metavar="OUT", help="also write the report as JSON")
     arguments = parse_arguments(parser, argv)
