@@ -138,5 +138,5 @@ def guarded() -> Iterator[None]:
 
 def check_switches() -> None:
     """Raises ValueError if a switch of jax is on with which no model trains."""
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         raise ValueError("JAX_ENABLE_X64: training computes in float32 or bfloat16 (model.dtype); unset it.")
