@@ -59,8 +59,8 @@ def lasting_output() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     before = sys.stdout, sys.stderr
-    sys.stderr = LastingStream(before[1] or _null(), "stderr")  # type: ignore[assignment]
-    sys.stdout = LastingStream(before[0] or _null(), "stdout")  # type: ignore[assignment]
+    sys.stderr = LastingStream(before[1] or _null(), "stderr")
+    sys.stdout = LastingStream(before[0] or _null(), "stdout")
     try:
         yield
     finally:

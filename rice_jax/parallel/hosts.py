@@ -131,7 +131,7 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
     # gloo, with which CPUs communicate, writes about its connections to descriptor 1: stdout is Python's alone.
     sys.stdout.flush()
     python_only = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
-    sys.stdout = LastingStream(python_only, "stdout")  # type: ignore[assignment]
+    sys.stdout = LastingStream(python_only, "stdout")
     os.dup2(2, 1)
     jax.distributed.initialize(
         _channel.service,

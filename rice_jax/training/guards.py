@@ -160,7 +160,7 @@ class Watch:
         advice = "check the disk of data.path, and data.workers"
         if subject == "device":
             advice = "one process that is gone or slow makes all others wait in a collective; check every host"
-        then = f"ends in {self._seconds:.0f} s" if self._ends else "keeps waiting (stall_ends would end it)"
+        then = f"ends in {self._seconds:.0f} s" if self._ends else "keeps waiting (stall_ends=true would end it)"
         warn(
             f"process {jax.process_index()} has waited {waited:.0f} s for the {subject}, after update {step}: "
             f"{advice}. The run {then}; set a longer stall_seconds if this is normal. Stacks of all threads:"

@@ -1,7 +1,7 @@
 """The training state, and the jitted step that maps (state, batch) to (state, metrics)."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -122,15 +122,22 @@ def is_looked_at() -> bool:
     return any(getattr(jax.config, name) for name in LOOKING)
 
 
-def guarded() -> AbstractContextManager[None]:
-    """Returns the context of an update, in which a hidden copy between host and device is an error.
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Context of an update, in which a hidden copy between host and device is an error.
 
     It is none while one of jax's switches looks at the values.
     """
-    return jax.transfer_guard("allow" if is_looked_at() else "disallow")
+    with ExitStack() as stack:
+        stack.enter_context(jax.transfer_guard("allow" if is_looked_at() else "disallow"))
+        # A thread in which jax has turned a switch off for a moment, as it does itself, no longer looks: on again.
+        for name, switch in (("jax_debug_nans", jax.debug_nans), ("jax_debug_infs", jax.debug_infs)):
+            if getattr(jax.config, name):
+                stack.enter_context(switch(True))
+        yield
 
 
 def check_switches() -> None:
     """Raises ValueError if a switch of jax is on with which no model trains."""
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         raise ValueError("JAX_ENABLE_X64: training computes in float32 or bfloat16 (model.dtype); unset it.")
