@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import re
 import sys
 import warnings
@@ -80,6 +81,7 @@ class _OneLine(logging.Handler):
             self.handleError(record)
 
     def show(self, text: str, file: str) -> None:
+        text = re.sub(r"/proc/self/fd/\d+", lambda found: os.path.realpath(found[0]), text)  # as Orbax knows a workdir
         text = f"{_library(file)}: {' '.join(text.split())[:500]}"
         if (kind := re.sub(r"\d+", "0", text)) not in self._seen:
             self._seen.add(kind)
@@ -100,7 +102,10 @@ def one_line_warnings() -> None:
     and after the exception; so this is never undone.
     """
     handler = _OneLine()
-    logging.getLogger().addHandler(handler)
+    for other in logging.root.handlers[:]:
+        if type(other) is logging.StreamHandler:  # that of a library, which would print the same again
+            logging.root.removeHandler(other)
+    logging.root.addHandler(handler)
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: handler.show(
         f"{message}", filename
     )

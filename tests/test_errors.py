@@ -4,6 +4,7 @@ import errno
 import logging
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ with tempfile.TemporaryDirectory() as folder:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     first, second, last = done.stderr.splitlines()
     assert first == "warning: <string>: a warning of Python" and last == "error: the end" and done.returncode == 1
-    assert second.startswith("warning: orbax: Metadata file does not exist")
+    assert second.startswith(f"warning: orbax: Metadata file does not exist: {Path(tempfile.gettempdir()).resolve()}/")
 
 
 @pytest.mark.parametrize(

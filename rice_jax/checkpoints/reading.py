@@ -60,7 +60,7 @@ def patiently(folder: Path, read: Callable[[], T]) -> T:
 
 def meaning(error: BaseException) -> type[Exception] | None:
     """Returns MissingError, DamagedError, MemoryError, or OSError for an I/O error; None if the program is at fault."""
-    number, text = _system_error(error), str(error)
+    number, text = system_error(error), str(error)
     if isinstance(error, DamagedError):
         return MissingError if isinstance(error, MissingError) else DamagedError
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
@@ -76,7 +76,8 @@ def meaning(error: BaseException) -> type[Exception] | None:
     return meaning(error.__cause__) if type(error) is Exception and error.__cause__ is not None else None
 
 
-def _system_error(error: BaseException) -> int | None:
+def system_error(error: BaseException) -> int | None:
+    """Returns the system's number (errno) of an error, which TensorStore has in its text; None if it has none."""
     found = re.search(SYSTEM_ERROR, str(error))
     return int(found[1]) if found else getattr(error, "errno", None)
 
@@ -86,7 +87,7 @@ def _explained(error: BaseException, kind: type[Exception], folder: Path) -> Exc
     error = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
     text = first_line(error)
     if kind is OSError:
-        number, name = _system_error(error), getattr(error, "filename", None) or folder
+        number, name = system_error(error), getattr(error, "filename", None) or folder
         done = f"after {1 + len(PAUSES[OSError])} attempts; every checkpoint is left as it was"
         if number is None:
             return OSError(f"{name}: could not be read ({text}), {done}; look at the disk or the file server.")

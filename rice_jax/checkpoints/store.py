@@ -31,7 +31,7 @@ from data_pipeline.system.lease import LeaseLostError
 from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from rice_jax.checkpoints.orbax import ARRAYS, Orbax
-from rice_jax.checkpoints.reading import DamagedError, UnfinishedError, first_line, patiently
+from rice_jax.checkpoints.reading import DamagedError, UnfinishedError, first_line, patiently, system_error
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, seal, sha256_of
 from rice_jax.errors import warn
@@ -63,8 +63,8 @@ class Checkpoints:
         try:
             str(self.path).encode()
         except UnicodeEncodeError:
-            name = os.fsencode(self.path.parent)
-            raise ValueError(f"{name!r}: the name of this folder is not UTF-8; rename it.") from None
+            workdir = os.fsencode(self.path.parent)
+            raise ValueError(f"{workdir!r}: the name of this folder is not UTF-8; rename it.") from None
         self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
         self._check = check  # called before a step is committed and before anything is renamed or deleted
@@ -287,7 +287,7 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception, remains: Sequence[str] = ()) -> None:
         """Warns that a save failed, and deletes what it left: unfinished folders, and those named in `remains`."""
-        full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        full = system_error(error) in (errno.ENOSPC, errno.EDQUOT)
         reason = "no space left there" if full else first_line(error)
         self._failure = time.monotonic(), reason
         warn(f"{self.path}: the checkpoint of step {step} was not saved ({reason}); the run goes on and tries again.")

@@ -257,6 +257,10 @@ def load(
     mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = build_model(config)
     abstract = abstract_state(net, config, mesh)
-    step, params = checkpoints.restore_params(abstract, step)
+    try:
+        step, params = checkpoints.restore_params(abstract, step)
+    except MemoryError as error:
+        advice = "end other programs that hold memory of these devices, or take larger ones or JAX_PLATFORMS=cpu."
+        raise MemoryError(f"{error}; {advice}") from error
     batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
     return Model(config, net, params, mesh, batch_size=batch_size, step=step)

@@ -322,7 +322,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_works(
     _, state = state_on(official.mesh_of(1, 1))
     full = OSError(28, "No space left on device")
     with Checkpoints(tmp_path, kept=2) as checkpoints:
-        monkeypatch.setattr(checkpoints._orbax, "wait_until_finished", lambda: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(checkpoints._orbax, "save", lambda *_: (_ for _ in ()).throw(full))
         checkpoints.save(1, state, {})
         checkpoints._join()
         assert "the checkpoint of step 1 was not saved (no space left there)" in capsys.readouterr().err
