@@ -22,7 +22,7 @@ from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, p
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.mesh import check_batches, make_mesh, parameter_table, path_name, process_rows, to_global
-from rice_jax.retrieval.evaluation import evaluate_split, one_line
+from rice_jax.retrieval.evaluation import evaluate_split, one_line, warn_of_unreadable
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
@@ -209,11 +209,16 @@ def evaluation_is_due(done: int, config: Config) -> bool:
 
 
 def evaluate_held_out(run: Run, state: State, done: int) -> None:
-    """Evaluates the average, else the parameters; logs, sets checkpoints.recall. Raises ValueError for bad pictures."""
+    """Evaluates the average, else the parameters; logs the figures and sets checkpoints.recall.
+
+    Pictures that cannot be read are warned of and do not end the training. Raises ValueError if no clip can be read.
+    """
     assert run.held_out is not None
     name, weights = run.held_out.name, state.average or state.params
     encoder = Model(run.config, run.model, weights, run.mesh, batch_size=run.config.eval_batch_size)
-    figures = evaluate_split(encoder, run.held_out).figures
+    result = evaluate_split(encoder, run.held_out, gallery=run.config.data.eval_gallery, on_error="miss")
+    warn_of_unreadable(run.held_out, result.faults)
+    figures = result.figures
     run.log.write(done, {f"{name}/{figure}": value for figure, value in figures.items()})
     run.log.say(f"step {done}  {name}: {one_line(figures)}")
     run.checkpoints.recall = run.log.recalls(name)

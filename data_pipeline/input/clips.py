@@ -19,7 +19,15 @@ from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
-SKIPPING = {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"}
+# What else to do about a clip or shop image that cannot be read, in training and in evaluation.
+SKIPPING = {
+    True: {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"},
+    False: {
+        "clip": "evaluate with --on-error miss, which counts the clip as a miss",
+        "image": "evaluate with --on-error miss, which leaves the image out of its galleries",
+    },
+}
+FAULT_BYTES = 1024  # of the text that says why a clip or shop image cannot be read
 PADDING = -1  # the row of an example that only fills up a batch
 
 
@@ -55,7 +63,10 @@ class ClipLoader:
     cache: PictureCache
 
     def zeros(self, count: int, names: Sequence[str]) -> Arrays:
-        """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures, int32 others. KeyError: other name."""
+        """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures and "fault", int32 others.
+
+        Raises KeyError for another name.
+        """
         side, slots = self.options.image_size, self.options.num_frames
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "frames": ((slots, side, side, 3), np.uint8),
@@ -63,6 +74,7 @@ class ClipLoader:
             "image": ((side, side, 3), np.uint8),
             **dict.fromkeys(("product", "index", "row"), ((), np.int32)),
             "valid": ((), np.bool_),
+            "fault": ((FAULT_BYTES,), np.uint8),
         }
         return {name: np.zeros((count, *shapes[name][0]), shapes[name][1]) for name in names}
 
@@ -124,7 +136,8 @@ class ClipLoader:
             pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [picture.encoded for picture in pictures]
         except ValueError as err:  # its message names shard and record, and ends with what to do
-            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {SKIPPING[kind]}.") from err
+            skip = SKIPPING[self.train][kind]
+            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {skip}.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:
             raise self._error(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
         return encoded
@@ -134,4 +147,4 @@ class ClipLoader:
 
     def _error(self, kind: Kind, row: int, fault: str) -> ValueError:
         where = f"{self.split.where(kind, row)} ({self._name(kind, row)})"
-        return ValueError(f"{where}: {fault}; convert again, or {SKIPPING[kind]}.")
+        return ValueError(f"{where}: {fault}; convert again, or {SKIPPING[self.train][kind]}.")

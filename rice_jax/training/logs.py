@@ -86,9 +86,13 @@ class Log:
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
     def recalls(self, split: str) -> dict[int, float]:
-        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one, on all processes."""
-        name = f"{split}/recall@1"
-        return {line["step"]: line[name] for line in self._evaluations(split) if line.get(name) is not None}
+        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one, on all processes.
+
+        Evaluations in galleries of another size than the newest one's are left out: their figures do not compare.
+        """
+        name, gallery, found = f"{split}/recall@1", f"{split}/gallery", self._evaluations(split)
+        alike = [line for line in found if line.get(gallery) == found[-1].get(gallery)]
+        return {line["step"]: line[name] for line in alike if line.get(name) is not None}
 
     def _evaluations(self, split: str) -> list[dict[str, Any]]:
         self._lines.flush()
