@@ -19,10 +19,10 @@ from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
-# What else to do about a clip or shop image that cannot be read, in training and in evaluation.
+# What else to do about a clip or shop image that cannot be read, by whether a split is evaluated that has galleries.
 SKIPPING = {
-    True: {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"},
-    False: {
+    False: {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"},
+    True: {
         "clip": "evaluate with --on-error miss, which counts the clip as a miss",
         "image": "evaluate with --on-error miss, which leaves the image out of its galleries",
     },
@@ -136,15 +136,18 @@ class ClipLoader:
             pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [picture.encoded for picture in pictures]
         except ValueError as err:  # its message names shard and record, and ends with what to do
-            skip = SKIPPING[self.train][kind]
-            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {skip}.") from err
+            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {self._skipping[kind]}.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:
             raise self._error(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
         return encoded
+
+    @property
+    def _skipping(self) -> dict[str, str]:
+        return SKIPPING[not self.train and self.split.is_evaluation]
 
     def _name(self, kind: Kind, row: int) -> str:
         return f"{kind} {(self.split.clip_ids if kind == 'clip' else self.split.image_ids)[row]}"
 
     def _error(self, kind: Kind, row: int, fault: str) -> ValueError:
         where = f"{self.split.where(kind, row)} ({self._name(kind, row)})"
-        return ValueError(f"{where}: {fault}; convert again, or {SKIPPING[self.train][kind]}.")
+        return ValueError(f"{where}: {fault}; convert again, or {self._skipping[kind]}.")
