@@ -167,8 +167,8 @@ def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
     unknown = [clip for clip in subset if clip not in truth]
     if unknown:
         raise ValueError(
-            f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]!r}; list clips "
-            f"of that split (such as {next(iter(truth), 'none: it has no clip')!r}), or evaluate the split they are in."
+            f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}; list clips "
+            f"of that split (such as {next(iter(truth), 'none: it has no clip')}), or evaluate the split they are in."
         )
     return {clip: truth[clip] for clip in subset}
 
