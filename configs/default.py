@@ -62,6 +62,9 @@ class DataConfig(Section):
     path: str = field("", "folder made by data_pipeline.convert", change="per host")
     train_split: str = field("train", "split to train on")
     eval_split: str = field("val", 'split to evaluate; "": none; "auto": val if the set has it', change="on resume")
+    eval_gallery: Natural = field(
+        0, "in training's evaluations: shop images drawn by seed beside the queries' own; 0: all", change="on resume"
+    )
     skip_clips: tuple[str, ...] = field((), "ids of training clips to leave out; part of the plan's fingerprint")
     spread_products: bool = field(False, "spread each product's clips evenly over an epoch, so that batches repeat few")
     num_frames: Count = field(10, "N: frame slots of a clip in training", "frames")

@@ -21,6 +21,7 @@ def get_config(arg: str = "b32") -> default.Config:
     c.unlock()
     c.batch_size = 32768
     c.eval_batch_size = 2048  # a multiple of the devices of any slice
+    c.data.eval_gallery = 10_000  # LPR4M's validation has 332,438 images: all, every 500 updates, are half the input
     c.model.update(SIZES[arg])
     c.model.dtype = "bfloat16"  # the chips' fastest type
     c.model.remat = "dots"  # costs little time and saves most of the encoder's memory

@@ -1,16 +1,18 @@
 """Evaluates a run: python -m rice_jax.evaluate --workdir RUN --data DIR [--split test] [--subset FILE] [--output DIR]
-    [--score matching]
+    [--score matching] [--on-error miss]
 
 Prints Recall@k by the official definition and writes metrics.json and rankings.jsonl to --output. DIR may be another
 converted set than the one trained on. After an interruption the same command continues with the pictures that are not
 encoded yet. With --score matching the matching decoder also scores each clip against its whole gallery, and the figures
-are given for the embedding, the decoder and the sum of both scores. On several hosts run the same command on each; RUN
-and --output must be folders that all of them share.
+are given for the embedding, the decoder and the sum of both. On several hosts run the same command on each; RUN and
+--output must be folders that all of them share.
 """
 
 import argparse
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from data_pipeline.format.tfrecord import write_file
 from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.paths import parse_path
 from rice_jax.checkpoints.run_folder import one_writer
-from rice_jax.config import PER_HOST, split_override, to_json
+from rice_jax.checkpoints.store import Checkpoints
+from rice_jax.config import PER_HOST, flatten, split_override
 from rice_jax.parallel import hosts
 from rice_jax.preflight.advice import evaluation_remedies, memory_advice
 from rice_jax.retrieval import evaluation
@@ -31,13 +34,16 @@ from rice_jax.version import __version__
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    with memory_advice(list):
-        model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
+    model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)
     split = dataset.split(arguments.split)
     subset = read_ids(arguments.subset) if arguments.subset else None
-    name = "-".join(["evaluation", split.name, *([arguments.subset.stem] if arguments.subset else [])])
-    output = arguments.output or arguments.workdir / name
+    config = {name: value for name, value in flatten(model.config).items() if name not in PER_HOST}
+    overrides = {name: config[name] for name in arguments.overrides if name in config}
+    own_data = Checkpoints(arguments.workdir).meta(model.step).get("data") == dataset.content_hash
+    output = arguments.output or arguments.workdir / folder_name(
+        arguments, subset, overrides, data=None if own_data else dataset.content_hash
+    )
     with one_writer(output) as check:
         # The folder is named after all that decides an embedding or its row, so no other model's embeddings are read.
         about = {
@@ -46,10 +52,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
             "data": dataset.content_hash,
             "split": split.name,
             "subset": arguments.subset.name if arguments.subset else None,
+            "overrides": overrides,
             "version": __version__,
         }
-        identity = [about, to_json(model.config), subset]
-        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        key = _digest([about, config, subset])[:16]
         store = EmbeddingStore(output / "embeddings" / key)
         if hosts.is_first():
             remove_abandoned(output / "embeddings" / key)
@@ -57,18 +63,48 @@ def evaluate(arguments: argparse.Namespace) -> None:
         memory = memory_advice(lambda: evaluation_remedies(model.config, model.mesh.size))
         with memory, jax.debug_infs(False):  # -inf is the score of no shop image
             result = evaluation.evaluate_split(
-                model, split, subset=subset, score=arguments.score, store=store, show_progress=not arguments.json
-            )
+                model, split, subset=subset, score=arguments.score, on_error=arguments.on_error, store=store,
+                show_progress=not arguments.json,
+            )  # fmt: skip
+        evaluation.warn_of_unreadable(split, result.faults)
         if not hosts.is_first():
             return
         check()
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))
-        write_file(output / "rankings.jsonl", "".join(lines).encode())
-        text = json.dumps(result.figures | about | {"score": arguments.score}, indent=2) + "\n"
-        write_file(output / "metrics.json", text.encode())
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.rankings(result, split))
+        write_file(output / "rankings.jsonl", lines.encode())
+        about |= {"score": arguments.score, "rankings": hashlib.sha256(lines.encode()).hexdigest()}
+        if any(result.faults.values()):
+            ids = {"clip": split.clip_ids, "image": split.image_ids}
+            about["unreadable"] = {kind: [ids[kind][row] for row in rows] for kind, rows in result.faults.items()}
+        write_file(output / "metrics.json", (json.dumps(result.figures | about, indent=2) + "\n").encode())
         print(
             json.dumps(result.figures) if arguments.json else f"{evaluation.table(result.figures)}\nwritten to {output}"
         )
+
+
+def folder_name(
+    arguments: argparse.Namespace, subset: Sequence[str] | None, overrides: dict[str, Any], *, data: str | None
+) -> str:
+    """Returns the name of the results' folder: "evaluation-SPLIT", then each option that sets the results apart.
+
+    A subset adds the name of its file and a digest of its ids; --score, --step and `overrides`, fields by name, add
+    their values; `data` is the content hash of a set that the run was not trained on, else None. The same options give
+    the same name, and others give another one.
+    """
+    parts = ["evaluation", arguments.split]
+    if subset is not None:
+        parts.append(f"{arguments.subset.stem[:80]}-{_digest(subset)[:8]}")
+    if arguments.score != "embedding":
+        parts.append(arguments.score)
+    if arguments.on_error != "fail":
+        parts.append(arguments.on_error)
+    given = {"step": arguments.step, "data": data and data[:8]} | dict(sorted(overrides.items()))
+    parts += [f"{name}={str(value).lower()}" for name, value in given.items() if value is not None]
+    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -77,18 +113,26 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": "evaluate",
         "data": Dataset(arguments.data).content_hash,
         "--subset": read_ids(arguments.subset) if arguments.subset else None,
+        "--on-error": arguments.on_error,
         **{f"--{name}": getattr(arguments, name) for name in ("split", "score", "step")},
         **{f"--config.{name}": text for name, text in arguments.overrides.items() if name not in PER_HOST},
     }
 
 
 def read_ids(path: Path) -> list[str]:
-    """Returns a text file's lines, stripped, but empty ones. Raises ValueError for none or no UTF-8, or OSError."""
+    """Returns the lines of a text file without empty ones, byte order marks, and spaces and tabs at their ends.
+
+    Lines end as on Linux, Windows or old Macs. Raises ValueError if there are none, or the file is not UTF-8; OSError
+    if it cannot be read.
+    """
+    advice = "save it as UTF-8, a plain text file with one clip id a line"
     try:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        place = f"{path}: byte {error.start}"
-        raise ValueError(f"{place} is not UTF-8; give a text file with one clip id a line.") from error
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; {advice}.") from error
+    if "\0" in text:  # UTF-16 or UTF-32 without a byte order mark
+        raise ValueError(f"{path}: has characters of 0, as UTF-16 has, and is not UTF-8; {advice}.")
+    ids = [line.strip(" \t\ufeff") for line in text.split("\n")]  # splitlines would also split at U+2028
     if not any(ids):
         raise ValueError(f"{path}: found no clip id; give a text file with one a line.")
     return [clip for clip in ids if clip]
@@ -101,16 +145,24 @@ def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.evaluat
     parser.add_argument("--workdir", type=parse_path, required=True, help="the training run")
     parser.add_argument("--data", type=parse_path, required=True, help="a converted data set")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    parser.add_argument("--subset", type=parse_path, help="text file of clip ids, one a line: only these queries")
+    parser.add_argument(
+        "--subset", type=parse_path, help="text file of clip ids, one a line: evaluate only these queries"
+    )
     score = "rank by the embedding alone, or also by the decoder's cosine (raw: its h . w) and by the sum of both"
     parser.add_argument("--score", choices=evaluation.SCORES, default="embedding", help=score)
-    parser.add_argument("--output", type=parse_path, help="folder of the results (RUN/evaluation-SPLIT[-SUBSET])")
+    on_error = "clips and shop images that cannot be read: end with an error, or name them, count such clips as misses "
+    on_error += "and leave such images out of their galleries (default: fail)"
+    parser.add_argument("--on-error", choices=("fail", "miss"), default="fail", help=on_error)
+    output = "folder for the results (default: RUN/evaluation-SPLIT, its name followed by the other options)"
+    parser.add_argument("--output", type=parse_path, help=output)
     parser.add_argument("--step", type=int, help="number of updates of the checkpoint (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     hosts.add_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
     try:
         arguments.overrides = dict(split_override(word) for word in rest)
+        if "data.eval_gallery" in arguments.overrides:
+            raise ValueError("--config.data.eval_gallery: this command ranks in whole galleries always; leave it out.")
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     return arguments

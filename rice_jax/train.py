@@ -35,7 +35,7 @@ from rice_jax.parallel.mesh import (
     to_global,
 )
 from rice_jax.preflight.advice import evaluation_remedies, memory_advice, remedies, resume_remedies
-from rice_jax.retrieval.evaluation import evaluate_split, one_line
+from rice_jax.retrieval.evaluation import evaluate_split, one_line, warn_of_unreadable
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
@@ -257,9 +257,10 @@ def evaluation_is_due(done: int, config: Config) -> bool:
 
 
 def evaluate_held_out(run: Run, state: State, done: int, stop: guards.Stop) -> None:
-    """Evaluates the average, else the parameters; logs, and adds to checkpoints.recall.
+    """Evaluates the average, else the parameters; logs the figures, and sets checkpoints.recall.
 
-    Raises ValueError for pictures that cannot be read, and StoppedError between two batches after a signal.
+    Pictures that cannot be read are warned of and do not end the training. Raises ValueError if no clip can be read,
+    and StoppedError between two batches after a signal.
     """
     assert run.held_out is not None
     name, weights = run.held_out.name, state.average or state.params
@@ -268,11 +269,12 @@ def evaluate_held_out(run: Run, state: State, done: int, stop: guards.Stop) -> N
     )
     memory = memory_advice(lambda: evaluation_remedies(run.config, run.mesh.size))
     with memory, jax.debug_infs(False):  # -inf is the score of no shop image
-        evaluated = evaluate_split(encoder, run.held_out).figures
-    figures = hosts.ask_first(lambda: evaluated)  # the same on all, since they decide which checkpoints to keep
+        result = evaluate_split(encoder, run.held_out, gallery=run.config.data.eval_gallery, on_error="miss")
+    warn_of_unreadable(run.held_out, result.faults)
+    figures = hosts.ask_first(lambda: result.figures)  # the same on all, since they decide which checkpoints to keep
     run.log.write_evaluation(done, name, figures)
     run.log.say(f"step {done}  {name}: {one_line(figures)}")
-    run.checkpoints.recall[done] = figures["recall@1"]
+    run.checkpoints.recall = run.log.recalls(name)
 
 
 def saved_batch_size(workdir: Path) -> int:

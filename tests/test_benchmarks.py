@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import breakdown, checkpoint, conversion, integrity, memory, pipeline, training_step, turns
+from benchmarks import breakdown, checkpoint, conversion, integrity, memory, one_image, pipeline, training_step, turns
 from tests.lpr_layouts import make_lpr750k
 
 MACHINE = {"device", "processor", "cores", "load_average", "versions"}
@@ -72,6 +72,14 @@ def test_the_parts_of_a_step_add_up_to_input_and_step(converted: Path, tmp_path:
         pieces = {name: seconds[unit] for name, seconds in report["pieces_seconds"].items()}
         assert sum(report["parts_seconds"][unit].values()) == pytest.approx(pieces["input"] + pieces["step"])
         assert sum(report["percent_of_step"][unit].values()) == pytest.approx(100)
+
+
+def test_one_picture_is_timed_in_a_model_of_any_batch_size(tmp_path: Path) -> None:
+    report = report_of(one_image, tmp_path, "--config", "smoke", "--gallery", 3)
+    calls = report["models"]["smoke"]
+    assert list(calls) == ["encode_images", "encode_clips", "match"]
+    for call in calls.values():
+        assert list(call["seconds"]) == ["batch_size 16", "batch_size 1"] and call["ratio"]["processor"] > 0
 
 
 @pytest.mark.slow

@@ -131,17 +131,6 @@ def test_a_split_without_galleries_is_refused_with_advice(run: Path, converted: 
         call(run, converted, "--split", "nowhere")
 
 
-def test_evaluations_of_subsets_do_not_overwrite_each_other(run: Path, converted: Path, tmp_path: Path) -> None:
-    clip = open_dataset(converted).split("test").clip_ids[0]
-    (tmp_path / "first.txt").write_text(clip)
-    call(run, converted)
-    call(run, converted, "--subset", str(tmp_path / "first.txt"), "--config.eval_flip=true")
-    found = [
-        json.loads((run / name / "metrics.json").read_text()) for name in ("evaluation-test", "evaluation-test-first")
-    ]
-    assert [(f["queries"], f["subset"], f["step"]) for f in found] == [(3, None, 3), (1, "first.txt", 3)]
-
-
 def test_a_field_that_training_depended_on_cannot_be_overridden(run: Path, converted: Path) -> None:
     with pytest.raises(ValueError, match="was trained with it"):
         call(run, converted, "--config.data.image_size=64")

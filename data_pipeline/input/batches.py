@@ -21,7 +21,7 @@ from absl import flags
 from numpy.typing import NDArray
 
 from data_pipeline.format.reader import Split
-from data_pipeline.input.clips import PADDING, Arrays, ClipLoader, Kind, PictureCache
+from data_pipeline.input.clips import FAULT_BYTES, PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.input.sampling import sample_frames
@@ -85,14 +85,36 @@ def _fill_training(
 
 
 def _fill_evaluation(
-    loader: ClipLoader, kind: Kind, padded: NDArray[np.int32], part: Arrays, batch: int, within: slice
+    loader: ClipLoader,
+    kind: Kind,
+    padded: NDArray[np.int32],
+    keep_going: bool,
+    part: Arrays,
+    batch: int,
+    within: slice,
 ) -> None:
     part["row"][:] = rows = padded[batch, within]
     part["valid"][:] = rows != PADDING
+    for position in range(len(rows)):
+        one = {name: array[position : position + 1] for name, array in part.items()}
+        row = rows[position : position + 1]
+        try:
+            _fill_pictures(loader, kind, one, row)
+        except ValueError as error:
+            if not keep_going:
+                raise
+            for name in {"frames", "mask", "image", "valid"} & one.keys():
+                one[name][:] = 0
+            _fill_pictures(loader, kind, one, np.full_like(row, PADDING))
+            text = np.frombuffer(str(error).encode(), np.uint8)[:FAULT_BYTES]
+            one["fault"][0, : len(text)] = text
+
+
+def _fill_pictures(loader: ClipLoader, kind: Kind, arrays: Arrays, rows: NDArray[np.int32]) -> None:
     if kind == "clip":
-        loader.fill_clips(part, rows, epoch=0)
+        loader.fill_clips(arrays, rows, epoch=0)
     else:
-        loader.fill_images(part, rows, rows, epoch=0)
+        loader.fill_images(arrays, rows, rows, epoch=0)
 
 
 # --- threads and workers ----------------------------------------------------------------------------------------------
@@ -269,6 +291,7 @@ def clip_batches(
     seed: int = 0,
     threads: int = 2,
     workers: int = 0,
+    keep_going: bool = False,
 ) -> Batches:
     """Returns an iterator of evaluation batches: the clips `rows`, in this order, each exactly once.
 
@@ -279,13 +302,16 @@ def clip_batches(
       threads, workers: decoding threads of this process, or of each of so many worker processes.
       batch_size: examples of a batch, b.
       seed: of the random tail cut, used only with options.test_tail_cut.
+      keep_going: mark a clip that cannot be read, and yield it as one black frame, instead of raising ValueError.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
         frames: uint8 [b, N, px, px, 3], RGB, 0 in empty slots, which come last.
         mask: int32 [b, N], 1 for a frame, 0 for an empty slot.
         row: int32 [b], the clip's row in the split.
-        valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0).
+        valid: bool [b], False for examples that fill up a batch, with row -1 and one black frame (no mean is 0 / 0),
+          and for clips that cannot be read.
+        fault: uint8 [b, FAULT_BYTES], with keep_going only: why a clip cannot be read, in UTF-8, then zeros.
 
     Raises:
       ValueError: a row outside -1 to num_clips - 1; rows not of one axis; batch_size below 1; a clip whose stored
@@ -303,21 +329,30 @@ def clip_batches(
     """
     padded = _padded(rows, split.num_clips, split.name, batch_size)
     _check_stored_frames(split, padded[padded != PADDING], options, train=False)
-    return _evaluation_batches("clip", split, padded, options, seed, threads, workers)
+    return _evaluation_batches("clip", split, padded, options, seed, threads, workers, keep_going)
 
 
 def image_batches(
-    split: Split, rows: Rows, options: FrameOptions, batch_size: int, *, threads: int = 2, workers: int = 0
+    split: Split,
+    rows: Rows,
+    options: FrameOptions,
+    batch_size: int,
+    *,
+    threads: int = 2,
+    workers: int = 0,
+    keep_going: bool = False,
 ) -> Batches:
     """Returns an iterator of evaluation batches: the shop images `rows`, in this order, each exactly once.
 
     -1 in rows means no image. threads: decoding threads of this process, or of each of so many `workers` processes.
+    keep_going: mark an image that cannot be read, and yield it black, instead of raising ValueError.
 
     Returns:
       Batches, ceil(len(rows) / b) of them, which yield dicts of arrays:
         image: uint8 [b, px, px, 3], RGB, the centre crop; px = options.image_size, b = batch_size.
         row: int32 [b], the image's row in the split.
-        valid: bool [b], False for black images that fill up a batch: their row is -1.
+        valid: bool [b], False for black images that fill up a batch, whose row is -1, and for unreadable ones.
+        fault: as in clip_batches.
 
     Raises:
       ValueError: a row outside -1 to num_images - 1; rows not of one axis; batch_size below 1; threads or workers below
@@ -333,16 +368,23 @@ def image_batches(
         assert first["image"].shape == (4, 224, 224, 3)
     """
     padded = _padded(rows, split.num_images, split.name, batch_size)
-    return _evaluation_batches("image", split, padded, options, 0, threads, workers)
+    return _evaluation_batches("image", split, padded, options, 0, threads, workers, keep_going)
 
 
 def _evaluation_batches(
-    kind: Kind, split: Split, padded: NDArray[np.int32], options: FrameOptions, seed: int, threads: int, workers: int
+    kind: Kind,
+    split: Split,
+    padded: NDArray[np.int32],
+    options: FrameOptions,
+    seed: int,
+    threads: int,
+    workers: int,
+    keep_going: bool,
 ) -> Batches:
     loader = ClipLoader(split=split, options=options, seed=seed, train=False, cache=PictureCache(0))
     pictures = ("frames", "mask") if kind == "clip" else ("image",)
-    zeros = functools.partial(loader.zeros, names=(*pictures, "row", "valid"))
-    fill = functools.partial(_fill_evaluation, loader, kind, padded)
+    zeros = functools.partial(loader.zeros, names=(*pictures, "row", "valid", *(["fault"] if keep_going else [])))
+    fill = functools.partial(_fill_evaluation, loader, kind, padded, keep_going)
     parts = _BatchParts(padded.shape[1], len(padded), zeros, fill, shared=None if workers else {})
     return Batches(parts, threads=threads, workers=workers, prefetch_batches=2)
 

@@ -19,7 +19,15 @@ from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
-SKIPPING = {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"}
+# What else to do about a clip or shop image that cannot be read, by whether a split is evaluated that has galleries.
+SKIPPING = {
+    False: {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"},
+    True: {
+        "clip": "evaluate with --on-error miss, which counts the clip as a miss",
+        "image": "evaluate with --on-error miss, which leaves the image out of its galleries",
+    },
+}
+FAULT_BYTES = 1024  # of the text that says why a clip or shop image cannot be read
 PADDING = -1  # the row of an example that only fills up a batch
 
 
@@ -55,7 +63,10 @@ class ClipLoader:
     cache: PictureCache
 
     def zeros(self, count: int, names: Sequence[str]) -> Arrays:
-        """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures, int32 others. KeyError: other name."""
+        """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures and "fault", int32 others.
+
+        Raises KeyError for another name.
+        """
         side, slots = self.options.image_size, self.options.num_frames
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "frames": ((slots, side, side, 3), np.uint8),
@@ -63,6 +74,7 @@ class ClipLoader:
             "image": ((side, side, 3), np.uint8),
             **dict.fromkeys(("product", "index", "row"), ((), np.int32)),
             "valid": ((), np.bool_),
+            "fault": ((FAULT_BYTES,), np.uint8),
         }
         return {name: np.zeros((count, *shapes[name][0]), shapes[name][1]) for name in names}
 
@@ -124,14 +136,18 @@ class ClipLoader:
             pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [picture.encoded for picture in pictures]
         except ValueError as err:  # its message names shard and record, and ends with what to do
-            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {SKIPPING[kind]}.") from err
+            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {self._skipping[kind]}.") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:
             raise self._error(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
         return encoded
+
+    @property
+    def _skipping(self) -> dict[str, str]:
+        return SKIPPING[not self.train and self.split.is_evaluation]
 
     def _name(self, kind: Kind, row: int) -> str:
         return f"{kind} {(self.split.clip_ids if kind == 'clip' else self.split.image_ids)[row]}"
 
     def _error(self, kind: Kind, row: int, fault: str) -> ValueError:
         where = f"{self.split.where(kind, row)} ({self._name(kind, row)})"
-        return ValueError(f"{where}: {fault}; convert again, or {SKIPPING[kind]}.")
+        return ValueError(f"{where}: {fault}; convert again, or {self._skipping[kind]}.")

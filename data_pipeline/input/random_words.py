@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 RandomWords = NDArray[np.uint64]
 # Uses of the seed. Each is the second half of a Philox key, so that no two uses share a word.
-AUGMENT_STREAM, ORDER_STREAM, SPREAD_STREAM = (int.from_bytes(use) for use in (b"augment", b"order", b"spread"))
+AUGMENT_STREAM, ORDER_STREAM, SPREAD_STREAM, GALLERY_STREAM = (
+    int.from_bytes(use) for use in (b"augment", b"order", b"spread", b"gallery")
+)
 
 
 def random_words(seed: int, stream: int, count: int, *, epoch: int, example: int = 0, picture: int = 0) -> RandomWords:

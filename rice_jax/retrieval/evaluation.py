@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data_pipeline.format.reader import Split
-from rice_jax.retrieval.embeddings import EmbeddingStore, embed
+from data_pipeline.input.clips import Kind
+from data_pipeline.input.random_words import GALLERY_STREAM, random_words
+from rice_jax.errors import warn
+from rice_jax.parallel import hosts
+from rice_jax.retrieval.embeddings import EmbeddingStore, Faults, embed
 from rice_jax.retrieval.matching import score_galleries
 from rice_jax.retrieval.model import Model
 from rice_jax.retrieval.ranking import NEVER, Ranking, rank_matrix, rank_queries
@@ -15,6 +19,8 @@ from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_a
 
 KS = (1, 3, 5, 10)
 SCORES = ("embedding", "matching", "raw-matching")  # evaluate ranks by the first, and by the others beside it
+OnError = Literal["fail", "miss"]  # what to do about a clip or shop image that cannot be read
+SHOWN = 20  # unreadable clips and images in a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +28,10 @@ class Result:
     """One evaluation: its figures, and the rankings that they are computed from."""
 
     figures: dict[str, int | float]
-    clip_rows: np.ndarray  # row of the split for each query
+    clip_rows: np.ndarray  # row of the split for each query that could be read
     ranking: Ranking  # by the embedding; its top_images are rows of the split
     others: dict[str, Ranking]  # by "matching" and by the "sum" of both; empty for score "embedding"
+    faults: Faults  # clips and shop images that could not be read, by row, and why
 
 
 def evaluate_split(
@@ -33,6 +40,8 @@ def evaluate_split(
     *,
     subset: Sequence[str] | None = None,
     score: str = "embedding",
+    gallery: int = 0,
+    on_error: OnError = "fail",
     store: EmbeddingStore | None = None,
     show_progress: bool = False,
 ) -> Result:
@@ -44,9 +53,18 @@ def evaluate_split(
     Score "embedding" ranks by the cosine of two embeddings; "matching" ranks also by the matching decoder's cosine, and
     by the sum of both. Its further figures are matching_recall@k, sum_recall@k, strict ones of both, and the 95 %
     interval of each recall@1 as NAME_low and NAME_high. "raw-matching" has h . w in place of the decoder's cosine, in
-    the sum too. Embeddings are kept in `store` if it is given. Raises ValueError for an unknown score, a split without
-    galleries, an id in `subset` that the truth list lacks, no query, a picture or file that cannot be read, and
-    matching by a model that was not trained to match.
+    the sum too.
+
+    gallery: 0 ranks in whole galleries. Otherwise they keep the true images of all queries and so many others, drawn by
+    the model's seed, the same every time; if this leaves any out, the figures have "gallery", the number of shop images
+    kept, and "whole_gallery", the number of all.
+
+    on_error: "fail" raises ValueError for a clip or shop image that cannot be read. "miss" counts such a clip as a miss
+    and leaves such an image out of its galleries; then the figures have unreadable_clips and unreadable_images.
+
+    Embeddings are kept in `store` if it is given. Raises ValueError for an unknown score, a split without galleries, an
+    id in `subset` that the truth list lacks, no query or none that can be read, and matching by a model that was not
+    trained to match.
     """
     if score not in SCORES:
         raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
@@ -54,12 +72,34 @@ def evaluate_split(
     clip_rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
     names = [split.gallery_name(row) for row in clip_rows.tolist()]
     used = sorted(set(names))
-    image_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in used)]))
+    all_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in used)]))
+    image_rows = _sample(split, all_rows, truth, gallery, seed=model.config.seed) if gallery else all_rows
     position = np.full(split.num_images, -1)
     position[image_rows] = np.arange(len(image_rows))
     galleries = [position[split.galleries[name]] for name in used]
+    galleries = [rows[rows >= 0] for rows in galleries]
     number = {name: gallery for gallery, name in enumerate(used)}
     gallery_of = np.array([number[name] for name in names], np.int64)
+
+    faults: Faults = {"clip": {}, "image": {}}
+    options: dict[str, Any] = {"store": store or EmbeddingStore(None), "show_progress": show_progress}
+    options["faults"] = faults if on_error == "miss" else None
+    scores = {}
+    if score == "embedding":
+        clips, images = embed(model, split, clip_rows, image_rows, **options)
+    else:
+        options |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
+        clips, images, matches = score_galleries(model, split, clip_rows, image_rows, **options)
+        cosines = _gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
+        scores = {"matching": matches, "sum": matches + cosines}
+    if any(faults.values()):
+        clip_is_read, image_is_read = (_are_read(faults, *of) for of in (("clip", clip_rows), ("image", image_rows)))
+        if not clip_is_read.any():
+            raise ValueError(f"no clip of split {split.name} can be read; {next(iter(faults['clip'].values()))}")
+        kept = [image_is_read[rows] for rows in galleries]
+        scores = {name: _without(x, kept, gallery_of)[clip_is_read] for name, x in scores.items()}
+        galleries = [rows[is_kept] for rows, is_kept in zip(galleries, kept, strict=True)]
+        clips, clip_rows, gallery_of = clips[clip_is_read], clip_rows[clip_is_read], gallery_of[clip_is_read]
     task: dict[str, Any] = {
         "galleries": galleries,
         "gallery_of": gallery_of,
@@ -67,24 +107,55 @@ def evaluate_split(
         "truth": [truth[split.clip_ids[row]] for row in clip_rows.tolist()],
         "top_k": max(KS),
     }
-
-    options: dict[str, Any] = {"store": store or EmbeddingStore(None), "show_progress": show_progress}
-    others = {}
-    if score == "embedding":
-        clips, images = embed(model, split, clip_rows, image_rows, **options)
-    else:
-        options |= {"galleries": galleries, "gallery_of": gallery_of, "raw": score == "raw-matching"}
-        clips, images, matches = score_galleries(model, split, clip_rows, image_rows, **options)
-        cosines = _gallery_cosines(clips, images, galleries, gallery_of, width=matches.shape[1])
-        others = {"matching": rank_matrix(matches, **task), "sum": rank_matrix(matches + cosines, **task)}
+    others = {name: rank_matrix(each, **task) for name, each in scores.items()}
     ranking = rank_queries(clips, images, **task)
     figures = _figures(ranking, others, len(truth))
+    if len(image_rows) < len(all_rows):
+        figures |= {"gallery": len(image_rows), "whole_gallery": len(all_rows)}
+    if any(faults.values()):
+        figures |= {f"unreadable_{kind}s": len(rows) for kind, rows in faults.items()}
 
     def with_rows(ranking: Ranking) -> Ranking:
         rows = np.where(ranking.top_images >= 0, image_rows[ranking.top_images], -1).astype(np.int32)
         return dataclasses.replace(ranking, top_images=rows)
 
-    return Result(figures, clip_rows, with_rows(ranking), {name: with_rows(other) for name, other in others.items()})
+    others = {name: with_rows(other) for name, other in others.items()}
+    return Result(figures, clip_rows, with_rows(ranking), others, faults)
+
+
+def _sample(
+    split: Split, image_rows: np.ndarray, truth: Mapping[str, Sequence[str]], others: int, *, seed: int
+) -> np.ndarray:
+    """Returns those of `image_rows` whose ids are in `truth`, and `others` more, drawn by the seed; ascending."""
+    ids = {image for images in truth.values() for image in images}
+    is_true = np.array([split.image_ids[row] in ids for row in image_rows.tolist()], bool)
+    rest = image_rows[~is_true]
+    drawn = np.argsort(random_words(seed, GALLERY_STREAM, len(rest), epoch=0), kind="stable")[:others]
+    return np.sort(np.concatenate([image_rows[is_true], rest[drawn]]))
+
+
+def _are_read(faults: Faults, kind: Kind, rows: np.ndarray) -> np.ndarray:
+    return ~np.isin(rows, list(faults[kind]))
+
+
+def _without(scores: np.ndarray, kept: Sequence[np.ndarray], gallery_of: np.ndarray) -> np.ndarray:
+    """Returns scores [Q, L] of galleries of which only the `kept` entries are left, a bool [n] for each gallery."""
+    out = np.full_like(scores, -np.inf)
+    for gallery, is_kept in enumerate(kept):
+        queries, entries = np.flatnonzero(gallery_of == gallery), np.flatnonzero(is_kept)
+        out[queries, : len(entries)] = scores[np.ix_(queries, entries)]
+    return out
+
+
+def warn_of_unreadable(split: Split, faults: Faults) -> None:
+    """Prints a warning, in process 0, that names unreadable clips and images, SHOWN of them; nothing without any."""
+    clips, images = (len(faults[kind]) for kind in ("clip", "image"))
+    if hosts.is_first() and (texts := [text for rows in faults.values() for text in rows.values()]):
+        more = f"\n  and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+        warn(
+            f"split {split.name}: {clips} clip(s) cannot be read and count as misses; {images} shop image(s) cannot be "
+            "read and are left out of their galleries:\n  " + "\n  ".join(texts[:SHOWN]) + more
+        )
 
 
 def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
@@ -95,7 +166,10 @@ def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
         return dict(truth)
     unknown = [clip for clip in subset if clip not in truth]
     if unknown:
-        raise ValueError(f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}.")
+        raise ValueError(
+            f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}; list clips "
+            f"of that split (such as {next(iter(truth), 'none: it has no clip')}), or evaluate the split they are in."
+        )
     return {clip: truth[clip] for clip in subset}
 
 
@@ -148,9 +222,13 @@ def rankings(result: Result, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def one_line(figures: Mapping[str, int | float]) -> str:
-    """Returns recall@1, 3, 5 and 10, chance of recall@1, in percent, and the number of queries as one line of text."""
+    """Returns recall@1, 3, 5 and 10, chance of recall@1, in percent, and the number of queries as one line of text.
+
+    A sampled gallery has its size in the line.
+    """
     recall = "  ".join(f"R@{k} {figures[f'recall@{k}']:.2f}" for k in KS)
-    return f"{recall}  (chance {figures['chance_recall@1']:.2f}, {figures['queries']:.0f} queries)"
+    among = f", {figures['gallery']} of {figures['whole_gallery']} shop images" if "gallery" in figures else ""
+    return f"{recall}  (chance {figures['chance_recall@1']:.2f}, {figures['queries']:.0f} queries{among})"
 
 
 def table(figures: Mapping[str, int | float]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from data_pipeline.input.decode import centre_crop, load_picture
+from configs.default import FIELDS
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.system.paths import local_path
 from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.checkpoints.store import Checkpoints
-from rice_jax.config import EVALUATED, Config, DataConfig, from_json, override
+from rice_jax.config import EVALUATED, Config, DataConfig, check_field, flatten, from_json, override
 from rice_jax.models.rice import Rice, build_model, matmul_precision
 from rice_jax.parallel import hosts
 from rice_jax.parallel.devices import find_devices
 from rice_jax.parallel.mesh import P, make_mesh, on_host, path_name, process_rows, to_global
 from rice_jax.retrieval import inference
-from rice_jax.retrieval.galleries import GalleryScorer
+from rice_jax.retrieval.galleries import GalleryScorer, power_of_two
+from rice_jax.retrieval.pictures import Pictures, prepare
 from rice_jax.training.step import abstract_state
 
 
@@ -52,7 +53,9 @@ class Model:
       config: the run's config.
       net: the Flax modules.
       params: their parameters, on the devices of `mesh`.
-      batch_size: the number of clips or shop images encoded at once, over all devices. Methods take any number.
+      batch_size: the number of clips encoded at once, at most, over all devices, a multiple of their number; of shop
+        images it is image_batch_size. Methods take any number. They encode fewer in a batch of the next power of two
+        for each device, and each such size is compiled once.
       step: the number of updates after which the parameters were saved.
       before_batch: called before each batch, in all processes alike; it may raise an error to stop.
 
@@ -72,27 +75,20 @@ class Model:
     step: int = 0
     before_batch: Callable[[], None] | None = None
 
-    def prepare(self, pictures: Iterable[str | Path | bytes]) -> UInt8[np.ndarray, "n px px 3"]:
+    def prepare(self, pictures: Pictures) -> UInt8[np.ndarray, "n px px 3"]:
         """Returns pictures, in order, as evaluation sees them: decoded, resized and cropped to px = data.image_size.
 
-        `pictures` are JPEG, PNG or WebP files, each as a path or as its bytes.
+        Each of `pictures` is JPEG, PNG or WebP, as a path, bytes or a file opened with "rb" (read from its start); or a
+        picture of Pillow; or an array of uint8 levels: [height, width] of grey, [height, width, 3] of RGB or
+        [height, width, 4] of RGBA. An array [n, height, width, 3] is n pictures.
 
         Raises:
           OSError: a file cannot be read.
-          ValueError: a file is no picture; the message has its path, or its ordinal if it was given as bytes.
-          TypeError: `pictures` is a single path or bytes.
+          ValueError: a file is no picture; the message has its path, or its ordinal if it was not given as a path.
+          TypeError: `pictures` is a single one, or one of them is nothing of the above, such as an array of floats or
+            of other axes; the message says what was found.
         """
-        if isinstance(pictures, str | Path | bytes):
-            raise TypeError("prepare takes several pictures; give [picture].")
-        options, prepared = frame_options(self.config.data, train=False), []
-        for ordinal, picture in enumerate(pictures):
-            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-            try:
-                prepared.append(centre_crop(load_picture(data, options, train=False), options))
-            except ValueError as error:
-                name = f"picture {ordinal}" if isinstance(picture, bytes) else picture
-                raise ValueError(f"{name}: {error}.") from error
-        return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
+        return prepare(pictures, frame_options(self.config.data, train=False))
 
     def encode_clips(
         self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"] | None = None
@@ -100,14 +96,15 @@ class Model:
         """Returns the embeddings of clips: float32, unit length.
 
         Args:
-          frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (each N is compiled once).
+          frames: uint8, RGB levels, px = config.data.image_size, any number N of slots (each N is compiled by itself).
           mask: 1 for a frame, 0 for an empty slot, at least one frame a clip; None: every slot has a frame.
 
         Raises:
           ValueError: frames of another shape or dtype, or a mask that is not as above.
         """
         frames, mask = self._check_clips(frames, mask)
-        return self._in_batches(functools.partial(self.run, inference.encode_clips), frames, mask)[0]
+        encode = functools.partial(self.run, inference.encode_clips)
+        return self._in_batches(encode, frames, mask, limit=self.batch_size)[0]
 
     def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
         """Returns the embeddings of shop images: float32, unit length.
@@ -116,7 +113,8 @@ class Model:
           ValueError: `images` have another shape or dtype than pictures in encode_clips.
         """
         images = self._check(images, axes=4)
-        return self._in_batches(functools.partial(self.run, inference.encode_images), images)[0]
+        encode = functools.partial(self.run, inference.encode_images)
+        return self._in_batches(encode, images, limit=self.image_batch_size)[0]
 
     def match(
         self,
@@ -138,10 +136,11 @@ class Model:
         check_decoder(self)
         frames, mask = self._check_clips(frames, mask)
         images = self._check(images, axes=4)
-        class_tokens = self._in_batches(functools.partial(self.run, inference.encode_images_to_match), images)[1]
+        encode = functools.partial(self.run, inference.encode_images_to_match)
+        class_tokens = self._in_batches(encode, images, limit=self.image_batch_size)[1]
         scorer = GalleryScorer(self.run, self.mesh, class_tokens, [np.arange(len(images))], raw=raw)
-        gallery_of = np.zeros(self.batch_size, np.int64)
-        return self._in_batches(functools.partial(scorer.score, gallery_of), frames, mask)[1][:, : len(images)]
+        score = lambda frames, mask: scorer.score(np.zeros(len(mask), np.int64), frames, mask)
+        return self._in_batches(score, frames, mask, limit=self.batch_size)[1][:, : len(images)]
 
     def run(self, function: Callable[..., Any], *arrays: Any, options: tuple[Any, ...] = ()) -> list[Array]:
         """Returns the list of arrays of function(net, eval_flip, *options, params, *arrays), compiled and replicated.
@@ -151,6 +150,11 @@ class Model:
         if self.before_batch is not None:
             self.before_batch()
         return _on_mesh(function, self.mesh, self.net, (self.config.eval_flip, *options), self.params, *arrays)
+
+    @property
+    def image_batch_size(self) -> int:
+        """The most shop images to encode at once: as many pictures as a batch of clips has in evaluation."""
+        return self.batch_size * self.config.data.eval_num_frames
 
     @property
     def can_match(self) -> bool:
@@ -169,9 +173,14 @@ class Model:
     def _check(self, pictures: np.ndarray, *, axes: int) -> np.ndarray:
         pictures, size = np.asarray(pictures), self.config.data.image_size
         if pictures.ndim != axes or pictures.shape[-3:] != (size, size, 3):
-            raise ValueError(f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3).")
+            raise ValueError(
+                f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3); model.prepare "
+                "makes such pictures."
+            )
         if pictures.dtype != np.uint8:
-            raise ValueError(f"pictures of {pictures.dtype}: need uint8, RGB levels 0 to 255.")
+            raise ValueError(
+                f"pictures of {pictures.dtype}: need uint8, RGB levels 0 to 255; model.prepare makes such pictures."
+            )
         return pictures
 
     def _check_clips(self, frames: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -183,19 +192,22 @@ class Model:
             )
         return frames, mask.astype(np.int32)
 
-    def _in_batches(self, encode: Callable[..., list[Array]], *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the results of `encode` for all rows, in batches; for zero rows, empty arrays of the right shape.
+    def _in_batches(
+        self, encode: Callable[..., list[Array]], *arrays: np.ndarray, limit: int
+    ) -> tuple[np.ndarray, ...]:
+        """Returns the results of `encode` for all rows, `limit` at a time; for zero rows, empty arrays of their shape.
 
         `encode` takes a global batch of each array on the devices.
         """
-        positions = process_rows(self.batch_size, self.mesh)
         out = []
-        for start in range(0, max(1, len(arrays[0])), self.batch_size):
-            batch = [array[start : start + self.batch_size] for array in arrays]
-            count, padded = len(batch[0]), []
+        for start in range(0, max(1, len(arrays[0])), limit):
+            batch = [array[start : start + limit] for array in arrays]
+            count = len(batch[0])
+            size = min(limit, power_of_two(-(-count // self.mesh.size)) * self.mesh.size)
+            positions, padded = process_rows(size, self.mesh), []
             for array in batch:
                 filling = array[:1] if count else np.ones((1, *array.shape[1:]), array.dtype)
-                padded.append(np.concatenate([array, np.repeat(filling, self.batch_size - count, axis=0)]))
+                padded.append(np.concatenate([array, np.repeat(filling, size - count, axis=0)]))
             results = encode(*to_global([array[positions] for array in padded], self.mesh))
             out.append([np.asarray(result)[:count] for result in results])
         return tuple(np.concatenate(parts) for parts in zip(*out, strict=True))
@@ -207,12 +219,18 @@ def check_decoder(model: Model) -> None:
         has_decoder = model.net.decoder is not None
         found = "not learned it (loss.pmd is 0" if has_decoder else "no decoder (loss.pmd and loss.pfr are 0"
         raise ValueError(
-            f"matching: this model has {found} in its config); train one with a PMD loss, or rank by --score embedding."
+            f"matching: this model has {found} in its config); train one with a PMD loss, or rank by "
+            "embeddings alone (--score embedding)."
         )
 
 
 def load(
-    run: str | Path, *, step: int | None = None, mesh: Mesh | None = None, overrides: Mapping[str, str] | None = None
+    run: str | Path,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    overrides: Mapping[str, str] | None = None,
+    batch_size: int | None = None,
 ) -> Model:
     """Returns the model of a training run. With several processes all of them must call it.
 
@@ -221,6 +239,8 @@ def load(
       step: a checkpoint's number of updates; the newest undamaged one unless given.
       mesh: the devices for the parameters; all devices unless given.
       overrides: values, as text, of config fields that do not concern the weights, such as {"eval_flip": "true"}.
+      batch_size: the most clips to encode at once; config.eval_batch_size unless given. It is rounded up to a multiple
+        of the number of devices.
 
     Raises:
       FileNotFoundError: the folder has no run, no checkpoint, or none of that step.
@@ -228,12 +248,14 @@ def load(
       MemoryError: there is too little memory for the parameters.
       ValueError: the checkpoint or the config is damaged or of another version, no checkpoint is undamaged, or an
         override is of no field, of one that training depended on, or of a value that the field cannot have; or
-        JAX_PLATFORMS asks for devices that are not there.
+        batch_size is less than 1, or JAX_PLATFORMS asks for devices that are not there.
 
     Example:
       model = rice_jax.load("runs/smoke", overrides={"eval_flip": "true"})
       print(model.step, model.config.data.image_size)
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, needs at least 1.")
     find_devices()  # first, because what follows would fail without a clear error
     folder = local_path(run)
     checkpoints = Checkpoints(folder) if is_run(folder) else None
@@ -251,9 +273,14 @@ def load(
         )
     config = from_json(text)
     for name, value in (overrides or {}).items():
+        check_field(config, name)
         if name not in EVALUATED:
-            raise ValueError(f"--config.{name}: the model was trained with it, so it cannot be changed now.")
+            raise ValueError(
+                f"--config.{name}: the model was trained with it, so it cannot be changed now; leave it out."
+            )
         override(config, name, value)
+        if not FIELDS[name].allows(flatten(config)[name]):
+            raise ValueError(f"--config.{name}={value}: needs {FIELDS[name].values}.")
     mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
     net = build_model(config)
     abstract = abstract_state(net, config, mesh)
@@ -262,5 +289,6 @@ def load(
     except MemoryError as error:
         advice = "end other programs that hold memory of these devices, or take larger ones or JAX_PLATFORMS=cpu."
         raise MemoryError(f"{error}; {advice}") from error
-    batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size  # the run may have had another mesh
+    # The run may have had another mesh.
+    batch_size = -(-(batch_size or config.eval_batch_size) // mesh.size) * mesh.size
     return Model(config, net, params, mesh, batch_size=batch_size, step=step)

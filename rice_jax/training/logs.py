@@ -100,9 +100,13 @@ class Log:
         return {k.removeprefix(f"{split}/"): v for k, v in found[-1].items() if k != "step"} if found else {}
 
     def recalls(self, split: str) -> dict[int, float]:
-        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one."""
-        name = f"{split}/recall@1"
-        return {line["step"]: line[name] for line in self._of(split) if line.get(name) is not None}
+        """Returns the Recall@1 in percent of each evaluation of a split, by step; {} without one.
+
+        Evaluations in galleries of another size than the newest one's are left out: their figures do not compare.
+        """
+        name, gallery, found = f"{split}/recall@1", f"{split}/gallery", self._of(split)
+        alike = [line for line in found if line.get(gallery) == found[-1].get(gallery)]
+        return {line["step"]: line[name] for line in alike if line.get(name) is not None}
 
     def _of(self, split: str) -> list[dict[str, Any]]:
         return [line for line in self._evaluations if f"{split}/queries" in line]
