@@ -125,7 +125,6 @@ class ModelConfig(Section):
         "highest",
         "with dtype float32: products in float32 on every device; or in what jax chooses, TF32 on GPUs and bfloat16 on "
         "TPUs. CPUs know no difference",
-        change="in evaluation",
     )
     remat: Literal["none", "dots", "full"] = field(
         "none", "what the backward pass recomputes to save memory: nothing, all but matrix products, or all"

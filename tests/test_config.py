@@ -158,7 +158,7 @@ def test_the_documentation_is_the_table() -> None:
 
 def test_what_may_change_after_a_run_began() -> None:
     free, evaluated = set(config_module.FREE), set(config_module.EVALUATED)
-    assert evaluated - free == {"data.apply_exif", "data.to_srgb", "model.matmul_precision"}
+    assert evaluated - free == {"data.apply_exif", "data.to_srgb"}
     assert set(config_module.PER_HOST) == {"data.path", "data.threads", "data.workers", "data.cache_bytes"} <= free
     assert {"mesh.fsdp", "eval_every", "checkpoints_kept", "data.eval_split", "stall_seconds"} <= free
     assert not free & {"seed", "batch_size", "num_updates", "init_from", "data.skip_clips", "loss.micro_batch"}

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -47,7 +47,8 @@ def find_devices(*, local: bool = False) -> list[jax.Device]:
     try:
         return jax.local_devices() if local else jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that some platform started
-        variable, asked = "JAX_PLATFORMS", jax.config.jax_platforms
+        settings: Any = jax.config
+        variable, asked = "JAX_PLATFORMS", settings.jax_platforms
         if not asked:
             variable, asked = "JAX_PLATFORM_NAME", os.environ.get("JAX_PLATFORM_NAME")
         if asked in (None, "", "cpu"):  # a CPU is never missing

@@ -273,7 +273,7 @@ def load(
         )
     config = from_json(text)
     for name, value in (overrides or {}).items():
-        check_field(config, name)
+        check_field(name)
         if name not in EVALUATED:
             raise ValueError(
                 f"--config.{name}: the model was trained with it, so it cannot be changed now; leave it out."

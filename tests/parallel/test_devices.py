@@ -15,6 +15,7 @@ from rice_jax.parallel.devices import find_devices
 
 ROOT = Path(__file__).parents[2]
 LOAD = "import rice_jax; rice_jax.load('nowhere')"
+FIND = "from rice_jax.parallel.devices import find_devices; find_devices()"
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,16 +56,28 @@ def test_a_command_says_in_one_line_what_was_asked_and_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("code", "environment", "said"),
     [
-        ({"JAX_PLATFORMS": "tpu"}, "JAX_PLATFORMS=tpu asks for devices that are not there: this machine has no TPU"),
-        ({"JAX_PLATFORMS": "rocm"}, "JAX_PLATFORMS=rocm asks for devices that are not there: this machine has no AMD"),
-        ({"JAX_PLATFORMS": "warp"}, "JAX_PLATFORMS=warp asks for .*: jax says: Unable to initialize backend 'warp'"),
-        ({"JAX_PLATFORMS": "", "JAX_PLATFORM_NAME": "gpu"}, "JAX_PLATFORM_NAME=gpu asks for .* no NVIDIA GPU"),
+        (
+            LOAD,
+            {"JAX_PLATFORMS": "tpu"},
+            "JAX_PLATFORMS=tpu asks for devices that are not there: this machine has no TPU",
+        ),
+        (
+            FIND,
+            {"JAX_PLATFORMS": "rocm"},
+            "JAX_PLATFORMS=rocm asks for devices that are not there: this machine has no AMD",
+        ),
+        (
+            FIND,
+            {"JAX_PLATFORMS": "warp"},
+            "JAX_PLATFORMS=warp asks for .*: jax says: Unable to initialize backend 'warp'",
+        ),
+        (FIND, {"JAX_PLATFORMS": "", "JAX_PLATFORM_NAME": "gpu"}, "JAX_PLATFORM_NAME=gpu asks for .* no NVIDIA GPU"),
     ],
 )
-def test_load_says_so_too(environment: dict[str, str], said: str) -> None:
-    ended = run("-c", LOAD, **environment)
+def test_load_and_find_devices_say_so_too(code: str, environment: dict[str, str], said: str) -> None:
+    ended = run("-c", code, **environment)
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode == 1 and lines[-1].startswith("ValueError: ")
     assert re.search(said, lines[-1]), lines[-1]
