@@ -18,13 +18,20 @@ from data_pipeline.conversion.report import count_split, lost_boxes, print_repor
 from data_pipeline.conversion.shards import Entry, ShardNote, write_shard
 from data_pipeline.conversion.survey import list_splits
 from data_pipeline.faults import BadInputError, FailedError, Fault
-from data_pipeline.format.manifest import COLUMNS, MANIFEST, SPLITS, shard_name
+from data_pipeline.format.manifest import COLUMNS, MANIFEST, shard_name
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import sync_folder, write_file
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, open_source
 from data_pipeline.layouts.listing import NONE, Layout, Listing
 from data_pipeline.owner import remove_abandoned
-from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
+from data_pipeline.system.command_line import (
+    add_workers,
+    exit_status,
+    make_parser,
+    parse_count,
+    parse_number,
+    parse_splits,
+)
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK, claim
 from data_pipeline.system.paths import parse_path
@@ -254,7 +261,7 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
     folder: dict[str, Any] = {"required": True, "type": parse_path, "metavar": "DIR"}
     parser.add_argument("--source", help="the unpacked download, or your folder", **folder)
     parser.add_argument("--output", help="folder of the records, created if missing", **folder)
-    parser.add_argument("--splits", type=_splits, metavar="LIST", help="of train,val,test (all that the source has)")
+    parser.add_argument("--splits", type=parse_splits, metavar="LIST", help="of train,val,test (all of the source)")
     parser.add_argument("--train-annotation", metavar="NAME", help="training list, if annotations/ has several")
     parser.add_argument(
         "--frames", choices=("sampled", "all"), default="sampled",
@@ -271,13 +278,6 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> Options:
     add_workers(parser)
     parser.add_argument("--clips-per-shard", type=parse_count, metavar="N", help="64 to 1,024, by the number of clips")
     return Options(**vars(parser.parse_args(arguments)))
-
-
-def _splits(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if not set(names) <= set(SPLITS):
-        raise argparse.ArgumentTypeError(f"found {text!r}, needs names of {','.join(SPLITS)}")
-    return names
 
 
 def _rate(text: str) -> float:

@@ -29,7 +29,14 @@ from data_pipeline.inspection.store import KnownFingerprints, append_fingerprint
 from data_pipeline.inspection.summary import InspectedData, Sample
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, layout_of, open_source
 from data_pipeline.owner import remove_abandoned
-from data_pipeline.system.command_line import add_workers, exit_status, make_parser, parse_count, parse_number
+from data_pipeline.system.command_line import (
+    add_workers,
+    exit_status,
+    make_parser,
+    parse_count,
+    parse_number,
+    parse_splits,
+)
 from data_pipeline.system.lease import Lease
 from data_pipeline.system.output_folder import WORK
 from data_pipeline.system.paths import parse_path
@@ -86,7 +93,9 @@ def _inspect_data(options: argparse.Namespace, work: Path, findings: Findings) -
         converted.inspect(known)
         return converted
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
-    layout, splits = open_source(options.layout, options.path, stored_frames)
+    layout, splits = open_source(
+        options.layout, options.path, stored_frames, wanted=options.splits, train_annotation=options.train_annotation
+    )
     source = InspectedSource(layout, splits, options.workers, **shared)
     with Workers(options.workers, layout) as workers:
         source.read_lists(workers.run)
@@ -141,6 +150,8 @@ def parse_options(arguments: Sequence[str] | None, prog: str) -> argparse.Namesp
     parser = make_parser(prog, __doc__)
     parser.add_argument("path", type=parse_path, metavar="PATH", help="a source folder, or a converted set")
     parser.add_argument("--layout", choices=(*sorted(LAYOUTS), CONVERTED), help="layout of PATH (found by its folders)")
+    parser.add_argument("--splits", type=parse_splits, metavar="LIST", help="of a source: of train,val,test (all)")
+    parser.add_argument("--train-annotation", metavar="NAME", help="training list, if annotations/ has several")
     parser.add_argument("--output", type=parse_path, metavar="DIR", help="folder of the report (build/doctor/NAME)")
     parser.add_argument(
         "--frames", choices=("all", "sampled"), default="all",
@@ -174,6 +185,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise WrongUseError(
             f"{options.path}: found neither manifest.json nor annotations/ nor clips/ and shop/, needs one of them; "
             "correct the path, or give --layout."
+        )
+    if options.layout == CONVERTED and (options.splits or options.train_annotation):
+        raise WrongUseError(
+            f"{options.path}: found --splits or --train-annotation for a converted set, needs neither, since all its "
+            "splits are inspected; leave them out."
         )
     if options.output.resolve().is_relative_to(options.path.resolve()):
         raise WrongUseError(

@@ -203,13 +203,20 @@ def _inspect_record(
         try:
             inspected = fingerprints.inspect_picture(data, name, key, named=False)
         except BadInputError as err:
-            errors.append(err)
+            errors.append(_of_source(err))
             continue
         found[frame] = inspected.fingerprint
-        errors += inspected.problems
+        errors += map(_of_source, inspected.problems)
         if frames and (boxes := frames[frame].boxes):
-            errors += box_faults(boxes, Picture(name, name), inspected.fingerprint, name)
+            errors += map(_of_source, box_faults(boxes, Picture(name, name), inspected.fingerprint, name))
     return found, [Fault(err.reason, err.file or where, err.detail, subject=subject) for err in errors]
+
+
+def _of_source(error: BadInputError) -> BadInputError:
+    """Returns the error with what to do in a converted set, whose records cannot be edited."""
+    found, semicolon, remedy = error.detail.rpartition("; ")
+    detail = f"{found}; in the source, {remedy.removesuffix('.')}, and convert again." if semicolon else error.detail
+    return BadInputError(error.reason, detail, error.file)
 
 
 def _key(split: Split, kind: str, row: int, frame: int) -> int:

@@ -21,7 +21,8 @@ def cross_checks(data: InspectedData) -> Iterator[Fault]:
     """Yields faults between clips, shop images, splits and galleries. Raises ValueError if a picture cannot be read."""
     for number, summary in enumerate(data.summaries):
         if not summary.clip_ids:
-            detail = "found no clip, needs some for training or evaluation; restore the list, or leave the split out."
+            detail = "found no clip, needs some for training or evaluation; restore the list, or convert and inspect "
+            detail += "the others with --splits."
             yield Fault("split without clips", summary.split, detail)
         for other in data.summaries[number + 1 :]:
             yield from _clips_in_both(data, summary, other)

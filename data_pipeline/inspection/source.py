@@ -345,7 +345,7 @@ def inspect_clips(
                 continue
             name = picture_name(frame.picture)
             if name in before:
-                detail = f"found the frame {name} twice in the clip's list, needs each once; remove one."
+                detail = f"found the frame {name} twice in the clip's list, needs each once; remove one, and its box."
                 part.faults.append(fault(BadInputError("frame listed twice", detail)))
             before.add(name)
             if listed.boxes and fingerprint["key"]:

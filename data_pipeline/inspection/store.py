@@ -39,7 +39,7 @@ class KnownFingerprints:
         keys, offsets = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
         for begin, block in _blocks(log):
             rows = np.frombuffer(block, FINGERPRINT)
-            keys.append(rows["key"])
+            keys.append(rows["key"].copy())  # a view would keep the block in memory
             offsets.append(begin + FINGERPRINT.itemsize * np.arange(len(rows), dtype=np.uint64))
         unique, first = np.unique(np.concatenate(keys), return_index=True)
         self.count = len(unique)

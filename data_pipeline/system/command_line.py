@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.faults import BadInputError, FailedError, WrongUseError
+from data_pipeline.format.manifest import SPLITS
 from data_pipeline.system.processes import cores
 from data_pipeline.system.signals import ended_by_signals
 from data_pipeline.system.streams import lasting_output
@@ -41,6 +42,14 @@ def parse_number(kind: Callable[[str], Any], text: str, needed: str) -> Any:
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"found {text}, needs {needed}") from None
+
+
+def parse_splits(text: str) -> tuple[str, ...]:
+    """Returns the names of splits in `text`, separated by commas. Raises ArgumentTypeError if one is no split."""
+    names = tuple(text.split(","))
+    if not set(names) <= set(SPLITS):
+        raise argparse.ArgumentTypeError(f"found {text!r}, needs names of {','.join(SPLITS)}")
+    return names
 
 
 def exit_status(job: Callable[[], object], *, output: Path, kept: str) -> int:

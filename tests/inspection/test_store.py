@@ -55,6 +55,16 @@ def test_a_search_does_not_copy_the_keys(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
+def test_an_index_takes_tens_of_bytes_a_fingerprint(tmp_path: Path) -> None:
+    log = tmp_path / "log.bin"
+    for begin in range(1, 100_001, 5_000):
+        append_fingerprints(log, rows(*range(begin, begin + 5_000)))
+    tracemalloc.start()
+    assert KnownFingerprints(log).count == 100_000
+    assert tracemalloc.get_traced_memory()[1] < 100_000 * 56 + 3_000_000  # and a block or two
+    tracemalloc.stop()
+
+
 def test_an_array_that_grew_on_disk_is_mapped(tmp_path: Path) -> None:
     array = GrowingArray(tmp_path / "array.run", np.int32)
     array.append(np.arange(3))
