@@ -63,6 +63,10 @@ class InspectedData(Protocol):
     summaries: list[SplitSummary]
     tables: Mapping[str, Sequence[str]]  # texts by number, for the summaries' columns
     remarks: list[str]
+    findings: Findings
+    work: Path
+    on_new: OnNewFingerprints
+    sample: Sample | None
     knows_products: bool = False  # then each shop image counts as a product of its own
 
     def __init__(self, findings: Findings, work: Path, on_new: OnNewFingerprints, sample: Sample | None) -> None:
@@ -88,8 +92,8 @@ class InspectedData(Protocol):
             counts.append(np.array(part.frame_counts, np.int64))
             if names:
                 names.append(part.name_hashes)
-        nothing = np.zeros(0, FINGERPRINT), [], np.zeros(0, np.uint64)
-        return PartResult(prints.mapped(), nothing[0], nothing[1], np.concatenate(counts), nothing[2])
+        none, no_names = np.zeros(0, FINGERPRINT), np.zeros(0, np.uint64)
+        return PartResult(prints.mapped(), none, [], np.concatenate(counts), no_names)
 
     # Places for messages: of a frame, of a shop image, and the file that lists a clip with its line from 1 (0: none).
     def frame_name(self, summary: SplitSummary, clip: int, frame: int) -> str: ...

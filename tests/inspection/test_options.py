@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import convert, doctor
-from tests.inspection.command import inspect, of_kind
+from tests.inspection.command import inspect
 from tests.lpr_layouts import edit_cell, make_lpr750k
 
 LIST = "annotations/training_videoinfo_7.txt"
