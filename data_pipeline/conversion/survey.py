@@ -98,6 +98,8 @@ def survey_part(layout: TextLayout, file: int, path: Path, begin: int) -> Survey
     survey = Survey()
     for number, offset, content in read_lines(path, begin, begin + PART_BYTES):
         survey.num_lines = number
+        if not content:
+            continue
         line = (file, number, offset, len(content))
         try:
             row = parse_row(content)

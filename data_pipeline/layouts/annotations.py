@@ -156,9 +156,9 @@ def livestream_of(clip_id: str) -> str:
 def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Yields (number, offset, content without line end) of the lines that start in bytes [begin, end) of a file.
 
-    Numbers count from 1 at the first of these lines. Blank lines and a byte order mark are left out, the lines but not
-    the mark counted. Of a line longer than MAX_LINE_BYTES the content is its first MAX_LINE_BYTES. end None: to the
-    file's end. Raises BadInputError if the file begins like UTF-16 or has an old Mac's line ends, OSError on reading.
+    Numbers count from 1 at the first of these lines. A blank line has the content b"", and a byte order mark is left
+    out. Of a line longer than MAX_LINE_BYTES the content is its first MAX_LINE_BYTES. end None: to the file's end.
+    Raises BadInputError if the file begins like UTF-16 or has an old Mac's line ends, OSError on reading.
     """
     with path.open("rb") as file:
         if begin:
@@ -174,8 +174,7 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
         start = offset if begin else 0  # of the next line; a byte order mark belongs to the first
         while (end is None or start < end) and (line := file.readline(MAX_LINE_BYTES)):
             number += 1
-            if line.strip():
-                yield number, offset, line.rstrip(b"\r\n")
+            yield number, offset, line.rstrip(b"\r\n") if line.strip() else b""
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 _skip_line(file)
             offset = start = file.tell()
@@ -298,10 +297,11 @@ def load_texts(path: Path | None, faults: list[Fault]) -> dict[str, str]:
 
 
 def decoded_lines(path: Path, faults: list[Fault]) -> Iterator[str]:
-    """Yields a list's lines but empty ones. Those that are not UTF-8 become `faults`. Raises OSError on reading."""
+    """Yields a list's lines but blank ones. Those that are not UTF-8 become `faults`. Raises OSError on reading."""
     for number, _, line in read_lines(path):
         try:
-            yield line.decode("utf-8")
+            if line:
+                yield line.decode("utf-8")
         except UnicodeDecodeError as err:
             detail = f"found byte {line[err.start]:#04x} in line {number}, needs UTF-8; convert the file's encoding."
             faults.append(Fault("not UTF-8", _name_in_source(path), detail))

@@ -41,6 +41,8 @@ class Lpr750k(TextLayout):
         faults: list[Fault] = []
         first: dict[str, tuple[Picture, str]] = {}  # by file name: its first picture and the reference to it
         for number, _, line in annotations.read_lines(path):
+            if not line:
+                continue
             try:
                 livestream, name = _gallery_row(line)
                 image_id = _image_id(name)

@@ -63,8 +63,8 @@ class Checkpoints:
         try:
             str(self.path).encode()
         except UnicodeEncodeError:
-            workdir = os.fsencode(self.path.parent)
-            raise ValueError(f"{workdir!r}: the name of this folder is not UTF-8; rename it.") from None
+            folder = os.fsencode(self.path.parent)
+            raise ValueError(f"{folder!r}: the name of this folder is not UTF-8; rename it.") from None
         self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
         self._check = check  # called before a step is committed and before anything is renamed or deleted

@@ -107,7 +107,7 @@ def test_lines_of_a_list_with_a_mark_are_the_same_in_parts_of_any_size(tmp_path:
     path = tmp_path / "list.txt"
     path.write_bytes(codecs.BOM_UTF8 + b"one\r\ntwo\n\n  \nfive\nsix")
     whole = [(offset, line) for _, offset, line in read_lines(path)]
-    assert [line for _, line in whole] == [b"one", b"two", b"five", b"six"]
+    assert [line for _, line in whole] == [b"one", b"two", b"", b"", b"five", b"six"]
     assert all(path.read_bytes()[offset:].startswith(line) for offset, line in whole)
     for size in range(1, 25):
         parts = [(at, line) for begin in range(0, 30, size) for _, at, line in read_lines(path, begin, begin + size)]

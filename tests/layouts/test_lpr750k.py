@@ -136,7 +136,7 @@ def test_lines_are_the_same_in_parts_of_any_size(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(b"one\r\ntwo\n\nfour\nfive")
     whole = [line for _, _, line in read_lines(path)]
-    assert whole == [b"one", b"two", b"four", b"five"]
+    assert whole == [b"one", b"two", b"", b"four", b"five"]
     for size in range(1, 20):
         parts = [line for begin in range(0, 20, size) for _, _, line in read_lines(path, begin, begin + size)]
         assert parts == whole
