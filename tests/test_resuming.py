@@ -72,7 +72,7 @@ def test_a_state_that_does_not_fit_names_fields_that_may_change_and_keeps_the_ch
 
     monkeypatch.setattr(Orbax, "restore", full)
     remedy = (
-        r"checkpoints/3: memory ran out .*end other programs .*, or give --config.mesh.data=2 --config.mesh.fsdp=4\."
+        r"(?s)checkpoints/3: memory ran out .*End what else uses the memory.*--config.mesh.data=2 --config.mesh.fsdp=4$"
     )
     with pytest.raises(MemoryError, match=remedy):
         train.train_and_evaluate(smoke_config(converted), half)
