@@ -103,7 +103,7 @@ class PictureReader:
 
 
 def _read_part(path: str, picture: Picture) -> tuple[int, bytes]:
-    """Returns the size that a picture should have, and its bytes. Raises BadInputError if it is no file or too large."""
+    """Returns a picture's size as it should be, and its bytes. Raises BadInputError if it is no file or too large."""
     with open(path, "rb", opener=_open_without_waiting) as file:
         stat = os.fstat(file.fileno())
         size = stat.st_size if picture.size is None else picture.size
