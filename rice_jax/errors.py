@@ -133,7 +133,9 @@ def reason(error: BaseException) -> str:
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if error.errno is None:
         return where
-    return f"{where}; {ADVICE.get(error.errno, 'check that path')}, then run the same command again."
+    if "; " not in (error.strerror or ""):  # else it says what to do, as that of `retried`
+        where = f"{where}; {ADVICE.get(error.errno, 'check that path')}"
+    return f"{where}, then run the same command again."
 
 
 def status(error: BaseException) -> int:

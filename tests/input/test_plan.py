@@ -165,6 +165,11 @@ def test_an_unknown_id_in_skip_clips_is_named():
         rows_without(["clip1", "clip2"], ["clip1", "clip99"])
 
 
+def test_a_plan_that_skips_all_clips_does_not_ask_for_batches_of_none():
+    with pytest.raises(ValueError, match=r"found 0 clips \(2 of 2 skipped\), .*; convert more clips or skip fewer"):
+        Plan(2, 1, 0, keep=np.zeros(0, np.int64))
+
+
 def test_fingerprint_covers_seed_batch_size_count_and_content():
     plans = [Plan(20, 5, 0), Plan(20, 5, 1), Plan(20, 4, 0), Plan(21, 5, 0), Plan(20, 5, 0, content_hash="ab")]
     assert len({plan.fingerprint for plan in plans}) == len(plans)

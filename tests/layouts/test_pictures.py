@@ -118,7 +118,7 @@ def damaged() -> bytes:
 UNSOUND = {
     "destroyed inside": ("B.jpg", damaged(), "damaged|truncated", "has lost pixels"),
     "cut off": ("B.jpg", encoded(picture(200, 150), "JPEG")[:3000], "truncated", "Premature end of JPEG"),
-    "HEIC called jpg": ("B.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "unknown", "is a HEIC picture.*convert it to JPEG"),
+    "HEIC called jpg": ("B.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "unknown", "is a HEIC picture.*put a JPEG of 8"),
     "text": ("B.png", b"text", "not a picture", "is not a picture"),
     "too many pixels": ("B.bmp", encoded(Image.new("1", (8193, 8192)), "BMP"), "oversized", f"more than {MAX_PIXELS}"),
 }  # fmt: skip
@@ -162,4 +162,7 @@ def test_heic_files_are_left_out_with_advice(tmp_path: Path, capsys: pytest.Capt
     source = make_folder(tmp_path / "source")
     (source / "clips/A/0/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert convert(source) == 0
-    assert "left out 1 HEIC pictures, which are not read; convert them to JPEG: `magick" in capsys.readouterr().err
+    assert (
+        "left out 1 HEIC picture, since HEIC is not read; make JPEGs in each folder: `magick mogrify -format jpg *.H"
+        in (capsys.readouterr().err)
+    )
