@@ -264,7 +264,7 @@ def test_all_faults_are_collected_before_it_stops(
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("query_tenframes.json", b'{"a": ', "annotations/query_tenframes.json: cannot be read as JSON in line 1 (Expecting value)"),
+        ("query_tenframes.json", b'{"a": ', "query_tenframes.json: cannot be read as JSON in line 1 (Expecting value)"),
         ("query_tenframes.json", b"[]", "annotations/query_tenframes.json: found a list, needs an object"),
         ("query_tenframes.json", b'{"a": 1, "a": 2}', "annotations/query_tenframes.json: found the id a twice"),
         (

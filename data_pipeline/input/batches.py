@@ -437,5 +437,4 @@ def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: b
     ]
     if slots in agree:
         return ""
-    lacks = f"needs those of the {wanted} that are evenly spaced"
-    return f"{lacks}; {again}, or set one of {', '.join(map(str, agree))}"
+    return f"needs all evenly spaced ones for {wanted}; {again}, or set one of {', '.join(map(str, agree))}"

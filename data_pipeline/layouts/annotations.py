@@ -52,8 +52,8 @@ def parse_row(line: bytes) -> TrainingRow:
         raise BadInputError(
             "wrong number of columns",
             f"found {counted(len(cells), 'column')} between tabs, column 4 {'a' if has_path else 'no'} picture path, "
-            "needs 10 or more with the path (LPR750K) or 11 without (LPR4M); restore the line, an empty last cell keeps "
-            "its tab.",
+            "needs 10 or more with the path (LPR750K) or 11 without (LPR4M); restore the line, an empty last cell "
+            "keeps its tab.",
         )
     frames = parse_frames(cells[1])
     boxes = parse_boxes(cells[2], len(frames))

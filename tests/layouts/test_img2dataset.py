@@ -297,7 +297,7 @@ def test_boxes_of_pictures_that_were_padded_or_cropped_are_left_out_and_said_onc
     assert run(source, tmp_path / "records") == 0
     output = capsys.readouterr().out
     boxed = sum(bool(any(clip.box(number))) for clip in TRAIN for number in range(clip.length)) - 2  # two not sampled
-    assert output.count(f"train: left out the boxes of {boxed} frames, since the picture of each has not the shape") == 1
+    assert output.count(f"train: left out the boxes of {boxed} frames, since the picture of each has not the") == 1
     dataset = open_dataset(tmp_path / "records")
     for name, boxes in (("train", False), ("test", True)):
         split = dataset.split(name)
