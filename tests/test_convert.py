@@ -135,7 +135,7 @@ BAD_INPUTS = [
         row(1) + "found 12 columns between tabs, needs 13 as the file's other lines", (CLIP.id,)),
     Bad("LPR4M's columns", lambda source: edit_lines(
         source / LIST, lambda rows: rows.__setitem__(1, training_row(CLIP, paths=False).encode())),
-        row(1) + "found LPR4M's 11 columns, .*; convert with --layout lpr4m", (CLIP.id,)),
+        row(1) + "found LPR4M's 11 columns, .*; give --layout lpr4m", (CLIP.id,)),
     Bad("a frame cell that is not a list", cell(1, "__import__('os').abort()"),
         row(1) + r"found .__import__.* in the frame column, needs a list of strings; correct", (CLIP.id,)),
     Bad("a box cell that is not a list", cell(2, "{1: 2}"),

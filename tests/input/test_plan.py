@@ -126,7 +126,7 @@ def test_a_batch_handed_out_may_be_changed_without_changing_the_plan():
 
 
 def test_fewer_examples_than_one_batch_names_both_and_what_to_set():
-    with pytest.raises(ValueError, match=r"found 7 clips .* needs at least one batch of 8; set batch_size to 7"):
+    with pytest.raises(ValueError, match=r"found 7 clips.* needs at least one batch of 8; set batch_size to 7"):
         Plan(7, 8, 0)
     with pytest.raises(ValueError, match=r"found 3 clips \(7 of 10 skipped\)"):
         Plan(10, 4, 0, keep=np.array([1, 2, 3]))
