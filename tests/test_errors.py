@@ -83,7 +83,7 @@ with tempfile.TemporaryDirectory() as folder:
         (OSError(errno.EMFILE, "Too many open files"), "allow more open files"),
         (OSError(errno.EACCES, "Permission denied", "/d/x"), "/d/x: Permission denied; look at the permissions"),
         (MemoryError("too little"), "too little"),
-        (MemoryError(), "no memory is left"),
+        (MemoryError(), "this machine's memory is exhausted"),
     ],
 )
 def test_an_error_says_what_to_look_at(error: BaseException, text: str) -> None:

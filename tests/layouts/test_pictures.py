@@ -1,5 +1,6 @@
 """Conversion, doctor, training and evaluation agree on what a picture is, and oddities are counted."""
 
+import errno
 import json
 import re
 import tarfile
@@ -12,11 +13,14 @@ from PIL import Image
 from data_pipeline import FrameOptions, Plan, clip_batches, doctor, image_batches, open_dataset, train_batches
 from data_pipeline.convert import Options, main
 from data_pipeline.convert import convert as convert_source
+from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, decode
+from data_pipeline.layouts import pictures
+from data_pipeline.layouts.pictures import PictureReader
 from tests.input.pictures import encoded, picture
 from tests.input.test_damage import overwritten
 from tests.input.test_kinds import tiff, wide_profile
-from tests.lpr_layouts import make_lpr4m
+from tests.lpr_layouts import FRAMES, make_lpr4m
 
 OPTIONS = FrameOptions(image_size=16, resize=20, num_frames=2, apply_exif=True)
 
@@ -166,3 +170,32 @@ def test_heic_files_are_left_out_with_advice(tmp_path: Path, capsys: pytest.Capt
         "left out 1 HEIC picture, since HEIC is not read; make JPEGs in each folder: `magick mogrify -format jpg *.H"
         in (capsys.readouterr().err)
     )
+
+
+def test_a_file_servers_short_absence_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(FRAMES[0].read_bytes())
+    absences = [errno.ESTALE, errno.EIO]
+    real = pictures._read_part
+
+    def flaky(path: str, picture: Picture) -> tuple[int, bytes]:
+        if absences:
+            raise OSError(absences.pop(), "server away")
+        return real(path, picture)
+
+    monkeypatch.setattr(pictures, "_read_part", flaky)
+    assert PictureReader(tmp_path).read(Picture("a", "a.jpg")) == FRAMES[0].read_bytes() and not absences
+
+
+def test_a_file_server_that_stays_away_is_not_called_a_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(path: str, picture: Picture) -> tuple[int, bytes]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.jpg").write_bytes(b"")
+    monkeypatch.setattr(pictures, "_read_part", away)
+    monkeypatch.setattr(pictures, "RETRY_SECONDS", 0.0)
+    with pytest.raises(
+        BadInputError, match=r"^a.jpg: cannot be read: Input/output error .*; look at the disk, .* it\.$"
+    ):
+        PictureReader(tmp_path).read(Picture("a", "a.jpg"))
