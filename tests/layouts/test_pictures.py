@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipeline import FrameOptions, Plan, clip_batches, doctor, image_batches, open_dataset, train_batches
 from data_pipeline.convert import Options, main
 from data_pipeline.convert import convert as convert_source
+from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, decode
 from data_pipeline.layouts import pictures
