@@ -17,8 +17,9 @@ from data_pipeline.conversion.finish import Converted, encode_json, make_manifes
 from data_pipeline.conversion.report import count_split, lost_boxes, print_report
 from data_pipeline.conversion.shards import Entry, ShardNote, write_shard
 from data_pipeline.conversion.survey import list_splits
-from data_pipeline.faults import BadInputError, FailedError, Fault
+from data_pipeline.faults import BadInputError, FailedError, Fault, counted
 from data_pipeline.format.manifest import COLUMNS, MANIFEST, shard_name
+from data_pipeline.format.reader import open_dataset
 from data_pipeline.format.schema import SCHEMA_VERSION
 from data_pipeline.format.tfrecord import sync_folder, write_file
 from data_pipeline.layouts.detect import LAYOUTS, SAMPLED_FRAMES, open_source
@@ -58,11 +59,12 @@ class Options:
 
 
 def convert(options: Options) -> dict[str, Any]:
-    """Converts a source unless it is converted already, and returns the report (the content of report.json).
+    """Converts a source unless it is converted already, and returns the report (the content of report.json, or {}).
 
     Raises WrongUseError for a source or an output that do not fit the options or an output that another run writes to,
-    BadInputError for faults of whole lists, FailedError for faults that are not to be skipped, a split without a clip
-    or a lost lease, OSError for a file that cannot be read or written, and BrokenProcessPool if a worker died.
+    BadInputError for faults of whole lists, FailedError for faults that are not to be skipped, a split without a clip,
+    a converted set that is damaged, or a lost lease, OSError for a file that cannot be read or written, and
+    BrokenProcessPool if a worker died.
     """
     stored_frames = SAMPLED_FRAMES if options.frames == "sampled" else None
     layout, splits = open_source(
@@ -82,9 +84,13 @@ def convert(options: Options) -> dict[str, Any]:
     with Lease(options.output) as lease:
         # The lists may change between the runs, when a fault is corrected: each shard's note has its own inputs.
         if claim(options.output, identity, options.output / MANIFEST, may_change=("lists",)):
+            refuse_damage(options.output)
             print(f"{options.output}: already converted, nothing to do.")
             warn_of_changes(options, layout)
-            report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
+            try:
+                report: dict[str, Any] = json.loads((options.output / REPORT).read_bytes())
+            except (FileNotFoundError, ValueError):
+                return {}  # it was removed or edited; nothing but this function reads it
             return report
         return _convert(options, layout, splits, identity, lease)
 
@@ -100,7 +106,7 @@ def _convert(
             if not listing.listed:
                 raise FailedError(
                     f"{options.source}: found no {listing.split} clip in its list, needs at least one; restore the "
-                    "list, or leave the split out with --splits."
+                    "list, or leave the split out with --splits, in another --output."
                 )
         remarks = layout.locate(listings, workers.run, work)
     with Workers(options.workers, layout) as workers:  # new processes, since the layout has now located the pictures
@@ -210,14 +216,23 @@ def refuse_list_faults(layout: Layout) -> None:
         raise BadInputError("bad lists", show_faults(faults))
 
 
+def refuse_damage(output: Path) -> None:
+    """Raises FailedError, which says what to do, if `open_dataset` refuses the finished set. OSError: unreadable."""
+    try:
+        open_dataset(output)
+    except (ValueError, FileNotFoundError) as err:
+        again = f"give another --output, or delete the folder {output} and run the same command again"
+        raise FailedError(f"{err} To convert again, {again}: a finished set is not changed.") from err
+
+
 def warn_of_changes(options: Options, layout: Layout) -> None:
     """Warns on stderr of pictures that were written after the set was converted: it contains what they were before."""
     converted = (options.output / MANIFEST).stat().st_mtime_ns
     if changed := layout.changed_since(converted):
         print(
-            f"warning: {options.source}: found {len(changed)} pictures or archives that were written after the "
-            f"conversion (first {changed[0]}), and the converted set has what was there before; to have the new ones, "
-            "convert to another --output.",
+            f"warning: {options.source}: found {counted(len(changed), 'file')} with pictures, written after the "
+            f"conversion (first {changed[0]}), and the converted set has what was there before; to have the new "
+            "pictures, convert to another --output.",
             file=sys.stderr,
         )
 
@@ -234,9 +249,10 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
         return
     write_file(path, "".join(f"{fault}\n" for fault in faults).encode("utf-8", "backslashreplace"))
     if options.on_error == "fail":
+        found = counted(len(faults), "fault") + (" before it stopped looking" if len(faults) > MAX_FAULTS else "")
         raise FailedError(
-            f"{show_faults(faults)}\n{options.source}: found {len(faults)} faults, all of them in {path}; correct them "
-            "and run the same command again (finished shards are kept), or leave the clips out with --on-error=skip."
+            f"{show_faults(faults)}\n{options.source}: found {found}, listed in {path}; correct the source and run the "
+            "same command again (finished shards are kept), or leave the clips out with --on-error=skip."
         )
     for split in converted:
         clips = "clips", split.skipped_clips, split.skipped_clips + len(split.clip_ordinals)
@@ -248,7 +264,8 @@ def judge_faults(options: Options, converted: Sequence[Converted]) -> None:
                     f"({', '.join(f'{reason} {count}' for reason, count in split.reasons.items())}), needs at most "
                     f"{options.max_skip_rate:.2%}; the faults are in {path}: correct them, or raise --max-skip-rate."
                 )
-    print(f"{options.source}: left out clips and images for {len(faults)} faults; they are in {path}.", file=sys.stderr)
+    left_out = f"left out clips and images for {counted(len(faults), 'fault')}, listed in {path}."
+    print(f"{options.source}: {left_out}", file=sys.stderr)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

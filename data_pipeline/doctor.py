@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.faults import WrongUseError
+from data_pipeline.faults import WrongUseError, counted
 from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.tfrecord import write_file
 from data_pipeline.inspection.converted import InspectedSet
@@ -83,8 +83,9 @@ def _inspect_data(options: argparse.Namespace, work: Path, findings: Findings) -
     log = work / "fingerprints.bin"
     known = KnownFingerprints(log)
     if known.count:
-        print(f"{options.output}: found {known.count:,} pictures inspected by an earlier run; those of unchanged files "
-              "are not decoded again.")  # fmt: skip
+        pictures = counted(known.count, "picture")
+        print(f"{options.output}: found {pictures} inspected by an earlier run; those of unchanged files are not "
+              "decoded again.")  # fmt: skip
     sample = Sample(options.sample, options.seed) if options.sample else None
     on_new = functools.partial(append_fingerprints, log)
     shared: dict[str, Any] = {"findings": findings, "work": work, "on_new": on_new, "sample": sample}
@@ -108,8 +109,8 @@ def _sample_remark(options: argparse.Namespace) -> list[str]:
     if not options.sample:
         return []
     return [
-        f"A sample: {options.sample:,} clips of each split (seed {options.seed}) and the shop images that they show "
-        "were inspected, and the lists read whole; what other clips have is not known."
+        f"A sample: {counted(options.sample, 'clip')} of each split (seed {options.seed}), and the shop images shown "
+        "there, were inspected, and the lists read whole; what other clips have is not known."
     ]
 
 

@@ -48,6 +48,11 @@ class BadInputError(ValueError):
         return Fault(self.reason, file, self.detail, line, subject)
 
 
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """Returns "1 fault", "2 faults" and so on, with commas between thousands. nouns: the plural if it is no NOUNs."""
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
 class WrongUseError(ValueError):
     """A command cannot start with these arguments or this source: exit status 2."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_pipeline.format import retries
 from data_pipeline.system.processes import WorkerDiedError
 from data_pipeline.system.signals import ended_by_signals
 from data_pipeline.system.streams import end_quietly, lasting_output
@@ -133,7 +134,9 @@ def reason(error: BaseException) -> str:
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if error.errno is None:
         return where
-    return f"{where}; {ADVICE.get(error.errno, 'check that path')}, then run the same command again."
+    if not where.endswith((retries.DISK, *retries.ADVICE.values())):  # else it says already what to look at
+        where = f"{where}; {ADVICE.get(error.errno, 'check that path')}"
+    return f"{where}, then run the same command again."
 
 
 def status(error: BaseException) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.convert import main
+from data_pipeline.format.manifest import MANIFEST
 from data_pipeline.format.reader import open_dataset
 from tests.lpr_layouts import (
     FRAMES,
@@ -125,7 +126,7 @@ BAD_INPUTS = [
     Bad("truncated JPEG", write(FRAME, FRAMES[0].read_bytes()[:-300]),
         rf"^{FRAME} {NAMED}has lost pixels \(Premature end.*\), needs a whole picture; restore", (CLIP.id,)),
     Bad("HEIC called .jpg", write(FRAME, b"\0\0\0\x18ftypheic"),
-        rf"^{FRAME} {NAMED}is a HEIC picture, needs JPEG, .*; convert it to JPEG", (CLIP.id,)),
+        rf"^{FRAME} {NAMED}is a HEIC picture, needs JPEG, .*; put a JPEG of 8 bits", (CLIP.id,)),
     Bad("text file called .jpg", write(FRAME, b"<html>404"),
         rf"^{FRAME} {NAMED}is not a picture \(starts with b'<html>40'\), needs .*; replace", (CLIP.id,)),
     Bad("nine columns", lambda source: edit_lines(source / LIST, drop_column),
@@ -134,7 +135,7 @@ BAD_INPUTS = [
         row(1) + "found 12 columns between tabs, needs 13 as the file's other lines", (CLIP.id,)),
     Bad("LPR4M's columns", lambda source: edit_lines(
         source / LIST, lambda rows: rows.__setitem__(1, training_row(CLIP, paths=False).encode())),
-        row(1) + "found LPR4M's 11 columns, .*; convert with --layout lpr4m", (CLIP.id,)),
+        row(1) + "found LPR4M's 11 columns, .*; give --layout lpr4m", (CLIP.id,)),
     Bad("a frame cell that is not a list", cell(1, "__import__('os').abort()"),
         row(1) + r"found .__import__.* in the frame column, needs a list of strings; correct", (CLIP.id,)),
     Bad("a box cell that is not a list", cell(2, "{1: 2}"),
@@ -142,7 +143,7 @@ BAD_INPUTS = [
     Bad("duplicate clip id", lambda source: edit_lines(source / LIST, lambda rows: rows.append(rows[1])),
         rf"^{LIST} line 8 {NAMED}found the clip id of {LIST} line 2 again, needs each once; remove", ()),
     Bad("frame and box lists of different lengths", cell(2, "[[0, 0, 1, 1]]"),
-        row(1) + "found 4 frames and 1 boxes, needs one box a frame; correct", (CLIP.id,)),
+        row(1) + "found 4 frames and 1 box, needs one box a frame; correct", (CLIP.id,)),
     Bad("clip without frames", cell(1, "[]"), row(1) + "found an empty frame list, needs at least one", (CLIP.id,)),
     Bad("image id without an image", lambda source: (source / SHOP_IMAGE).unlink(),
         rf"^{SHOP_IMAGE} \(image {IMAGE_IDS[0]}\): found no such picture", USERS),
@@ -263,13 +264,13 @@ def test_all_faults_are_collected_before_it_stops(
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("query_tenframes.json", b'{"a": ', "annotations/query_tenframes.json: found Expecting value in line 1"),
+        ("query_tenframes.json", b'{"a": ', "query_tenframes.json: cannot be read as JSON in line 1 (Expecting value)"),
         ("query_tenframes.json", b"[]", "annotations/query_tenframes.json: found a list, needs an object"),
         ("query_tenframes.json", b'{"a": 1, "a": 2}', "annotations/query_tenframes.json: found the id a twice"),
         (
             "query_tenframes.json",
             b'{"\xff": 1}',
-            "annotations/query_tenframes.json: found invalid start byte at byte 2",
+            "annotations/query_tenframes.json: found byte 0xff in line 1, needs UTF-8; convert",
         ),
         (
             "query_tenframes.json",
@@ -329,6 +330,43 @@ def test_a_finished_conversion_is_left_alone(sound: Path, tmp_path: Path, capsys
     assert run(sound / "source", output, "--clips-per-shard=1") == 0
     assert "already converted, nothing to do" in capsys.readouterr().out
     assert files_of(output) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda output: next(output.glob("test-clips*.tfrecord")).unlink(), "found no such file, needs"),
+        (lambda output: (output / "columns/products.txt").write_bytes(b"x"), "products.txt: found 1 bytes, needs"),
+        (lambda output: edit_json(output / MANIFEST, lambda m: m["splits"].pop("test")), "found a hash that disagrees"),
+    ],
+)
+def test_a_finished_set_that_is_damaged_is_not_called_converted_and_the_advice_makes_it_anew(
+    damage: Callable[[Path], object], told: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(sound / "records", tmp_path / "records")
+    before = files_of(output)
+    damage(output)
+    assert run(sound / "source", output, "--clips-per-shard=1") == 1
+    shown = capsys.readouterr()
+    assert told in shown.err and "already converted" not in shown.out
+    assert f"give another --output, or delete the folder {output} and run the same command again" in shown.err
+    for folder in (tmp_path / "other", output):
+        shutil.rmtree(folder, ignore_errors=True)
+        assert run(sound / "source", folder, "--clips-per-shard=1") == 0
+        assert files_of(folder) == before
+
+
+def test_a_manifest_that_is_no_json_and_a_report_that_was_removed_end_without_a_traceback(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(sound / "records", tmp_path / "records")
+    (output / "report.json").unlink()
+    assert run(sound / "source", output, "--clips-per-shard=1") == 0
+    assert "already converted, nothing to do" in capsys.readouterr().out
+    (output / MANIFEST).write_bytes(b"{")
+    assert run(sound / "source", output, "--clips-per-shard=1") == 2
+    shown = capsys.readouterr().err
+    assert f"{output / MANIFEST}: found no identity of a job" in shown and "use another --output" in shown
 
 
 @pytest.mark.parametrize("option", ["--frames=all", "--splits=test", "--clips-per-shard=2"])

@@ -287,7 +287,7 @@ PLANTED = [
     Planted("duplicate clip id", lines(LIST, lambda rows: rows.append(rows[1])), rf"{LIST} line 8 \(clip {CLIP.id}"),
     Planted("clip in two splits", lambda s: lines(VAL_LIST, lambda rows: rows.append(
         (s / LIST).read_bytes().split(b"\n")[1]))(s), rf"\(clip {CLIP.id}\): found the clip in train and in val"),
-    Planted("frames and boxes differ", cell(2, "[[0, 0, 1, 1]]"), LINE + "found 4 frames and 1 boxes"),
+    Planted("frames and boxes differ", cell(2, "[[0, 0, 1, 1]]"), LINE + "found 4 frames and 1 box,"),
     Planted("box outside the frame", cell(2, ONE_BOX.format([0, 0, 500, 9])), LINE + r"found the box \[0.0, 0.0, 500"),
     Planted("box outside the frame", cell(2, ONE_BOX.format([-3, 0, 9, 9])), LINE + r"found the box \[-3.0"),
     Planted("box outside the frame", entry(BOXES, lambda d: d.update({QUERY.frame_ids[0]: [[0, 0, 1, 9999]]})),
@@ -384,6 +384,13 @@ def test_each_kind_is_on_the_screen(source: Path, capsys: pytest.CaptureFixture[
     assert f"error: {QUERY_FRAME}" in shown and f"... and {missing - doctor.SHOWN} more" in shown
 
 
+def test_the_advice_names_options_that_the_doctor_has_or_says_whose_they_are(source: Path) -> None:
+    (source / FRAME).unlink()
+    _, report = inspect(source)
+    (shown,) = named(report, "missing frame")
+    assert "or convert with --on-error=skip, which leaves the clip out." in shown
+
+
 def test_a_known_kind_may_be_accepted(source: Path) -> None:
     picture(FRAME, lambda image: Image.new("RGB", image.size))(source)
     assert inspect(source)[0] == 1
@@ -421,7 +428,11 @@ def test_faults_of_a_download_are_found_in_folders_and_in_tars(tmp_path: Path) -
         status, report = inspect(source)
         assert status == 1
         assert kinds(report)["not a picture"] == 1
-        assert "training_frame/00000" in named(report, "not a picture")[0]
+        (shown,) = named(report, "not a picture")
+        assert "training_frame/00000" in shown
+        # A member of a tar cannot be replaced.
+        assert ("download the shard again (delete its _stats.json" in shown) == tars
+        assert ("replace the file" in shown) != tars
         assert f"(clip {CLIP.id}): found the box" in named(report, "box outside the frame")[0]
         (source / "training_frame" / ("00001.tar" if tars else "00001/0000100.jpg")).write_bytes(b"nonsense")
         assert kinds(inspect(source)[1]).keys() >= ({"unreadable archive"} if tars else {"not a picture"})
@@ -500,6 +511,17 @@ def test_damage_of_a_converted_set_is_named(fault: Planted, records: Path) -> No
     assert any(re.search(fault.named, each) for each in shown), (shown, kinds(report))
     assert set(kinds(report)) <= {fault.kind, *fault.also}
     assert status == (0 if fault.severity == "warning" else 1)
+
+
+def test_what_only_the_source_can_mend_says_so_for_a_converted_set(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(FRAME, QUERY_FRAME)(source)
+    kind = "frame in train and test"
+    assert "of one split, or, if the picture" in named(inspect(source)[1], kind)[0]
+    assert convert.main([f"--source={source}", f"--output={tmp_path / 'set'}", "--layout=lpr750k", "--workers=1"]) == 0
+    (shown,) = named(inspect(tmp_path / "set")[1], kind)
+    assert "out of one split, in the source, and convert again into another folder, or, if the picture" in shown
 
 
 def test_fingerprints_of_a_shard_are_not_used_when_the_shard_changes(records: Path) -> None:

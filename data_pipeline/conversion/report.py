@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.conversion.finish import Converted
+from data_pipeline.faults import counted
 from data_pipeline.layouts.pictures import ODDITIES
 
 COUNTS = {  # key of the report: label in the table
@@ -68,9 +69,9 @@ def lost_boxes(split: Converted) -> str:
     if not split.lost_boxes:
         return ""
     return (
-        f"{split.listing.split}: left out the boxes of {split.lost_boxes:,} frames: their pictures have not the shape "
-        "of the originals (img2dataset's --resize_mode border and center_crop change it), or their size before the "
-        "download is not known; to have the boxes, download with --resize_mode keep_ratio."
+        f"{split.listing.split}: left out the boxes of {counted(split.lost_boxes, 'frame')}, since the picture of each "
+        "has not the shape of its original (img2dataset's --resize_mode border and center_crop change it), or the size "
+        "of that is not known; to have the boxes, download with --resize_mode keep_ratio."
     )
 
 

@@ -157,7 +157,8 @@ def make_clip(listed: ClipEntry, found: Sequence[FoundFrame]) -> Clip:
             pictures[frame.position] = frame.picture
     if not pictures:
         detail = f"found none of its {len(listed.frames)} frames (all downloads failed), needs one; "
-        raise BadInputError("clip without frames", f"{detail}download them again.")
+        detail += "download them again (delete their shards' _stats.json first, or img2dataset skips these), or "
+        raise BadInputError("clip without frames", f"{detail}convert with --on-error=skip, which leaves the clip out.")
     failed = len(found) - len(pictures)
     only_in_rows = ("product", "category", "category_name", "scale", "duration", "number")
     return Clip(

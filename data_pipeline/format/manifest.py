@@ -10,6 +10,7 @@ from data_pipeline.format.retries import retried
 from data_pipeline.format.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
+CONVERT_AGAIN = "convert again into another folder"  # a conversion never changes a finished set
 COLUMNS = "columns"  # the folder
 SPLITS = ("train", "val", "test")
 CLIP_COLUMNS = (
@@ -54,15 +55,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         version = manifest["schema_version"]
     except (FileNotFoundError, NotADirectoryError) as err:
         raise FileNotFoundError(
-            f"{path / MANIFEST}: found no manifest, needs a finished conversion; "
-            "run python -m data_pipeline.convert (again: it goes on where it stopped)."
+            f"{path / MANIFEST}: found no manifest, needs a finished conversion; correct the path, or run "
+            "python -m data_pipeline.convert (again: it goes on where it stopped)."
         ) from err
     except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise ValueError(f"{path / MANIFEST}: found no manifest of a conversion ({err}); convert again.") from err
+        raise ValueError(f"{path / MANIFEST}: found no manifest of a conversion ({err}); {CONVERT_AGAIN}.") from err
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path / MANIFEST}: found schema version {version}, needs {SCHEMA_VERSION}; "
-            "convert the source again, or use the version of rice_jax that wrote it."
+            f"{CONVERT_AGAIN}, or use the version of rice_jax that wrote it."
         )
     try:
         sound = manifest["content_hash"] == content_hash(manifest)
@@ -71,6 +72,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise ValueError(
-            f"{path / MANIFEST}: found a hash that disagrees with the file's content; restore it, or convert again."
+            f"{path / MANIFEST}: found a hash that disagrees with the file's content; restore it from a copy, or "
+            f"{CONVERT_AGAIN}."
         )
     return manifest

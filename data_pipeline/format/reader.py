@@ -17,7 +17,15 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.format.manifest import CLIP_COLUMNS, COLUMNS, IMAGE_COLUMNS, TABLE_FILES, read_manifest, shard_name
+from data_pipeline.format.manifest import (
+    CLIP_COLUMNS,
+    COLUMNS,
+    CONVERT_AGAIN,
+    IMAGE_COLUMNS,
+    TABLE_FILES,
+    read_manifest,
+    shard_name,
+)
 from data_pipeline.format.retries import retried
 from data_pipeline.format.schema import ClipRecord, ImageRecord, decode_clip, decode_image
 from data_pipeline.format.tfrecord import file_crc, index_path, unframe_record
@@ -83,7 +91,8 @@ class Dataset:
         """Returns the split of this name. Raises ValueError if `splits` does not contain it."""
         if name not in self.splits:
             raise ValueError(
-                f"{self.path}: found splits {', '.join(self.splits)}, needs {name}; convert it, or choose another."
+                f"{self.path}: found splits {', '.join(self.splits)}, needs {name}; choose one of these, or "
+                f"{CONVERT_AGAIN}, with {name}."
             )
         return Split(self.path, self.manifest, name)
 
@@ -94,17 +103,18 @@ class Dataset:
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """Yields (name, fault) of files missing or of other size or checksum (shards: size). OSError: unreadable."""
+        advice = f"restore it from a copy, or {CONVERT_AGAIN}."
         for name, (size, crc) in self.manifest["files"].items():
             path = self.path / name
             try:
                 found = retried(path.stat, str(path)).st_size
             except (FileNotFoundError, NotADirectoryError):
-                yield name, f"found no such file, needs {size} bytes; restore it, or convert again."
+                yield name, f"found no such file, needs {size} bytes; {advice}"
                 continue
             if found != size:
-                yield name, f"found {found} bytes, needs {size}; restore it, or convert again."
+                yield name, f"found {found} bytes, needs {size}; {advice}"
             elif not name.endswith(".tfrecord") and retried(lambda path=path: file_crc(path), str(path)) != crc:
-                yield name, "found a checksum (CRC32C) that disagrees; restore it, or convert again."
+                yield name, f"found a checksum (CRC32C) that disagrees; {advice}"
 
 
 class Texts(Sequence[str]):
@@ -249,9 +259,10 @@ class Split:
         try:
             column = retried(load, str(path))
         except (FileNotFoundError, ValueError, EOFError) as err:
-            raise ValueError(f"{path}: found no column ({err}), needs {length} int32; convert again.") from err
+            raise ValueError(f"{path}: found no column ({err}), needs {length} int32; {CONVERT_AGAIN}.") from err
         if column.dtype != np.int32 or column.shape != (length,):
-            raise ValueError(f"{path}: found {column.dtype} {column.shape}, needs int32 ({length},); convert again.")
+            detail = f"found {column.dtype} {column.shape}, needs int32 ({length},); {CONVERT_AGAIN}."
+            raise ValueError(f"{path}: {detail}")
         return column
 
 
@@ -292,7 +303,7 @@ class _Shards:
             if record.ordinal != ordinals[row]:
                 raise ValueError(f"found ordinal {record.ordinal}, needs {ordinals[row]}: shards are mixed up")
         except ValueError as err:
-            raise ValueError(f"{where}: {err}; restore the shard from a copy, or convert again.") from err
+            raise ValueError(f"{where}: {err}; restore the shard from a copy, or {CONVERT_AGAIN}.") from err
         return record
 
     def _framed(self, shard: int, number: int) -> bytes:
@@ -337,8 +348,8 @@ class _Shards:
             offsets = np.frombuffer(index_path(path).read_bytes(), "<u8")
         except (FileNotFoundError, NotADirectoryError, ValueError) as err:
             raise ValueError(
-                f"{path}: found no shard with index ({err}); restore it (or mount the disk that holds it), or convert "
-                "again."
+                f"{path}: found no shard with index ({err}); restore both from a copy (or mount the disk that holds "
+                f"them), or {CONVERT_AGAIN}."
             ) from err
         records = int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
         size = os.fstat(file.fileno()).st_size
@@ -346,6 +357,6 @@ class _Shards:
         if not sound or offsets[-1] != size:
             raise ValueError(
                 f"{index_path(path)}: found {len(offsets) - 1} records up to byte {offsets[-1:]}, needs {records} "
-                f"up to byte {size}; restore shard and index, or convert again."
+                f"up to byte {size}; restore shard and index from a copy, or {CONVERT_AGAIN}."
             )
         return file, offsets

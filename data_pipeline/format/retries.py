@@ -9,6 +9,12 @@ from typing import TypeVar
 RETRY_SECONDS = 300.0  # from the first failed attempt to the last
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 20.0  # seconds
 QUIET_SECONDS = 1.0  # of attempts, before a warning
+DISK = "look at the disk, mount or network that holds it"
+ADVICE = {  # of errors that another place than the disk causes; of all others it is DISK
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files (sysctl fs.file-max)",
+    errno.ENOMEM: "give this machine or job more memory",
+}
 # Errors of a disk, mount or network for a moment. Not all systems define all of them.
 PASSING = frozenset(
     getattr(errno, name)
@@ -40,10 +46,11 @@ def retried(attempt: Callable[[], Result], where: str, *, seconds: float | None 
                 raise
             passed = time.monotonic() - begin
             if passed + pause > limit:
-                text = f"{err.strerror} in every attempt of {passed:.0f} s; look at the disk, mount or network"
-                raise OSError(err.errno, f"{text} that holds it", where) from err
+                text = f"{err.strerror} in every attempt of {passed:.0f} s; {ADVICE.get(err.errno or 0, DISK)}"
+                raise OSError(err.errno, text, where) from err
             if passed >= QUIET_SECONDS and not warned:
                 warned = True
-                print(f"warning: {where}: {err.strerror}; tried again for {limit:.0f} s.", file=sys.stderr, flush=True)
+                text = f"{err.strerror}; it is tried again for up to {limit:.0f} s."
+                print(f"warning: {where}: {text}", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -209,7 +209,7 @@ def _decode_features(data: bytes) -> dict[str, list]:
     features = decode_example(data)
     version = _only_value(features, "schema_version", int)
     if version != SCHEMA_VERSION:
-        raise ValueError(f"found schema version {version}, needs {SCHEMA_VERSION}; convert the source again")
+        raise ValueError(f"found schema version {version}, needs {SCHEMA_VERSION}")
     return features
 
 

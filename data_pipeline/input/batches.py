@@ -20,6 +20,8 @@ import numpy as np
 from absl import flags
 from numpy.typing import NDArray
 
+from data_pipeline.faults import counted
+from data_pipeline.format.manifest import CONVERT_AGAIN
 from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import FAULT_BYTES, PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
@@ -272,7 +274,7 @@ def train_batches(
         row = int(np.arange(split.num_clips)[used][without_image[0]])
         raise ValueError(
             f"split {split.name} clip {split.clip_ids[row]}: found no shop image ({len(without_image)} such clips), "
-            "needs one to train on; list them in skip_clips."
+            f"needs one to train on; {CONVERT_AGAIN}, or list them in skip_clips (the data doctor names them)."
         )
     cache = PictureCache(cache_bytes // max(1, workers))
     loader = ClipLoader(split=split, options=options, seed=plan.seed, train=True, cache=cache)
@@ -381,7 +383,8 @@ def _evaluation_batches(
     workers: int,
     keep_going: bool,
 ) -> Batches:
-    loader = ClipLoader(split=split, options=options, seed=seed, train=False, cache=PictureCache(0))
+    cache = PictureCache(0)
+    loader = ClipLoader(split=split, options=options, seed=seed, train=False, cache=cache, keep_going=keep_going)
     pictures = ("frames", "mask") if kind == "clip" else ("image",)
     zeros = functools.partial(loader.zeros, names=(*pictures, "row", "valid", *(["fault"] if keep_going else [])))
     fill = functools.partial(_fill_evaluation, loader, kind, padded, keep_going)
@@ -411,19 +414,21 @@ def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOp
         found, of = int(stored[each]), int(original[each])
         if fault := _frames_fault(found, of, options, train=train):
             clip = split.clip_ids[int(rows[each])]
-            raise ValueError(f"split {split.name} clip {clip}: found {found} stored frames of {of}, {fault}.")
+            frames = counted(found, "stored frame")
+            raise ValueError(f"split {split.name} clip {clip}: found {frames} of {of}, {fault}.")
 
 
 def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: bool) -> str:
     """Returns what frames that are `stored` of `original` frames cannot give and what to do; "" if they suffice."""
     slots, sampling = options.num_frames, options.frame_sampling if train else "uniform"
-    again = "convert again with --frames all"
+    wanted = f"num_frames = {slots}" + ("" if train else " (of a config: data.eval_num_frames)")
+    again = "convert again with --frames all into another folder"
     if stored < slots:
-        return f"needs num_frames = {slots}; {again}"
+        return f"needs {wanted}; {again}" + (f", or set {stored}" if sampling == "uniform" else "")
     if sampling == "random":
         return f'needs all for frame_sampling "random"; {again}, or set "random_of_stored" to draw from these'
     if sampling == "random_of_stored":
-        return "" if stored > slots else f"needs more than num_frames = {slots} to draw from; {again}"
+        return "" if stored > slots else f"needs more than {wanted} to draw from; {again}"
     positions = sample_frames(original, stored)
     agree = [
         n
@@ -432,4 +437,4 @@ def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: b
     ]
     if slots in agree:
         return ""
-    return f"which lack some of the num_frames = {slots} evenly spaced ones; {again}, or set one of {agree}"
+    return f"needs all evenly spaced ones for {wanted}; {again}, or set one of {', '.join(map(str, agree))}"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.format.manifest import CONVERT_AGAIN
 from data_pipeline.format.reader import Split
 from data_pipeline.input.augment import FIRST_FRAME, SHOP_IMAGE, WHOLE_CLIP, augment, augment_words
 from data_pipeline.input.decode import Pixels, centre_crop, load_picture
@@ -19,9 +20,13 @@ from data_pipeline.input.sampling import choose_frames
 
 Arrays = dict[str, NDArray[Any]]
 Kind = Literal["clip", "image"]
-# What else to do about a clip or shop image that cannot be read, by whether a split is evaluated that has galleries.
+# What else to do about a clip or shop image that cannot be read, by whether a split is evaluated that has galleries. A
+# run that has begun keeps its plan, and so its skip_clips.
 SKIPPING = {
-    False: {"clip": "list the clip in skip_clips", "image": "list the image's clips in skip_clips"},
+    False: {
+        "clip": "begin a new run with the clip in skip_clips",
+        "image": "begin a new run with the image's clips in skip_clips",
+    },
     True: {
         "clip": "evaluate with --on-error miss, which counts the clip as a miss",
         "image": "evaluate with --on-error miss, which leaves the image out of its galleries",
@@ -54,13 +59,17 @@ class PictureCache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipLoader:
-    """Loads clips and shop images of a split into arrays. train: augment at random; otherwise take centre crops."""
+    """Loads clips and shop images of a split into arrays. train: augment at random; otherwise take centre crops.
+
+    keep_going: the caller goes on without what cannot be read, so that errors do not say how to.
+    """
 
     split: Split
     options: FrameOptions
     seed: int
     train: bool
     cache: PictureCache
+    keep_going: bool = False
 
     def zeros(self, count: int, names: Sequence[str]) -> Arrays:
         """Returns zeros by name, [count, ...]: bool for "valid", uint8 pictures and "fault", int32 others.
@@ -136,7 +145,8 @@ class ClipLoader:
             pictures = self.split.clip(row).frames if kind == "clip" else [self.split.image(row)]
             encoded = [picture.encoded for picture in pictures]
         except ValueError as err:  # its message names shard and record, and ends with what to do
-            raise ValueError(f"{self._name(kind, row)}: {err} To go on without it, {self._skipping[kind]}.") from err
+            skipping = "" if self.keep_going else f" To go on without it, {self._skipping[kind]}."
+            raise ValueError(f"{self._name(kind, row)}: {err}{skipping}") from err
         if kind == "clip" and len(encoded) != self.split.columns["frames"][row]:
             raise self._error(kind, row, f"found {len(encoded)} frames, needs {self.split.columns['frames'][row]}")
         return encoded
@@ -150,4 +160,5 @@ class ClipLoader:
 
     def _error(self, kind: Kind, row: int, fault: str) -> ValueError:
         where = f"{self.split.where(kind, row)} ({self._name(kind, row)})"
-        return ValueError(f"{where}: {fault}; convert again, or {self._skipping[kind]}.")
+        skipping = "" if self.keep_going else f", or {self._skipping[kind]}"
+        return ValueError(f"{where}: {fault}; {CONVERT_AGAIN}{skipping}.")

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.faults import counted
 from data_pipeline.input.random_words import ORDER_STREAM, SPREAD_STREAM, random_words
+
+SHOWN = 5  # unknown ids in a message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,10 +66,12 @@ class Plan:
             keep.setflags(write=False)
             object.__setattr__(self, "keep", keep)
         if self.num_kept < self.batch_size:
+            skipped = self.num_examples - self.num_kept
+            left = f" ({skipped} of {self.num_examples} skipped)" if skipped else ""
+            smaller = f"set batch_size to {self.num_kept} or less, or " if self.num_kept else ""
             raise ValueError(
-                f"training split: found {self.num_kept} clips ({self.num_examples - self.num_kept} of "
-                f"{self.num_examples} skipped), needs at least one batch of {self.batch_size}; "
-                f"set batch_size to {self.num_kept} or less, or convert more clips."
+                f"training split: found {counted(self.num_kept, 'clip')}{left}, needs at least one batch of "
+                f"{self.batch_size}; {smaller}convert more clips{' or skip fewer' if skipped else ''}."
             )
 
     @property
@@ -116,7 +121,11 @@ def rows_without(clip_ids: Sequence[str], skip_clips: Iterable[str]) -> NDArray[
     rows = np.fromiter((i for i, clip_id in enumerate(clip_ids) if clip_id not in skip), np.int64)
     if len(clip_ids) - len(rows) != len(skip):
         unknown = sorted(skip - frozenset(clip_ids))
-        raise ValueError(f"skip_clips: found {', '.join(unknown)}, which the training split does not have; correct it.")
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise ValueError(
+            f"skip_clips: found {', '.join(unknown[:SHOWN])}{more}, which the training split does not have; leave out "
+            "what is not an id of a training clip."
+        )
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.faults import BadInputError, Fault
-from data_pipeline.format.manifest import COLUMNS, MANIFEST, TABLE_FILES
+from data_pipeline.format.manifest import COLUMNS, CONVERT_AGAIN, MANIFEST, TABLE_FILES
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.format.schema import ClipRecord, ImageRecord, Picture
 from data_pipeline.format.tfrecord import file_crc
@@ -36,6 +36,7 @@ class InspectedSet(InspectedData):
     """A converted set. `inspect` fills in the results."""
 
     knows_products = True
+    then = f", in the source, and {CONVERT_AGAIN}"
 
     def __init__(self, path: Path, workers: int, **shared: Any) -> None:
         """shared: the arguments of `InspectedData`."""
@@ -90,7 +91,7 @@ class InspectedSet(InspectedData):
         tasks = ((name,) for name in shards)
         crcs = workers.run(shard_crc, tasks, "shards: checksums", total=len(shards), unit="shard")
         unsound = [name for name, crc in zip(shards, crcs, strict=True) if crc != dataset.manifest["files"][name][1]]
-        detail = "found a checksum (CRC32C) that disagrees; restore the shard from a copy, or convert again."
+        detail = f"found a checksum (CRC32C) that disagrees; restore the shard from a copy, or {CONVERT_AGAIN}."
         self.findings.add(Fault("damaged file", name, detail) for name in unsound)
         return {*wrong, *unsound}
 
@@ -215,7 +216,7 @@ def _inspect_record(
 def _of_source(error: BadInputError) -> BadInputError:
     """Returns the error with what to do in a converted set, whose records cannot be edited."""
     found, semicolon, remedy = error.detail.rpartition("; ")
-    detail = f"{found}; in the source, {remedy.removesuffix('.')}, and convert again." if semicolon else error.detail
+    detail = f"{found}; in the source, {remedy.removesuffix('.')}, and {CONVERT_AGAIN}." if semicolon else error.detail
     return BadInputError(error.reason, detail, error.file)
 
 
@@ -247,7 +248,7 @@ def _disagreements(
         pairs["original_frames"] = record.original_frames, int(split.columns["original_frames"][row])
     for name, (found, needed) in pairs.items():
         if found != needed:
-            detail = f"found {name} {found!r:.80}, needs {needed!r:.80} as the columns say; convert again."
+            detail = f"found {name} {found!r:.80}, needs {needed!r:.80} as the columns say; {CONVERT_AGAIN}."
             yield BadInputError("record against its columns", detail)
 
 
@@ -259,26 +260,27 @@ def _split_faults(split: Split, clips: Rows) -> Iterator[Fault]:
     galleries = split.galleries
     for name, rows in galleries.items():
         if np.any((rows < 0) | (rows >= split.num_images)):
-            detail = f"found rows outside 0 to {split.num_images - 1} in the gallery of {name}; convert again."
+            detail = f"found rows outside 0 to {split.num_images - 1} in the gallery of {name}; {CONVERT_AGAIN}."
             yield Fault("bad gallery", f"{COLUMNS}/{split.name}-gallery.npy", detail)
     for row in clips.tolist():
         clip_id = split.clip_ids[row]
         where, subject = _where(split, "clip", row), f"clip {clip_id}"
         if not 0 <= split.columns["image"][row] < split.num_images:
             detail = f"found shop image {split.columns['image'][row]}, needs a row of 0 to {split.num_images - 1}; "
-            yield Fault("clip without shop image", where, f"{detail}convert again.", subject=subject)
+            yield Fault("clip without shop image", where, f"{detail}{CONVERT_AGAIN}.", subject=subject)
         if not split.is_evaluation:
             continue
         name = split.gallery_name(row)
         gallery = galleries.get(name, np.zeros(0, np.int32))
         truth = set(split.truth_by_clip.get(clip_id, ()))
         if not len(gallery):
-            detail = f"found no shop image in the gallery of {name or split.name}, needs some; convert again."
+            detail = f"found no shop image in the gallery of {name or split.name}, needs some; {CONVERT_AGAIN}."
             yield Fault("livestream without gallery", where, detail, subject=subject)
         elif not truth:
-            yield Fault("query without truth", where, "found no true image, needs one; convert again.", subject=subject)
+            detail = f"found no true image, needs one; {CONVERT_AGAIN}."
+            yield Fault("query without truth", where, detail, subject=subject)
         elif not truth & {split.image_ids[image] for image in gallery if 0 <= image < split.num_images}:
-            detail = f"found none of {', '.join(sorted(truth))} in its gallery, needs one; convert again."
+            detail = f"found none of {', '.join(sorted(truth))} in its gallery, needs one; {CONVERT_AGAIN}."
             yield Fault("true image not in its gallery", where, detail, subject=subject)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.faults import Fault
+from data_pipeline.faults import Fault, counted
 from data_pipeline.inspection.duplicates import duplicates, equal_rows
 from data_pipeline.inspection.summary import InspectedData, SplitSummary
 from data_pipeline.layouts.listing import NONE
@@ -21,15 +21,15 @@ def cross_checks(data: InspectedData) -> Iterator[Fault]:
     """Yields faults between clips, shop images, splits and galleries. Raises ValueError if a picture cannot be read."""
     for number, summary in enumerate(data.summaries):
         if not summary.clip_ids:
-            detail = "found no clip, needs some for training or evaluation; restore the list, or convert and inspect "
-            detail += "the others with --splits."
+            detail = f"found no clip, needs some for training or evaluation; restore its list{data.then}, or convert "
+            detail += "the others alone with --splits."
             yield Fault("split without clips", summary.split, detail)
         for other in data.summaries[number + 1 :]:
             yield from _clips_in_both(data, summary, other)
             yield from _frames_in_both(data, summary, other)
         yield from _frames_of_two_products(data, summary)
         yield from _doubles_in_galleries(data, summary)
-        yield from _truth_without_query(summary)
+        yield from _truth_without_query(data, summary)
     yield from _shop_images(data)
     yield from _alike_ids(data)
 
@@ -43,7 +43,7 @@ def _clips_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumma
         if clip_id in rows:
             detail = f"found the clip in {summary.split} and in {other.split}, needs it in one split; "
             file, line = data.clip_source(summary, rows[clip_id])
-            yield Fault("clip in two splits", file, f"{detail}remove it from one.", line, f"clip {clip_id}")
+            yield Fault("clip in two splits", file, f"{detail}remove it from one{data.then}.", line, f"clip {clip_id}")
 
 
 def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSummary) -> Iterator[Fault]:
@@ -67,7 +67,8 @@ def _frames_in_both(data: InspectedData, summary: SplitSummary, other: SplitSumm
             names = [data.frame_name(*each) for each in rest[:SHOWN_IDS]]
             detail += f" and {_shown(names, len(rest))}, in {len(clips):,} clips in all"
         detail += f", needs frames of {other.split} that {summary.split} does not have; leave these clips, or these "
-        detail += "frames of them, out of one split, or, if the picture shows no product (a title, an empty scene), "
+        detail += f"frames of them, out of one split{data.then}, or, if the picture shows no product (a title, an "
+        detail += "empty scene), "
         kind = f"frame in {summary.split} and {other.split}"
         detail += f"--accept '{kind}'."
         yield Fault(kind, data.frame_name(*frames[0]), detail, 0, f"clip {summary.clip_ids[clip]}")
@@ -92,7 +93,8 @@ def _frames_of_two_products(data: InspectedData, summary: SplitSummary) -> Itera
         detail = f"found the bytes of {data.frame_name(summary, clip, frame)}, a frame of clip "
         detail += f"{summary.clip_ids[clip]} of another product"
         if len(frames) > 2:
-            detail += f", and of {len(frames) - 2:,} more frames of {len(set(products) - {None}):,} products in all"
+            more = counted(len(frames) - 2, "more frame")
+            detail += f", and of {more} of {len(set(products) - {None}):,} products in all"
         detail += "; check which of the products it shows."
         yield Fault("frame of two products", file, detail, 0, f"clip {summary.clip_ids[other_clip]}")
 
@@ -178,7 +180,7 @@ def _several_ids(
     if len(ids) > 2:
         others = [each for place, each in enumerate(ids) if place not in (one, two)]
         detail += f", and as the images {_shown(others, len(others))}"
-    detail += "; nobody can tell which a clip shows: give them one id, or replace a picture."
+    detail += f"; nobody can tell which a clip shows: give them one id, or replace a picture{data.then}."
     reason = "shop image under two products" if found else "shop image under two ids"
     return Fault(reason, data.image_name(*images[two]), detail, 0, f"image {ids[two]}")
 
@@ -195,16 +197,16 @@ def _doubles_in_galleries(data: InspectedData, summary: SplitSummary) -> Iterato
             file, gallery = data.image_name(summary, twice[0]), livestream or summary.split
             more = f" and so {len(twice) - 1:,} more" if len(twice) > 1 else ""
             detail = f"found the image{more} twice in the gallery of {gallery}, needs each once: it takes two places "
-            detail += "of the ranking; remove a row."
+            detail += f"of the ranking; remove a row{data.then}."
             yield Fault("image twice in a gallery", file, detail, 0, f"image {summary.image_ids[twice[0]]}")
 
 
-def _truth_without_query(summary: SplitSummary) -> Iterator[Fault]:
+def _truth_without_query(data: InspectedData, summary: SplitSummary) -> Iterator[Fault]:
     """Yields a fault if the truth file has clips that the split lacks: they are misses in Recall."""
     if absent := sorted(set(summary.truth) - set(summary.clip_ids)):
         more = f" and for {_shown(absent[1:], len(absent) - 1)}" if len(absent) > 1 else ""
         detail = f"found no clip for this entry of the truth{more}, needs one: it counts as missed in every Recall; "
-        detail += "add the clip, or remove the entry."
+        detail += f"add the clip, or remove the entry{data.then}."
         yield Fault("truth without query", summary.split, detail, 0, f"clip {absent[0]}")
 
 

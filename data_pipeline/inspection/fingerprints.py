@@ -74,14 +74,16 @@ def _problems(picture: DecodedPicture, thumb: NDArray[np.uint8]) -> list[tuple[s
     found = []
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
-        detail = f"found {width} x {height} pixels, needs {MIN_SIDE} on each side; replace the file."
+        detail = f"found {width} x {height} pixels, needs {MIN_SIDE} on each side (or --accept 'tiny picture'); "
+        detail += "replace the file or leave it out."
         found.append(("tiny picture", detail))
     # The thumbnail decides first: percentiles of every picture would cost more than decoding it.
     if np.max(np.ptp(thumb.reshape(-1, 3).astype(np.int16), axis=0)) <= 2 * UNIFORM_RANGE and width * height > 1:
         darkest, brightest = np.percentile(picture.pixels.reshape(-1, 3), (STRAY, 100 - STRAY), axis=0).astype(int)
         if (brightest - darkest).max() <= UNIFORM_RANGE:
             colour = "black" if brightest.max() <= 2 * UNIFORM_RANGE else f"of one colour {tuple(darkest.tolist())}"
-            detail = f"is all {colour}, needs something to see; replace the file or leave it out."
+            detail = f"is all {colour}, needs something to see (or --accept 'uniform picture'); replace the file or "
+            detail += "leave it out."
             found.append(("uniform picture", detail))
     if picture.mode in ODD_MODES:
         detail = f"has {ODD_MODES[picture.mode]}, which training reduces to 8-bit RGB; save it as 8-bit RGB."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.conversion.shards import scale_boxes
 from data_pipeline.conversion.survey import list_splits
-from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.schema import Box, Picture, ShopImage
 from data_pipeline.inspection import fingerprints
 from data_pipeline.inspection.findings import UNLISTED
@@ -153,7 +153,9 @@ class InspectedSource(InspectedData):
                 count, first = count + len(others), first or others[0]
                 yield others
         if count:
-            self.remarks.append(f"{count:,} pictures of the folder are named by no list (first {first}).")
+            is_or_are = "is" if count == 1 else "are"
+            named = f"{counted(count, 'picture')} of the folder {is_or_are} named by no list"
+            self.remarks.append(f"{named} (first {first}).")
 
     # --- access -------------------------------------------------------------------------------------------------------
 

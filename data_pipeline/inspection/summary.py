@@ -67,6 +67,7 @@ class InspectedData(Protocol):
     work: Path
     on_new: OnNewFingerprints
     sample: Sample | None
+    then: str = ""  # what else to do, beside a change of the lists or pictures, as the end of an advice
     knows_products: bool = False  # then each shop image counts as a product of its own
 
     def __init__(self, findings: Findings, work: Path, on_new: OnNewFingerprints, sample: Sample | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.schema import Box
 from data_pipeline.layouts.listing import RowLocation, TrainingRow
 from data_pipeline.layouts.names import has_control_characters
@@ -51,8 +51,9 @@ def parse_row(line: bytes) -> TrainingRow:
     if len(cells) < 10 if has_path else len(cells) != 11:
         raise BadInputError(
             "wrong number of columns",
-            f"found {len(cells)} columns between tabs, column 4 {'a' if has_path else 'no'} picture path, needs 10 or "
-            "more with the path (LPR750K) or 11 without (LPR4M); restore the line, an empty last cell keeps its tab.",
+            f"found {counted(len(cells), 'column')} between tabs, column 4 {'a' if has_path else 'no'} picture path, "
+            "needs 10 or more with the path (LPR750K) or 11 without (LPR4M); restore the line, an empty last cell "
+            "keeps its tab.",
         )
     frames = parse_frames(cells[1])
     boxes = parse_boxes(cells[2], len(frames))
@@ -98,7 +99,8 @@ def parse_boxes(cell: str, num_frames: int) -> tuple[tuple[Box, ...], ...] | Non
     if not boxes:
         return None
     if len(boxes) != num_frames:
-        detail = f"found {num_frames} frames and {len(boxes)} boxes, needs one box a frame; correct either list."
+        found = f"{counted(num_frames, 'frame')} and {counted(len(boxes), 'box', 'boxes')}"
+        detail = f"found {found}, needs one box a frame; correct either list."
         raise BadInputError("frames and boxes differ", detail)
     return tuple(parse_frame_boxes(value) for value in boxes)
 
@@ -186,11 +188,14 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 def wide_encoding(head: bytes) -> str:
-    """Returns "UTF-16" or "UTF-32" if a text file that begins with `head` has this encoding, else ""."""
+    """Returns iconv's name of the encoding if a text file that begins with `head` is in UTF-16 or UTF-32, else ""."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
-    bom = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return "UTF-16" if bom or re.match(rb"([^\0]\0){2}|(\0[^\0]){2}", head) else ""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    # Without a byte order mark iconv has to be told the order.
+    orders = {"UTF-16LE": rb"([^\0]\0){2}", "UTF-16BE": rb"(\0[^\0]){2}"}
+    return next((name for name, pattern in orders.items() if re.match(pattern, head)), "")
 
 
 def _bom_length(head: bytes, path: Path) -> int:
@@ -251,7 +256,8 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as err:
-        faults.append(Fault("not UTF-8", file, f"found {err.reason} at byte {err.start}; convert its encoding."))
+        detail = f"found byte {data[err.start]:#04x} in line {data.count(10, 0, err.start) + 1}, needs UTF-8; convert "
+        faults.append(Fault("not UTF-8", file, f"{detail}the file's encoding."))
         text = data.decode("utf-8", "replace")
 
     def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(text, object_pairs_hook=unique_keys)
         wrong = "" if isinstance(value, dict) else f"found a {type(value).__name__}, needs an object"
     except json.JSONDecodeError as err:
-        wrong = f"found {err.msg} in line {err.lineno}"
+        wrong = f"cannot be read as JSON in line {err.lineno} ({err.msg})"
     except ValueError as err:  # a number of thousands of digits
         wrong = f"cannot be read ({err})"
     except RecursionError:

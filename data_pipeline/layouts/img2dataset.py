@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.schema import Picture
 from data_pipeline.layouts.listing import Layout
-from data_pipeline.layouts.pictures import SUFFIXES
+from data_pipeline.layouts.pictures import SHARD_AGAIN, SUFFIXES
 
 FOLDERS_ABOVE = ("", "files/", "webdataset/")  # of a download in the source folder, tried in this order
 ABSENT, STORED, FAILED = range(3)
@@ -190,8 +190,8 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
         rows.append((name, key, offset, length, number, *size, digits, suffix, STORED if picture else FAILED))
     errors += _bad_entries(bad)
     if lost and not members.fault:
-        detail = f"found no picture of {len(lost)} downloads that succeeded (first key {lost[0]}), needs KEY.jpg or "
-        errors.append(BadInputError("missing pictures", f"{detail}another suffix; download the shard again."))
+        detail = f"found no picture of {counted(len(lost), 'download')} that succeeded (first key {lost[0]}), needs "
+        errors.append(BadInputError("missing pictures", f"{detail}KEY.jpg or another suffix; {SHARD_AGAIN}."))
     scan.faults = [error.at(f"{download.folder}/{download.shards[number]}") for error in errors]
     hashes = hash_names([name for name, *_ in rows])
     at = np.searchsorted(wanted, hashes)
@@ -207,7 +207,7 @@ def _bad_entries(bad: Sequence[BadEntry]) -> list[BadInputError]:
     if not bad:
         return []
     more = f", nor can {len(bad) - 1} more of this shard" if len(bad) > 1 else ""
-    detail = f"{bad[0].file} cannot be read ({bad[0].error!r:.100}){more}; download the shard again."
+    detail = f"{bad[0].file} cannot be read ({bad[0].error!r:.100}){more}; {SHARD_AGAIN}."
     return [BadInputError("unreadable sidecar" if bad[0].file.endswith(".json") else "unreadable table", detail)]
 
 
@@ -262,9 +262,9 @@ def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
         with open(f"{shard}.tar", "rb") as file:
             head = file.read(4)
         packed = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
-        detail = f"cannot be read as a tar ({err}); download the shard again."
+        detail = f"cannot be read as a tar ({err}); {SHARD_AGAIN}."
         if packed:
-            detail = f"cannot be read as a tar, as it is compressed ({packed}); decompress it."
+            detail = f"cannot be read as a tar, as it is compressed; decompress it: {packed} -dc < FILE > NEW."
         raise BadInputError("unreadable archive", detail) from err
 
 
@@ -296,7 +296,7 @@ def _read_table(download: Download, number: int) -> list[Entry | BadEntry] | Non
         _refuse_long_texts(table.select(texts))
         columns = table.to_pydict()
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, MemoryError) as err:
-        detail = f"{path.name} cannot be read ({err}); download the shard again."
+        detail = f"{path.name} cannot be read ({err}); {SHARD_AGAIN}."
         raise BadInputError("unreadable table", detail) from err
     rows = zip(*(columns[name] for name in names), strict=True)
     return [_entry_or_bad(path.name, dict(zip(names, row, strict=True))) for row in rows]
@@ -403,6 +403,6 @@ def compare_shard(layout: Layout, download: Download, number: int) -> list[Fault
         if listed.get(key) != (name, stored):
             file = members.sidecars[key][0]
             detail = f"found {name} ({'stored' if stored else 'failed'}) of key {key} in its sidecar and "
-            detail += f"{listed.get(key, ('nothing',))[0]} in the table, needs the same; download the shard again."
+            detail += f"{listed.get(key, ('nothing',))[0]} in the table, needs the same; {SHARD_AGAIN}."
             faults.append(Fault("table and sidecar differ", f"{shard}/{file}", detail))
     return faults + [error.at(shard) for error in _bad_entries(bad)]

@@ -22,6 +22,7 @@ from data_pipeline.layouts.listing import (
     RunTasks,
     TrainingRow,
 )
+from data_pipeline.layouts.pictures import MISSING_FRAME
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
 GALLERIES, FRAME_URLS = "test_liveid_to_gallery_*.json", "test_frame_url_*.txt"
@@ -83,7 +84,8 @@ class Lpr4m(TextLayout):
     def _frame_urls(self) -> Path | None:
         found = [*self.source.glob(FRAME_URLS), *(self.source / "annotations").glob(FRAME_URLS)]
         if len(found) > 1:
-            raise WrongUseError(f"{self.source}: found {len(found)} files {FRAME_URLS}, needs one; remove the others.")
+            names = " and ".join(sorted(str(path.relative_to(self.source)) for path in found))
+            raise WrongUseError(f"{self.source}: found {names}, needs one {FRAME_URLS}; keep one of them.")
         return found[0] if found else None
 
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
@@ -126,15 +128,20 @@ class Lpr4m(TextLayout):
         if place["state"] == FAILED or not index.complete:
             return None
         detail = f"found no download of frame {name} in {index.download.folder}, not even a failed one, needs one; "
-        return BadInputError("missing frame", f"{detail}run img2dataset again.")
+        detail += "run img2dataset again, or convert with --on-error=skip, which leaves the clip out."
+        return BadInputError(MISSING_FRAME, detail)
 
     def find_image(self, image: ShopImage, split: str) -> Picture:
         index = self.indices[_download_of(split, "image")]
         place = index.find(hash_names([image.reference]))[0]
         if place["state"] != STORED:
-            failed = "its download failed" if place["state"] == FAILED else "it is in no shard"
+            failed, again = "it is in no shard", "download it"
+            if place["state"] == FAILED:
+                failed = "its download failed"
+                again = "download it again (delete its shard's _stats.json first, or img2dataset skips it)"
             detail = f"found no picture of image {image.id} in {index.download.folder} ({failed}), needs one; "
-            raise BadInputError(NO_IMAGE, f"{detail}download it again.")
+            detail += f"{again}, or convert with --on-error=skip, which leaves the image and its clips out."
+            raise BadInputError(NO_IMAGE, detail)
         return index.download.picture(image.reference, place)
 
 
@@ -168,6 +175,7 @@ def _remarks(folder: str, index: Index) -> list[str]:
     if not index.complete:
         remarks.append(
             f"{folder}: tables (.parquet) missing or unread: frames that are not there count as failed downloads; "
-            "to tell them from frames never asked for, pip install 'rice_jax[parquet]'."
+            "to tell them from frames never asked for, keep the tables beside the shards and pip install "
+            "'rice_jax[parquet]'."
         )
     return remarks

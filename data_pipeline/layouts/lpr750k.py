@@ -8,7 +8,7 @@ from data_pipeline.faults import BadInputError, Fault
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, TrainingRow
-from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
+from data_pipeline.layouts.pictures import MISSING_FRAME, SUFFIXES, PictureReader
 from data_pipeline.layouts.text_layout import NO_IMAGE, TITLES, TRUTH, TextLayout
 
 QUERIES, GALLERY = "query_tenframes.json", "gallery_main.txt"
@@ -26,7 +26,7 @@ class Lpr750k(TextLayout):
     def shop_image(self, row: TrainingRow) -> ShopImage:
         if row.image_path is None:
             detail = "found LPR4M's 11 columns, needs LPR750K's with the shop image's path in column 4; "
-            raise BadInputError("wrong number of columns", f"{detail}convert with --layout lpr4m.")
+            raise BadInputError("wrong number of columns", f"{detail}give --layout lpr4m.")
         return ShopImage(row.image_id, row.image_path, row.image_title, row.product)
 
     def listed_clips(self, split: str) -> tuple[list[ClipListing], list[Fault]]:
@@ -67,7 +67,7 @@ class Lpr750k(TextLayout):
 
     def _find_frame(self, path: str) -> Picture | BadInputError:
         try:
-            return self.pictures.find(path, missing="missing frame")
+            return self.pictures.find(path, missing=MISSING_FRAME)
         except BadInputError as err:
             return err
 

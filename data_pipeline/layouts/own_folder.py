@@ -23,13 +23,13 @@ from typing import Any, ClassVar
 
 import google_crc32c
 
-from data_pipeline.faults import BadInputError, Fault, WrongUseError
+from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import Picture, ShopImage
 from data_pipeline.layouts.annotations import checked_id, wide_encoding
 from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, Listing, RunTasks
 from data_pipeline.layouts.names import has_control_characters, is_leftover
-from data_pipeline.layouts.pictures import HEIC_TO_JPEG, SUFFIXES, PictureReader
+from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 
 PICTURE_SUFFIXES = tuple(SUFFIXES)
 HEIC = (".heic", ".heif")
@@ -84,7 +84,8 @@ class OwnFolder(Layout):
         """
         if train_annotation:
             raise WrongUseError(
-                "--train-annotation: found a training list's name, but a folder has none; put splits into clips.csv."
+                "--train-annotation: found a training list's name, but a folder has none; leave it out (clips.csv may "
+                "name splits)."
             )
         super().__init__(source, stored_frames)
         self.reader = PictureReader(source)
@@ -97,7 +98,7 @@ class OwnFolder(Layout):
         self.shop = self._read_shop()
         if not self.clips and not self.faults:
             raise WrongUseError(
-                f"{source}/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct --source."
+                f"{source}/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct the path."
                 f"{_films_advice(self.left_out)}"
             )
         self._read_products()
@@ -305,8 +306,10 @@ class OwnFolder(Layout):
             shown = ", ".join(map(_printable, self.left_out[:SHOWN]))
             what = f"left out, since no clip, frame ({', '.join(suffix[1:] for suffix in SUFFIXES)}) or shop image"
             remarks.append(f"{what}: {shown}{more}{_films_advice(self.left_out)}")
-        if heic := sum(path.lower().endswith(HEIC) for path in self.left_out):
-            remarks.append(f"left out {heic} HEIC pictures, which are not read; convert them to JPEG: {HEIC_TO_JPEG}")
+        if heic := [path for path in self.left_out if path.lower().endswith(HEIC)]:
+            suffix = os.path.splitext(heic[0])[1]  # of a phone often in capitals, which the shell tells apart
+            what = f"left out {counted(len(heic), 'HEIC picture')}, since HEIC is not read; make JPEGs in each folder"
+            remarks.append(f"{what}: `magick mogrify -format jpg *{suffix}`")
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
         return remarks
@@ -397,7 +400,8 @@ def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[in
         for row in reader:
             filled = any(cell.strip() for cell in row)  # spreadsheets save blank rows as commas
             if filled and len(row) != len(header):
-                detail = f"found {len(row)} cells, needs {len(header)} as in the first line; quote cells with commas."
+                detail = f"found {counted(len(row), 'cell')}, needs {len(header)} as in the first line; put quotes "
+                detail += "around cells with commas."
                 faults.append(Fault("wrong number of cells", file, detail, line))
             elif filled:
                 yield line, dict(zip(header, row, strict=True))
@@ -408,7 +412,7 @@ def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[in
 
 def _two_images(images: Sequence[str]) -> BadInputError:
     return BadInputError(
-        "several shop images", f"found {' and '.join(images)}, needs one shop image a product; remove the others."
+        "several shop images", f"found {' and '.join(images)}, needs one shop image a product; keep one of them."
     )
 
 
@@ -422,7 +426,8 @@ def _films_advice(names: Sequence[str]) -> str:
     if film is None:
         return ""
     example = 'ffmpeg -i film.mp4 -vf fps=2 "my_shop/clips/Cola/clip 1/%03d.jpg"'
-    return f" Films such as {_printable(film)} are not read: make a clip's folder of frames of each, as with {example}."
+    what = f" Films such as {_printable(film)} are not read: make a clip's folder for each"
+    return f"{what}, and then its frames, as with {example}."
 
 
 def _printable(path: str) -> str:

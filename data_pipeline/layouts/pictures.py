@@ -3,12 +3,13 @@
 import collections
 import functools
 import os
+import re
 import warnings
 from pathlib import Path
 from stat import S_ISREG
 
 from data_pipeline.faults import BadInputError
-from data_pipeline.format.retries import retried
+from data_pipeline.format.retries import PASSING, retried
 from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, DecodedPicture, PictureError, read_picture
 
@@ -26,11 +27,11 @@ SUFFIXES = {  # in the order in which the official loader tries them (docs/offic
     ".gif": "GIF",
     ".avif": "AVIF",
 }
-HEIC_TO_JPEG = "`magick mogrify -format jpg *.heic`"
+SHARD_AGAIN = "download the shard again (delete its _stats.json first, or img2dataset skips it)"
 REMEDIES = {  # by PictureError's reason
     "empty picture": "restore the file",
     "not a picture": "replace the file",
-    "unknown format": f"convert it to JPEG (a phone's HEIC: {HEIC_TO_JPEG})",
+    "unknown format": "put a JPEG of 8 bits in its place (made of a phone's HEIC by `magick heic:FILE NEW.jpg`)",
     "oversized picture": "replace the file",
     "truncated picture": "restore the file",
     "damaged picture": "restore the file, or leave it out",
@@ -40,6 +41,8 @@ ODDITIES = {  # of sound pictures; a conversion counts them
     "misnamed": "have another format than their suffix names; they are read as what they are",
     "other colours": "have an ICC profile other than sRGB; training reads them as sRGB unless data.to_srgb is set",
 }
+MEMBER = re.compile(r"\.tar/\d+\.\w+$")  # the end of a name in a tar, which cannot be replaced alone
+MISSING_FRAME = "missing frame"
 RETRY_SECONDS = 20.0  # of a picture after an I/O error that may pass; with --on-error=skip each costs this long
 MAX_BYTES = 1 << 26  # 64 MiB, more than any frame or shop image has
 
@@ -67,7 +70,8 @@ class PictureReader:
             if os.path.isfile(os.path.join(self.root, stem + suffix)):
                 return Picture(os.path.basename(stem), stem + suffix)
         detail = f"found no such picture with any of {', '.join(SUFFIXES)}; unpack the archive that holds it, "
-        raise BadInputError(missing, f"{detail}or leave the clip out with --on-error=skip.", path)
+        lost = "the clip" if missing == MISSING_FRAME else "the image and its clips"
+        raise BadInputError(missing, f"{detail}or convert with --on-error=skip, which leaves {lost} out.", path)
 
     def read(self, picture: Picture) -> bytes:
         """Returns a picture's bytes. Raises BadInputError if unreadable, too many or few, or outside the folder."""
@@ -78,9 +82,12 @@ class PictureReader:
             size, data = retried(lambda: _read_part(path, picture), path, seconds=RETRY_SECONDS)
         except OSError as err:
             detail = f"cannot be read ({err.strerror}); restore the file or its rights."
+            if err.errno in PASSING:  # then `retried` says what to look at, and the file may be sound
+                detail = f"cannot be read: {err.strerror}."
             raise BadInputError("unreadable picture", detail, picture.path) from err
         if len(data) != size:
-            detail = f"found {len(data)} bytes, needs {size}; download the archive again."
+            advice = "look whether another program writes it" if picture.size is None else SHARD_AGAIN
+            detail = f"found {len(data)} bytes, needs {size}; {advice}."
             raise BadInputError("truncated picture", detail, picture.path)
         return data
 
@@ -97,8 +104,8 @@ class PictureReader:
         top = os.path.join(self.root, os.path.normpath(path).split(os.sep)[0])
         roots = (self._real_root, _real_folder(top))
         if real != roots[1] and not any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
-            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or put a "
-            detail += "link to its folder at the source's top level, where links are followed."
+            detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there. Only a "
+            detail += "folder at the source's top level may be a link that leads out."
             raise BadInputError("path leaves the source", detail, path)
 
 
@@ -136,7 +143,10 @@ def decode_picture(data: bytes, path: str) -> DecodedPicture:
             warnings.simplefilter("ignore")  # Pillow's, of large pictures, which MAX_PIXELS limits, and odd metadata
             return read_picture(data, strict=True, max_pixels=MAX_PIXELS)
     except PictureError as err:
-        raise BadInputError(err.reason, f"{err}; {REMEDIES[err.reason]}.", path) from err
+        remedy = REMEDIES[err.reason]
+        if MEMBER.search(path):
+            remedy = f"{SHARD_AGAIN}, or convert with --on-error=skip, which leaves out what shows it"
+        raise BadInputError(err.reason, f"{err}; {remedy}.", path) from err
 
 
 def oddities(picture: DecodedPicture, path: str) -> list[str]:

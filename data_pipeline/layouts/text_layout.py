@@ -57,9 +57,10 @@ class TextLayout(Layout):
         found = sorted((self.source / "annotations").glob(pattern))
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "none"
+            advice = "keep one of them there" if found else "unpack the annotations there"
             raise WrongUseError(
                 f"{self.source / 'annotations' / pattern}: found {names}, needs one file for {needed_for}; "
-                "unpack the annotations there, or leave the split out with --splits."
+                f"{advice}, or leave the split out with --splits."
             )
         return found[0]
 

@@ -27,16 +27,12 @@ def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change:
     """
     mark = output / WORK / "identity.json"
     if finished.exists():
-        try:
-            found = json.loads(finished.read_bytes())["identity"]
-        except (ValueError, KeyError, TypeError) as err:
-            raise WrongUseError(f"{finished}: found no identity, needs one; use another --output.") from err
-        _refuse_difference(output, found, identity)
+        _refuse_difference(output, _read_identity(finished, "identity"), identity)
         shutil.rmtree(output / WORK, ignore_errors=True)  # left if an earlier run was killed after `finished`
         return True
     if mark.exists():
         same = dict.fromkeys(may_change)
-        _refuse_difference(output, json.loads(mark.read_bytes()) | same, identity | same)
+        _refuse_difference(output, _read_identity(mark) | same, identity | same)
     elif others := sorted(path.name for path in output.iterdir() if path.name not in (WORK, LEASE)):
         raise WrongUseError(
             f"{output}: found {', '.join(others[:3])}, needs an empty folder or unfinished work of the same command; "
@@ -49,12 +45,27 @@ def claim(output: Path, identity: dict[str, Any], finished: Path, *, may_change:
     return False
 
 
+def _read_identity(file: Path, *keys: str) -> dict[str, Any]:
+    """Returns the object in a JSON file, or the one under `keys` in it. Raises WrongUseError if there is none."""
+    try:
+        found = json.loads(file.read_bytes())
+        for key in keys:
+            found = found[key]
+        return dict(found)
+    except (ValueError, KeyError, TypeError) as err:
+        raise WrongUseError(
+            f"{file}: found no identity of a job ({err!r:.100}), needs the file that this command wrote; restore it "
+            "from a copy, or use another --output."
+        ) from err
+
+
 def _refuse_difference(output: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:
     if names := [name for name in sorted({*found, *needed}) if found.get(name) != needed.get(name)]:
         values = [json.dumps(identity.get(names[0]))[:200] for identity in (found, needed)]
         raise WrongUseError(
             f"{output}: found other work, which differs in {', '.join(names)} "
-            f"({names[0]} {values[0]}, needs {values[1]}); use another --output, or delete it."
+            f"({names[0]} {values[0]}, needs {values[1]}); use another --output, or, if you no longer need that work, "
+            "delete the folder."
         )
 
 

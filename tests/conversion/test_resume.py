@@ -114,7 +114,7 @@ def test_a_finished_set_warns_of_pictures_that_were_replaced_since(
     assert run(layout, source, tmp_path / "records") == 0
     told = capsys.readouterr()
     assert "already converted" in told.out
-    assert f"found 1 pictures or archives that were written after the conversion (first {picture})" in told.err
+    assert f"found 1 file with pictures, written after the conversion (first {picture})" in told.err
     assert "convert to another --output" in told.err
     if layout == "lpr4m":
         shutil.rmtree(source / "training_frame")

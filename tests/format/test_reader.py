@@ -206,7 +206,7 @@ def test_an_unfinished_conversion_is_refused(tmp_path: Path) -> None:
 def test_another_schema_version_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ValueError, match=r"found schema version 99, needs 1; convert the source again"):
+    with pytest.raises(ValueError, match=r"found schema version 99, needs 1; convert again into another folder"):
         open_dataset(copy)
 
 
@@ -220,7 +220,7 @@ def test_a_record_of_another_schema_version_is_named(copy: Path, monkeypatch: py
         for _ in range(3):
             writer.write(data)
     with pytest.raises(
-        ValueError, match=r"train-images-00000-of-00001.tfrecord record 0: found schema version 2, needs 1; convert"
+        ValueError, match=r"train-images-00000-of-00001.tfrecord record 0: found schema version 2, needs 1; restore"
     ):
         open_dataset(copy, verify=False).split("train").image(0)
 

@@ -21,6 +21,7 @@ from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.format.tfrecord import file_crc
 from data_pipeline.input.batches import clip_batches
 from data_pipeline.input.options import FrameOptions
+from rice_jax.errors import reason
 from tests.lpr_layouts import make_lpr750k
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,16 @@ def test_an_error_that_stays_says_what_failed_and_not_to_convert_again(
     assert "train-clips-00001-of-00003.tfrecord record 1" in text and "look at the disk, mount or network" in text
     assert "convert again" not in text
     warned = capsys.readouterr().err
-    assert warned.count("\n") == 1 and "record 1: Input/output error; tried again for" in warned
+    assert warned.count("\n") == 1 and "record 1: Input/output error; it is tried again for up to" in warned
+
+
+def test_too_many_open_files_are_not_blamed_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError) as found:
+        retries.retried(failing(-1, "EMFILE", str), "a shard", seconds=0)
+    text = reason(found.value)
+    assert text.startswith("a shard: ") and "disk" not in text
+    assert text.endswith("s; allow more open files (ulimit -n), then run the same command again.")
 
 
 def test_such_an_error_ends_the_batches_as_itself(train: Split, monkeypatch: pytest.MonkeyPatch) -> None:

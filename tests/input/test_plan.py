@@ -126,7 +126,7 @@ def test_a_batch_handed_out_may_be_changed_without_changing_the_plan():
 
 
 def test_fewer_examples_than_one_batch_names_both_and_what_to_set():
-    with pytest.raises(ValueError, match=r"found 7 clips .* needs at least one batch of 8; set batch_size to 7"):
+    with pytest.raises(ValueError, match=r"found 7 clips.* needs at least one batch of 8; set batch_size to 7"):
         Plan(7, 8, 0)
     with pytest.raises(ValueError, match=r"found 3 clips \(7 of 10 skipped\)"):
         Plan(10, 4, 0, keep=np.array([1, 2, 3]))
@@ -163,6 +163,11 @@ def test_skip_clips_leaves_exactly_those_out_and_changes_the_fingerprint():
 def test_an_unknown_id_in_skip_clips_is_named():
     with pytest.raises(ValueError, match="found clip99, which"):
         rows_without(["clip1", "clip2"], ["clip1", "clip99"])
+
+
+def test_a_plan_that_skips_all_clips_does_not_ask_for_batches_of_none():
+    with pytest.raises(ValueError, match=r"found 0 clips \(2 of 2 skipped\), .*; convert more clips or skip fewer"):
+        Plan(2, 1, 0, keep=np.zeros(0, np.int64))
 
 
 def test_fingerprint_covers_seed_batch_size_count_and_content():

@@ -188,7 +188,10 @@ def test_a_compressed_tar_says_what_to_do(tmp_path: Path, capsys: pytest.Capture
     tar = source / "training_frame/00001.tar"
     tar.write_bytes(gzip.compress(tar.read_bytes()))
     assert run(source, tmp_path / "records") == 1
-    assert "00001: cannot be read as a tar, as it is compressed (gzip); decompress it." in capsys.readouterr().err
+    assert (
+        "00001: cannot be read as a tar, as it is compressed; decompress it: gzip -dc < FILE > NEW."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_boxes_of_pictures_that_were_padded_or_cropped_are_left_out_and_said_onc
     assert run(source, tmp_path / "records") == 0
     output = capsys.readouterr().out
     boxed = sum(bool(any(clip.box(number))) for clip in TRAIN for number in range(clip.length)) - 2  # two not sampled
-    assert output.count(f"train: left out the boxes of {boxed} frames: their pictures have not the shape of the") == 1
+    assert output.count(f"train: left out the boxes of {boxed} frames, since the picture of each has not the") == 1
     dataset = open_dataset(tmp_path / "records")
     for name, boxes in (("train", False), ("test", True)):
         split = dataset.split(name)

@@ -61,7 +61,7 @@ def test_a_list_in_another_encoding_is_one_clear_error(
     source = LAYOUTS[layout](tmp_path / "source")
     for number, path in enumerate(lists_of(source)):
         data = path.read_bytes()
-        encodings = {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "utf-32": "UTF-32"}
+        encodings = {"utf-16": "UTF-16", "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32": "UTF-32"}
         for encoding, name in encodings.items():
             path.write_bytes(data.decode().encode(encoding))
             output = tmp_path / f"{number}-{encoding}"
@@ -69,6 +69,7 @@ def test_a_list_in_another_encoding_is_one_clear_error(
             error = capsys.readouterr().err
             remedy = f"needs UTF-8; convert it: iconv -f {name} -t UTF-8 FILE > NEW."
             assert error == f"{path.relative_to(source)}: found {name}, {remedy}\n"
+            assert path.read_bytes().decode(name).encode() == data  # what iconv does of this name
         if path.suffix == ".txt" and data.count(b"\n") > 1:
             path.write_bytes(data.replace(b"\n", b"\r"))
             assert run(layout, source, tmp_path / f"{number}-mac") == 1

@@ -167,13 +167,15 @@ def test_a_frame_that_no_shard_knows_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source")
     for path in source.glob("training_frame/00001*"):
         _remove(path)
-    with pytest.raises(FailedError, match=r"found no download of frame .* in training_frame, .* run img2dataset again"):
+    with pytest.raises(FailedError, match=r"found no download of frame .*, .* run img2dataset again, or convert with"):
         run(source, tmp_path / "records")
 
 
 def test_an_image_that_was_not_downloaded_is_a_fault(tmp_path: Path) -> None:
     source = make_lpr4m(tmp_path / "source", failed=[IMAGE_IDS[1]])
-    with pytest.raises(FailedError, match=rf"image {IMAGE_IDS[1]}.*its download failed.*download it again"):
+    with pytest.raises(
+        FailedError, match=rf"image {IMAGE_IDS[1]}.*its download failed.*delete its shard's _stats.json"
+    ):
         run(source, tmp_path / "records")
 
 

@@ -15,6 +15,7 @@ from data_pipeline.faults import BadInputError, WrongUseError
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.layouts import annotations
 from data_pipeline.layouts.annotations import parse_boxes, parse_frames, parse_row, read_lines, training_lists
+from data_pipeline.layouts.detect import open_source
 from data_pipeline.layouts.lpr750k import Lpr750k
 from data_pipeline.layouts.names import has_control_characters
 from data_pipeline.layouts.pictures import PictureReader, decode_picture
@@ -147,6 +148,14 @@ def test_lines_are_the_same_in_parts_of_any_size(tmp_path: Path) -> None:
 
 def test_the_training_list_is_the_one_that_is_not_validation(source: Path) -> None:
     assert [path.name for path in training_lists(source, None)] == ["training_videoinfo_7.txt"]
+
+
+def test_several_lists_of_a_kind_say_to_keep_one(tmp_path: Path) -> None:
+    source = make_lpr750k(tmp_path / "source")
+    for name in ("test_videoid_asr_3.txt", "test_videoid_asr_4.txt"):
+        (source / "annotations" / name).write_text("")
+    with pytest.raises(WrongUseError, match=r"found test_videoid_asr_3.txt, test_videoid_asr_4.txt, .*; keep one of"):
+        open_source("lpr750k", source, None)[0].listed_clips("test")
 
 
 def test_several_training_lists_need_a_choice(tmp_path: Path) -> None:

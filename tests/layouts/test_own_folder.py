@@ -462,7 +462,7 @@ def test_what_is_no_picture_is_left_out_and_named(
         (shutil.rmtree, 2, "source: found no folder clips/ and shop/, needs the layout folder of docs/data_formats.md"),
         (lambda source: shutil.rmtree(source / "shop"), 2, "source: found no folder shop/, needs the layout folder"),
         (lambda source: [shutil.rmtree(path) for path in (source / "clips").iterdir()], 2,
-         "source/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct --source."),
+         "source/clips: found no clip, needs clips/<product>/<clip>/ with pictures; correct the path."),
         (lambda source: [shutil.rmtree(path) for path in (source / "clips" / "A").iterdir()], 1,
          "clips/A: found no folder of a clip, needs clips/<product>/<clip>/ with pictures; give each clip a folder"),
     ],
@@ -481,7 +481,7 @@ def test_a_training_list_is_no_option_of_a_folder(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(source, tmp_path / "records", "--train-annotation=x") == 2
-    assert "put splits into clips.csv" in capsys.readouterr().err
+    assert "leave it out (clips.csv may name splits)" in capsys.readouterr().err
     assert run(source, tmp_path / "records", "--splits=val") == 2
     assert "found nothing for val (only for train, test), needs it in clips/" in capsys.readouterr().err
 

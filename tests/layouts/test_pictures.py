@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipeline import FrameOptions, Plan, clip_batches, doctor, image_batches, open_dataset, train_batches
 from data_pipeline.convert import Options, main
 from data_pipeline.convert import convert as convert_source
+from data_pipeline.faults import BadInputError
 from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, decode
 from data_pipeline.layouts import pictures
@@ -122,7 +123,7 @@ def damaged() -> bytes:
 UNSOUND = {
     "destroyed inside": ("B.jpg", damaged(), "damaged|truncated", "has lost pixels"),
     "cut off": ("B.jpg", encoded(picture(200, 150), "JPEG")[:3000], "truncated", "Premature end of JPEG"),
-    "HEIC called jpg": ("B.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "unknown", "is a HEIC picture.*convert it to JPEG"),
+    "HEIC called jpg": ("B.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "unknown", "is a HEIC picture.*put a JPEG of 8"),
     "text": ("B.png", b"text", "not a picture", "is not a picture"),
     "too many pixels": ("B.bmp", encoded(Image.new("1", (8193, 8192)), "BMP"), "oversized", f"more than {MAX_PIXELS}"),
 }  # fmt: skip
@@ -166,7 +167,10 @@ def test_heic_files_are_left_out_with_advice(tmp_path: Path, capsys: pytest.Capt
     source = make_folder(tmp_path / "source")
     (source / "clips/A/0/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert convert(source) == 0
-    assert "left out 1 HEIC pictures, which are not read; convert them to JPEG: `magick" in capsys.readouterr().err
+    assert (
+        "left out 1 HEIC picture, since HEIC is not read; make JPEGs in each folder: `magick mogrify -format jpg *.H"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_a_file_servers_short_absence_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,3 +185,18 @@ def test_a_file_servers_short_absence_costs_no_picture(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(pictures, "_read_part", flaky)
     assert PictureReader(tmp_path).read(Picture("a", "a.jpg")) == FRAMES[0].read_bytes() and not absences
+
+
+def test_a_file_server_that_stays_away_is_not_called_a_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(path: str, picture: Picture) -> tuple[int, bytes]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.jpg").write_bytes(b"")
+    monkeypatch.setattr(pictures, "_read_part", away)
+    monkeypatch.setattr(pictures, "RETRY_SECONDS", 0.0)
+    with pytest.raises(
+        BadInputError, match=r"^a.jpg: cannot be read: Input/output error .*; look at the disk, .* it\.$"
+    ):
+        PictureReader(tmp_path).read(Picture("a", "a.jpg"))

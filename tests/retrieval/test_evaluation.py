@@ -131,6 +131,7 @@ def test_the_advice_for_an_unreadable_clip_helps(
     found = figures_of(run, copied, output, *how, "--on-error", "miss")
     text = capsys.readouterr().err
     assert "1 clip(s) cannot be read and count as misses; 0 shop image(s)" in text and clip in text
+    assert "--on-error" not in text  # which the command has already
     assert found["queries"] == 3 and found["unreadable"] == {"clip": [clip], "image": []}
     assert (found["unreadable_clips"], found["unreadable_images"]) == (1, 0)
     lines = show.read_rankings(output)
