@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import turns
+from data_pipeline.system.command_line import parse_count
 from rice_jax.config import load_config
 from rice_jax.errors import run
 from rice_jax.models.rice import build_model
@@ -52,8 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.one_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", nargs="+", default=["grocery", "pod:b32"], help="shipped configs or files")
-    parser.add_argument("--gallery", type=int, default=5, help="shop images of match (default: 5)")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--gallery", type=parse_count, default=5, help="shop images of match (default: 5)")
+    parser.add_argument("--repeats", type=parse_count, default=10)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/one_image.json"))
     return parser.parse_args(argv)
 
