@@ -75,8 +75,7 @@ def inspect_weights(path: Path) -> WeightsFile:
         archive = archives.read(file)
         twice = sorted(found.keys() & archive.tensors.keys())
         if twice:
-            more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
-            names = ", ".join(twice[:5]) + more
+            names = ", ".join(twice[:5]) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
             raise ValueError(f"{file}: found {names}, which another part has too; fetch all parts again.")
         found |= archive.tensors
     tensors, more = unwrap(found, files[0])
