@@ -22,6 +22,7 @@ from PIL import Image
 from benchmarks import turns
 from data_pipeline import doctor
 from data_pipeline.system.command_line import parse_count
+from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 
 CLIPS, FRAMES = 4, 10  # of a product, of a clip; by default the clips are two of training, one of val, one of test
@@ -111,9 +112,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--share", type=float, default=0.014, help="share of a frame that a product covers")
     parser.add_argument("--workers", type=parse_count, default=1, help="processes; the processor's time counts one (1)")
-    parser.add_argument("--scratch", type=Path, default=Path("build/benchmarks"), help="folder for the frames")
+    parser.add_argument("--scratch", type=parse_path, default=Path("build/benchmarks"), help="folder for the frames")
     parser.add_argument("--repeats", type=parse_count, default=1, help="of which the fastest counts")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/fixed_camera.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/fixed_camera.json"))
     return parser.parse_args(argv)
 
 

@@ -10,10 +10,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks import turns
 from data_pipeline.system.command_line import parse_count
+from data_pipeline.system.paths import parse_path
 from rice_jax.config import load_config
 from rice_jax.errors import run
 from rice_jax.models.rice import build_model
@@ -25,7 +27,7 @@ from rice_jax.training import step
 def compare(name: str, gallery: int, repeats: int) -> dict[str, Any]:
     """Returns seconds of each call at both batch sizes, and the ratios of the first to those at batch size 1."""
     config = load_config(name)
-    net, mesh = build_model(config), make_mesh(data=1, fsdp=1)
+    net, mesh = build_model(config), make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     params = step.init_state(net, config, step.abstract_state(net, config, mesh)).params
     whole = Model(config, net, params, mesh, batch_size=config.eval_batch_size)
     models = {f"batch_size {whole.batch_size}": whole, "batch_size 1": dataclasses.replace(whole, batch_size=1)}
@@ -55,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", default=["grocery", "pod:b32"], help="shipped configs or files")
     parser.add_argument("--gallery", type=parse_count, default=5, help="shop images of match (default: 5)")
     parser.add_argument("--repeats", type=parse_count, default=10)
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/one_image.json"))
+    parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/one_image.json"))
     return parser.parse_args(argv)
 
 

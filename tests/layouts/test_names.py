@@ -105,7 +105,7 @@ def test_a_bad_frame_of_an_odd_name_is_one_line_of_the_faults(tmp_path: Path) ->
     (source / "clips/A/one/a\nb.jpg").write_bytes(b"text")
     assert run(source, tmp_path / "records") == 1
     (line,) = (tmp_path / "records" / "faults.txt").read_text().splitlines()
-    assert line.startswith(r"clips/A/one/a\nb.jpg (clip A/one): found bytes b'text'")
+    assert line.startswith(r"clips/A/one/a\nb.jpg (clip A/one): is not a picture (starts with b'text')")
 
 
 def test_an_id_may_have_any_character_but_control_characters(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.decode import decode, load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.layouts.own_folder import default_splits, natural
+from data_pipeline.layouts.pictures import SUFFIXES
 from rice_jax import evaluate, train
 from rice_jax.config import from_json
 
@@ -451,10 +452,8 @@ def test_what_is_no_picture_is_left_out_and_named(
     (source / "clips" / "A" / "take 1" / "more").mkdir()
     assert run(source, tmp_path / "records") == 0
     named = "clips/A/cover.jpg, clips/A/take 1/IMG_3.MOV, clips/A/take 1/more, clips/notes.txt Films such as "
-    assert (
-        f"warning: left out, since no clip, frame (jpg, jpeg, png, webp) or shop image: {named}"
-        in capsys.readouterr().err
-    )
+    suffixes = ", ".join(suffix[1:] for suffix in SUFFIXES)
+    assert f"left out, since no clip, frame ({suffixes}) or shop image: {named}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversion, doctor, training and evaluation agree on what a picture is, and oddities are counted."""
 
+import errno
 import json
 import re
 import tarfile
@@ -12,11 +13,14 @@ from PIL import Image
 from data_pipeline import FrameOptions, Plan, clip_batches, doctor, image_batches, open_dataset, train_batches
 from data_pipeline.convert import Options, main
 from data_pipeline.convert import convert as convert_source
+from data_pipeline.format.schema import Picture
 from data_pipeline.input.decode import MAX_PIXELS, decode
+from data_pipeline.layouts import pictures
+from data_pipeline.layouts.pictures import PictureReader
 from tests.input.pictures import encoded, picture
 from tests.input.test_damage import overwritten
 from tests.input.test_kinds import tiff, wide_profile
-from tests.lpr_layouts import make_lpr4m
+from tests.lpr_layouts import FRAMES, make_lpr4m
 
 OPTIONS = FrameOptions(image_size=16, resize=20, num_frames=2, apply_exif=True)
 
@@ -163,3 +167,17 @@ def test_heic_files_are_left_out_with_advice(tmp_path: Path, capsys: pytest.Capt
     (source / "clips/A/0/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert convert(source) == 0
     assert "left out 1 HEIC pictures, which are not read; convert them to JPEG: `magick" in capsys.readouterr().err
+
+
+def test_a_file_servers_short_absence_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(FRAMES[0].read_bytes())
+    absences = [errno.ESTALE, errno.EIO]
+    real = pictures._read_part
+
+    def flaky(path: str, picture: Picture) -> tuple[int, bytes]:
+        if absences:
+            raise OSError(absences.pop(), "server away")
+        return real(path, picture)
+
+    monkeypatch.setattr(pictures, "_read_part", flaky)
+    assert PictureReader(tmp_path).read(Picture("a", "a.jpg")) == FRAMES[0].read_bytes() and not absences

@@ -88,7 +88,7 @@ def test_preflight_and_show_need_no_device(tmp_path: Path) -> None:
     ended = run("-m", "rice_jax.preflight", *words, JAX_PLATFORMS="cuda")
     assert ended.returncode == 0 and "memory of a device: fits" in ended.stdout, ended
     ended = run(
-        "-m", "rice_jax.show", "--evaluation", str(tmp_path), "--data", "d", "--output", "o", JAX_PLATFORMS="tpu"
+        "-m", "rice_jax.show", "--evaluation", str(tmp_path), "--data", "d", "--output", "o.png", JAX_PLATFORMS="tpu"
     )
     assert ended.returncode == 1 and "rankings.jsonl: no such file" in ended.stderr, ended
 

@@ -14,9 +14,9 @@ from rice_jax import train
 
 evaluate_split = train.evaluate_split
 
-def endless(encoder, split):
+def endless(encoder, split, **options):
     while True:
-        evaluate_split(encoder, split)
+        evaluate_split(encoder, split, **options)
         print("evaluated", flush=True)
 
 train.evaluate_split = endless

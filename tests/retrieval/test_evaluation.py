@@ -74,10 +74,10 @@ def test_training_says_how_large_the_gallery_is_and_the_command_takes_all(
 
 def test_only_figures_of_galleries_of_one_size_are_compared(tmp_path: Path) -> None:
     with Log(tmp_path, step=0) as log:
-        for step, figures in ((1, {}), (2, {"val/gallery": 9}), (3, {"val/gallery": 9})):
-            log.write(step, {"val/queries": 1, "val/recall@1": 10.0 * step} | figures)
+        for step, figures in ((1, {}), (2, {"gallery": 9}), (3, {"gallery": 9})):
+            log.write_evaluation(step, "val", {"queries": 1, "recall@1": 10.0 * step} | figures)
         assert log.recalls("val") == {2: 20.0, 3: 30.0}
-        log.write(4, {"val/queries": 1, "val/recall@1": 40.0})
+        log.write_evaluation(4, "val", {"queries": 1, "recall@1": 40.0})
         assert log.recalls("val") == {1: 10.0, 4: 40.0}
 
 

@@ -33,12 +33,18 @@ def drawn(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("devices", "count", "clips", "images"),
-    [(1, 1, [1], [1]), (1, 5, [8], [8]), (1, 19, [16, 4], [32]), (1, 50, [16, 16, 16, 2], [48, 2]), (8, 1, [8], [8])],
+    [
+        (1, 1, [1], [1]),
+        (1, 5, [8], [8]),
+        (1, 19, [16, 4], [32]),
+        (1, 70, [16, 16, 16, 16, 8], [64, 8]),
+        (8, 1, [8], [8]),
+    ],
 )
 def test_few_pictures_fill_up_no_further_than_to_the_next_power_of_two(
     monkeypatch: pytest.MonkeyPatch, devices: int, count: int, clips: list[int], images: list[int]
 ) -> None:
-    """A batch of images has as many pictures as one of 16 clips of three frames."""
+    """A batch of images has as many pictures as one of 16 clips of four frames."""
     sizes: list[int] = []
 
     def spy(self: Model, function: Any, *arrays: Any, options: Any = ()) -> list[np.ndarray]:

@@ -419,9 +419,9 @@ def test_archives_of_every_protocol_since_2_are_read(
     Pickler(file, protocol).dump({"model": model, "epoch": 7, "lr": 1e-3, "seen": [2**40, None, (True, "x")]})
     torch_files.write_archive(tmp_path / "file", file.getvalue(), storages)
     tensors = archives.read(tmp_path / "file").tensors
-    assert list(tensors) == list(arrays)
+    assert list(tensors) == [f"model.{name}" for name in arrays]
     for name, array in arrays.items():
-        np.testing.assert_array_equal(tensors[name].read(), array)
+        np.testing.assert_array_equal(tensors[f"model.{name}"].read(), array)
 
 
 def test_a_frame_that_ends_within_a_string_hides_no_opcodes(tmp_path: Path) -> None:
