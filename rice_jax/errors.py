@@ -132,7 +132,7 @@ def reason(error: BaseException) -> str:
     KeyboardInterrupt gives the advice to run the command again, an unknown error "TYPE: MESSAGE".
     """
     if isinstance(error, ValueError | MemoryError | WorkerDiedError):
-        return str(error) or f"no memory is left on this machine; end what else uses it, then {AGAIN}"
+        return str(error) or f"this machine's memory is exhausted; end what else uses it, then {AGAIN}"
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {AGAIN}"
     if not isinstance(error, OSError):
