@@ -24,6 +24,7 @@ from benchmarks import turns
 from data_pipeline.format.reader import Split, open_dataset
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.plan import Plan
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 from rice_jax.config import Config, fit_to_data, parse_arguments, validate
@@ -133,7 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.breakdown", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=parse_count, default=5)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/breakdown.json"))
     return parse_arguments(parser, argv)
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks import turns
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax import config
 from rice_jax.checkpoints import digests
@@ -92,7 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=parse_count, default=10)
     parser.add_argument("--scratch", type=parse_path, help="folder on the disk to measure; needs twice the state")
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/checkpoint.json"))
     return config.parse_arguments(parser, argv)

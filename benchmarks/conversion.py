@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import turns
 from data_pipeline import convert
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 
@@ -69,11 +70,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=sorted(convert.LAYOUTS), required=True)
     parser.add_argument("--source", type=parse_path, required=True, help="as for data_pipeline.convert")
     parser.add_argument("--splits", help="splits to convert, as for data_pipeline.convert; all files are copied")
-    parser.add_argument("--workers", type=int, default=turns.cores())
+    parser.add_argument("--workers", type=parse_count, default=turns.cores())
     parser.add_argument(
         "--scratch", type=parse_path, default=Path("build/benchmarks"), help="folder that both write to"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=parse_count, default=3)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/conversion.json"))
     return parser.parse_args(argv)
 

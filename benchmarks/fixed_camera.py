@@ -21,6 +21,7 @@ from PIL import Image
 
 from benchmarks import turns
 from data_pipeline import doctor
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 
@@ -106,11 +107,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.fixed_camera", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, nargs="+", default=[600, 1200, 2400, 4800], help="multiples of 40")
+    parser.add_argument(
+        "--frames", type=parse_count, nargs="+", default=[600, 1200, 2400, 4800], help="multiples of 40"
+    )
     parser.add_argument("--share", type=float, default=0.014, help="share of a frame that a product covers")
-    parser.add_argument("--workers", type=int, default=1, help="processes; the processor's time counts one (1)")
+    parser.add_argument("--workers", type=parse_count, default=1, help="processes; the processor's time counts one (1)")
     parser.add_argument("--scratch", type=parse_path, default=Path("build/benchmarks"), help="folder for the frames")
-    parser.add_argument("--repeats", type=int, default=1, help="of which the fastest counts")
+    parser.add_argument("--repeats", type=parse_count, default=1, help="of which the fastest counts")
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/fixed_camera.json"))
     return parser.parse_args(argv)
 

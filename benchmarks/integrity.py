@@ -19,6 +19,7 @@ from data_pipeline.format.tfrecord import FOOTER, HEADER, index_path, unframe_re
 from data_pipeline.input.batches import train_batches
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax.errors import run
 
@@ -75,9 +76,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.integrity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=parse_path, required=True, help="a converted set; its training split is used")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--passes", type=int, default=50, help="passes over the records in each turn")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch_size", type=parse_count, default=32)
+    parser.add_argument("--passes", type=parse_count, default=50, help="passes over the records in each turn")
+    parser.add_argument("--repeats", type=parse_count, default=7)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/integrity.json"))
     return parser.parse_args(argv)
 

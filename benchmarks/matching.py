@@ -23,7 +23,9 @@ import numpy as np
 from configs import default
 from data_pipeline.format.reader import open_dataset
 from data_pipeline.input.batches import clip_batches
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
+from rice_jax import errors
 from rice_jax.config import Config
 from rice_jax.models import arrays
 from rice_jax.models.arrays import normalise
@@ -63,10 +65,16 @@ def main() -> None:
     """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=parse_path, required=True, help="a converted data set; its test split is used")
-    parser.add_argument("--clips", type=int, default=48, help="number of clips to time, evenly spaced in the list")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips at once, with ten times as many pictures")
+    parser.add_argument(
+        "--clips", type=parse_count, default=48, help="number of clips to time, evenly spaced in the list"
+    )
+    parser.add_argument(
+        "--batch_size", type=parse_count, default=8, help="clips at once, with ten times as many pictures"
+    )
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/matching.json"))
     arguments = parser.parse_args()
+    if arguments.clips < arguments.batch_size:
+        parser.error(f"--clips: found {arguments.clips}, needs at least --batch_size {arguments.batch_size}")
 
     config, size = default.get_config(), arguments.batch_size
     split = open_dataset(arguments.data).split("test")
@@ -150,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(lambda _: main(), None)

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import training_step, turns
 from configs import default
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax.config import Config
 from rice_jax.errors import run
@@ -101,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[32, 64, 96])
+    parser.add_argument("--batch_size", type=parse_count, nargs="+", default=[32, 64, 96])
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/memory.json"))
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/clear_refs").exists():

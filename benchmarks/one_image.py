@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from benchmarks import turns
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax.config import load_config
 from rice_jax.errors import run
@@ -54,8 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.one_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", nargs="+", default=["grocery", "pod:b32"], help="shipped configs or files")
-    parser.add_argument("--gallery", type=int, default=5, help="shop images of match (default: 5)")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--gallery", type=parse_count, default=5, help="shop images of match (default: 5)")
+    parser.add_argument("--repeats", type=parse_count, default=10)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/one_image.json"))
     return parser.parse_args(argv)
 

@@ -24,6 +24,7 @@ from data_pipeline.input.decode import load_picture
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
 from data_pipeline.input.sampling import sample_frames
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax import errors
 from rice_jax.models.arrays import MEAN, STD
@@ -137,10 +138,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=parse_path, required=True, help="a converted set; its training split is used")
-    parser.add_argument("--clips", type=int, default=128, help="number of clips to read, rounded up to whole batches")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=turns.cores())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--clips", type=parse_count, default=128, help="number of clips to read, rounded up to whole batches"
+    )
+    parser.add_argument("--batch_size", type=parse_count, default=32)
+    parser.add_argument("--threads", type=parse_count, default=turns.cores())
+    parser.add_argument("--repeats", type=parse_count, default=5)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/pipeline.json"))
     return parser.parse_args(argv)
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
+from rice_jax import errors
 from rice_jax.retrieval.ranking import rank_queries
 
 QUERIES, GALLERIES, IMAGES, WIDTH = 20_079, 110, 66_358, 512
@@ -66,7 +68,7 @@ def main() -> None:
     """Prints the report and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/ranking.json"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=parse_count, default=3)
     arguments = parser.parse_args()
     query_qe, image_ie, galleries, gallery_of, truth = draw(seed=0)
 
@@ -109,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(lambda _: main(), None)

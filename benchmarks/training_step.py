@@ -22,6 +22,7 @@ import optax
 
 from benchmarks import turns
 from configs import default
+from data_pipeline.system.command_line import parse_count
 from data_pipeline.system.paths import parse_path
 from rice_jax.config import Config
 from rice_jax.errors import run
@@ -171,7 +172,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks.training_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small", "vit_b_32"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=parse_count, default=5)
     parser.add_argument("--output", type=parse_path, default=Path("build/benchmarks/training_step.json"))
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("torch") is None:

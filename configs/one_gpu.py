@@ -13,7 +13,7 @@ RECIPES = {"lpr750k": lpr750k, "rice": rice}
 def get_config(arg: str = "rice") -> Config:
     recipe, _, stage = arg.partition(":")
     if recipe not in RECIPES:
-        raise ValueError(f"--config one_gpu:{arg}: no such recipe; recipes are {', '.join(RECIPES)}.")
+        raise ValueError(f"{recipe!r}: no such recipe; recipes are {', '.join(RECIPES)}.")
     c = RECIPES[recipe].get_config(stage or "icl_pmd_pfr")
     c.unlock()
     c.model.dtype = "bfloat16"  # the fastest type; the official code trains in 16 bits, too

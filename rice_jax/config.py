@@ -21,6 +21,7 @@ import ml_collections
 from configs import default
 from configs.default import FIELDS
 from data_pipeline.system.paths import expand
+from rice_jax.version import __version__
 
 if TYPE_CHECKING:
     from configs.default import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, Section
@@ -205,7 +206,9 @@ def _misfits(config: Config) -> list[str]:
         if f[whole] % f[part]:
             faults.append(f"{whole} {f[whole]} does not divide by {part} {f[part]}")
     stem, blocks, size = model.stem_channels, model.stem_blocks, model.patch_size
-    if stem and 2 ** len(stem) != size:
+    if stem and size & (size - 1):
+        faults.append(f"model.patch_size {size} needs to be a power of 2, as model.stem_channels {stem} halve the side")
+    elif stem and 2 ** len(stem) != size:
         faults.append(
             f"model.stem_channels {stem} has {len(stem)} numbers, which make patches of {2 ** len(stem)} px, a halving "
             f"each; model.patch_size {size} needs {size.bit_length() - 1}"
@@ -247,7 +250,11 @@ def fit_to_data(config: Config, *, clips: int, splits: Sequence[str], devices: i
 
 def _fitted_batch(clips: int, devices: int) -> int:
     if clips < devices:
-        raise ValueError(f"{clips} training clips: need one for each of {devices} devices; take fewer devices.")
+        do = "convert more clips" + (", or take fewer devices" if clips else ", or leave fewer out by data.skip_clips")
+        raise ValueError(
+            f"batch_size 0: found {clips} training clip{'s' * (clips != 1)}, needs at least one for each of {devices} "
+            f"device{'s' * (devices != 1)}; {do}."
+        )
     unit = math.lcm(min(FITTED_MULTIPLE, 2 ** (clips.bit_length() - 1)), devices)
     if unit > min(clips, FITTED_BATCH):
         unit = devices
@@ -277,7 +284,7 @@ def to_json(config: Config | dict[str, Any]) -> str:
 def from_json(text: str) -> Config:
     """Returns the locked config of a to_json text, with defaults for new fields; lists become tuples.
 
-    Raises ValueError if it is no JSON or has unknown fields, TypeError for a value of another type.
+    Raises ValueError if it is no JSON object, or has unknown fields or a value of another type.
     """
 
     def tuples(section: dict[str, Any]) -> dict[str, Any]:  # JSON has lists only
@@ -290,12 +297,25 @@ def from_json(text: str) -> Config:
         raise ValueError(
             f"the run's config is no JSON ({error}); restore config.json, or remove it: the checkpoints have a copy."
         ) from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"the run's config is a {type(saved).__name__}, needs a JSON object; restore config.json.")
     if isinstance(ends := saved.get("stall_ends"), bool):  # before there was "auto"
         saved["stall_ends"] = str(ends).lower()
     unknown = sorted(flatten(saved).keys() - flatten(config).keys())
     if unknown:
-        raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")
-    config.update(saved)
+        raise ValueError(
+            f"the run's config has fields of another version: {', '.join(unknown)}. This is rice_jax {__version__}; "
+            "use that of the run, which is in its checkpoints/STEP/meta/metadata, or correct config.json."
+        )
+    try:
+        config.update(saved)
+    except TypeError as error:
+        wrong = [
+            f"{name} is {value!r}, needs {FIELDS[name].values}"
+            for name, value in flatten(saved).items()
+            if name in FIELDS and not FIELDS[name].has_type(value)
+        ]
+        raise ValueError(f"the run's config: {'; '.join(wrong) or error}; correct config.json.") from error
     return config
 
 

@@ -74,7 +74,7 @@ def compare(run: Path, records: Path, evaluation: Path) -> dict[str, dict[str, f
 def run_command(module: str, *words: str | Path) -> None:
     """Prints and runs `python -m MODULE WORDS`; passes signals to stop on to it.
 
-    Raises SystemExit with its status if that is not 0.
+    Raises SystemExit with its status if that is not 0, and prints what to do, unless such a signal ended it.
     """
     line = [module, *map(str, words)]
     print("\n$ python -m " + " ".join(line), flush=True)
@@ -82,7 +82,13 @@ def run_command(module: str, *words: str | Path) -> None:
     with heard((signal.SIGINT, *STOPS), process.send_signal):
         status = process.wait()
     if status:
-        raise SystemExit(status if status > 0 else 128 - status)
+        status = status if status > 0 else 128 - status
+        if status - 128 not in (signal.SIGINT, *STOPS):  # the command says those itself
+            errors.fail(
+                f"the demo ends, because {module} ended with status {status}; remove the cause and run the same demo "
+                "again, which goes on, or give it another --output to begin anew.", status=status,
+            )  # fmt: skip
+        raise SystemExit(status)
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m rice_jax.demo") -> tuple[argparse.Namespace, list[str]]:

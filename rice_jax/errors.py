@@ -19,12 +19,19 @@ from data_pipeline.system.streams import end_quietly, lasting_output
 
 AGAIN = "run the same command again to go on"
 DISK = "look at the disk, or at the file server and the connection to it"
-ADVICE = {
+OTHER_PATH = {  # what to do about errors that only another path helps against
     errno.ENOENT: "give a path that exists",
+    errno.EEXIST: "there is a file of that name; give another path",
+    errno.ENOTDIR: "a part of that path is a file; give another path",
+    errno.EISDIR: "it is a folder; give the path of a file",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EROFS: "nothing can be written there; give a path on another file system",
+}
+ADVICE = {  # and against which something else helps, and then the same command
     errno.ENOSPC: "make space there",
     errno.EDQUOT: "make space there",
-    errno.EACCES: "look at the permissions of that path",
-    errno.EPERM: "look at the permissions of that path",
+    errno.EACCES: "look at the permissions of that path, or give another",
+    errno.EPERM: "look at the permissions of that path, or give another",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files (sysctl fs.file-max)",
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), DISK),
@@ -126,7 +133,7 @@ def reason(error: BaseException) -> str:
     KeyboardInterrupt gives the advice to run the command again, an unknown error "TYPE: MESSAGE".
     """
     if isinstance(error, ValueError | MemoryError | WorkerDiedError):
-        return str(error) or "this machine's memory is exhausted"
+        return str(error) or f"this machine's memory is exhausted; end what else uses it, then {AGAIN}"
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {AGAIN}"
     if not isinstance(error, OSError):
@@ -134,6 +141,8 @@ def reason(error: BaseException) -> str:
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if error.errno is None:
         return where
+    if error.errno in OTHER_PATH and "; " not in (error.strerror or ""):  # else it says what to do itself
+        return f"{where}; {OTHER_PATH[error.errno]}."
     if not where.endswith((retries.DISK, *retries.ADVICE.values())):  # else it says already what to look at
         where = f"{where}; {ADVICE.get(error.errno, 'check that path')}"
     return f"{where}, then run the same command again."

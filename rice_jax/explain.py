@@ -62,10 +62,10 @@ def explain(arguments: argparse.Namespace) -> None:
     newest = checkpoints.latest()
     if (text := checkpoints.config(newest)) is None:
         raise FileNotFoundError(f"{workdir}: found no config.json; give the --workdir of a training run.")
-    config = from_json(text)
+    config, ledger = from_json(text), read_ledger(workdir)
     trained_on = checkpoints.meta(newest).get("data") if newest else None
     dataset = _open(arguments.data, config, trained_on)
-    split, plan, ledger = dataset.split(config.data.train_split), make_plan(config, dataset), read_ledger(workdir)
+    split, plan = dataset.split(config.data.train_split), make_plan(config, dataset)
     if not 1 <= update <= config.num_updates:
         raise ValueError(f"--step {update}: this run has updates 1 to {config.num_updates}; give one of them.")
     epoch = check_epoch(plan, ledger, plan.epoch(update - 1), last_update=config.num_updates)
@@ -83,9 +83,12 @@ def explain(arguments: argparse.Namespace) -> None:
         print("\n".join(_report(split, plan, epoch, ledger, update, pairs)))
         print(f"written to {output}: the first {min(arguments.examples, len(rows))} pairs as the network saw them")
     if epoch.wrong:
+        more = f" and {len(epoch.wrong) - SHOWN} more" if len(epoch.wrong) > SHOWN else ""
+        other_data = "" if trained_on else "give the --data that the run was trained on, or "
         raise ValueError(
-            f"{workdir}: update(s) {', '.join(map(str, epoch.wrong[:SHOWN]))} saw other clips than the plan of this "
-            "data set and config; give the --data that the run was trained on, or distrust the run."
+            f"{workdir}: update{'s' * (len(epoch.wrong) > 1)} {', '.join(map(str, epoch.wrong[:SHOWN]))}{more} saw "
+            f"other clips than the plan of this data set and config; {other_data}restore the run's config.json if it "
+            "was changed. If that does not help, do not rely on this run."
         )
 
 

@@ -190,6 +190,11 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     saved = 0 if config.batch_size else hosts.ask_first(lambda: saved_batch_size(workdir))
     config = fit_to_data(config, clips=clips, splits=dataset.splits, devices=mesh.size, saved=saved)
     held_out = dataset.split(config.data.eval_split) if config.data.eval_split else None
+    if held_out is not None and not held_out.galleries:
+        raise ValueError(
+            f"data.eval_split {held_out.name}: this split has no galleries to rank in; set it to another one, val or "
+            f"test (the set has {', '.join(dataset.splits)}), or to nothing (--config.data.eval_split=)."
+        )
     plan = ledger.make_plan(config, dataset)
     check_batches(mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
 
@@ -305,13 +310,18 @@ def refuse_other_run(
     if changed := differences(from_json(held), config, free=FREE):
         if any(line.startswith("num_updates:") for line in changed):
             changed.append(f"the learning rate falls to 0 at num_updates, so that it cannot change; {longer(workdir)}")
+        elif any(line.startswith("data.skip_clips:") for line in changed):
+            changed.append(f"data.skip_clips decides the clips of every update; {longer(workdir)}")
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo:\n  " + "\n  ".join(changed)
         )
     if saved["plan"] != now["plan"]:
+        cause = "data.path holds other clips; give the data set of that run"
+        if saved["data"] == now["data"]:
+            cause = f"another version of rice_jax made its plan; use {saved.get('version', 'that version')}"
         raise ValueError(
             f"{workdir}: its checkpoint is of plan {saved['plan']} and data {saved['data'][:12]}, this run has "
-            f"{now['plan']} and {now['data'][:12]}: data.path holds other clips; give the data set of that run."
+            f"{now['plan']} and {now['data'][:12]}: {cause}, or give another --workdir."
         )
 
 

@@ -96,6 +96,20 @@ def test_whatever_is_adopted_is_opened_again() -> None:
     assert config_module.from_json(config_module.to_json(adopted)) == adopted
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ('{"batch_size": "64"}', "batch_size is '64', needs a whole number of at least 0; correct config.json"),
+        ('{"data": {"flip": 3}}', "data.flip is 3, needs true or false; correct config.json"),
+        ("[]", "is a list, needs a JSON object; restore config.json"),
+        ('{"notes": 1}', "fields of another version: notes. This is rice_jax .*/meta/metadata, or correct config.json"),
+    ],
+)
+def test_a_saved_config_that_was_edited_is_an_error_that_names_the_field(changed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_module.from_json(changed)
+
+
 @pytest.mark.parametrize(("old", "now"), [(True, "true"), (False, "false"), ("auto", "auto")])
 def test_a_saved_stall_ends_of_an_earlier_version_is_understood(old: Any, now: str) -> None:
     saved = json.loads(config_module.to_json(smoke.get_config())) | {"stall_ends": old}
@@ -120,7 +134,7 @@ def test_the_batch_fits_to_the_set_and_not_to_the_devices(clips: int, devices: i
 
 
 def test_fewer_clips_than_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 training clips: need one for each of 8 devices"):
+    with pytest.raises(ValueError, match="found 5 training clips, needs at least one for each of 8 devices; conv"):
         fit_to_data(folder.get_config(), clips=5, splits=(), devices=8)
 
 

@@ -34,12 +34,12 @@ def test_the_demo_runs_its_commands_and_reports_recall_of_chance_histogram_and_m
     assert printed.count("$ python -m") == 5 and "colour histogram" in printed
 
 
-def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path: Path) -> None:
+def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         demo.run_command(
             "data_pipeline.convert", "--layout", "lpr750k", "--source", tmp_path, "--output", tmp_path / "out"
         )
-    assert end.value.code == 2
+    assert end.value.code == 2 and "data_pipeline.convert ended with status 2; remove" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         demo.parse(["--colour", "blue"])
     assert end.value.code == 2

@@ -62,7 +62,7 @@ def test_a_subset_restricts_both_sides(run: Path, converted: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no-such-clip\n", "not in split test's truth, e.g. no-such-clip"),
+        (b"no-such-clip\n", "found 1 of 1 clip ids that split test's truth lacks, such as no-such-clip; list"),
         (b"\xff\n", "byte 0 is not UTF-8"),
         (b"\n", "found no clip id"),
     ],
@@ -108,8 +108,17 @@ def test_queries_without_frames_count_as_misses(run: Path, converted: Path) -> N
     split.truth_by_clip["never-downloaded"] = ("image",)
     result = evaluation.evaluate_split(load(run), split)
     assert result.figures["queries"] == 4 and result.figures["recall@3"] == pytest.approx(75)
+    with pytest.raises(ValueError, match="subset: found no clip id"):
+        evaluation.evaluate_split(load(run), split, subset=[])
     alone = evaluation.evaluate_split(load(run), split, subset=["never-downloaded"])
     assert alone.figures["queries"] == 1 and alone.figures["recall@10"] == 0
+
+
+def test_a_split_without_a_query_is_refused_before_anything_is_encoded(run: Path, converted: Path) -> None:
+    split = open_dataset(converted).split("test")
+    split.truth_by_clip.clear()
+    with pytest.raises(ValueError, match="split test has no query; evaluate another split"):
+        evaluation.evaluate_split(load(run), split)
 
 
 def test_each_query_counts_once_for_any_batch_size(run: Path, converted: Path) -> None:

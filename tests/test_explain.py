@@ -140,7 +140,7 @@ def test_no_run_a_wrong_step_and_a_wrong_ledger_are_refused(
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], json.dumps({"step": 3, "ledger": "0" * 16}) + "\n"]) + '{"step": 4, "le')
-    with pytest.raises(ValueError, match=r"update\(s\) 3 saw other clips"):
+    with pytest.raises(ValueError, match=r"update 3 saw other clips.*; give the --data that .*, or restore the"):
         run("--workdir", str(tmp_path), "--step", "1")
     assert "2 with the plan's ledger" in capsys.readouterr().out
     path.write_text("no json\n")

@@ -90,6 +90,9 @@ def test_a_workdir_where_no_checkpoint_can_be_opened_is_refused_before_the_first
             path.unlink()
 
     monkeypatch.setattr(Orbax, "wait_until_finished", without_manifest)
-    with pytest.raises(ValueError, match=r"cannot be saved there \(it cannot be read back: weights has no manifest"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be saved there \(it cannot be read back: no manifest.ocdbt in weights\); remove the c",
+    ):
         train.train_and_evaluate(smoke_config(converted), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -31,7 +31,7 @@ ROOMS = {
     "rice_jax": {
         "version": "",
         "errors": "",
-        "config": "errors",
+        "config": "errors version",
         "models": "config",
         "parallel": "config errors",
         "losses": "config models parallel",

@@ -124,8 +124,28 @@ def test_other_data_than_the_checkpoint_was_trained_on_is_refused(run: Path, con
 
     source = converted.parent / "lpr750k"
     convert(Options(layout="lpr750k", source=source, output=tmp_path, splits=("train", "val"), clips_per_shard=5))
-    with pytest.raises(ValueError, match="holds other clips"):
+    with pytest.raises(ValueError, match="holds other clips; give the data set of that run, or give another --workdir"):
         train.train_and_evaluate(smoke_config(tmp_path), run)
+    saved = {"plan": "1", "data": "2" * 64, "version": "0.1"}
+    with pytest.raises(ValueError, match=r"another version of rice_jax made its plan; use 0.1, or give another"):
+        train.refuse_other_run(
+            run, (run / "config.json").read_text(), smoke_config(converted), saved, saved | {"plan": "3"}
+        )
+
+
+def test_a_split_without_galleries_is_refused_before_the_first_update(converted: Path, tmp_path: Path) -> None:
+    config = smoke_config(converted)
+    config.data.eval_split = "train"
+    with pytest.raises(ValueError, match=r"data.eval_split train: .*set it to another one, val or test"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_begun_keeps_its_skipped_clips_and_says_how_to_train_on(run: Path, converted: Path) -> None:
+    config = smoke_config(converted)
+    config.data.skip_clips = (open_dataset(converted).split("train").clip_ids[0],)
+    with pytest.raises(ValueError, match=rf"(?s)data.skip_clips: .*another --workdir and --config.init_from={run}"):
+        train.train_and_evaluate(config, run)
 
 
 def test_a_set_without_validation_clips_trains_without_evaluation(converted: Path, tmp_path: Path) -> None:
@@ -412,6 +432,8 @@ def test_wrong_arrays_are_refused(loaded: rice_jax.Model) -> None:
         loaded.encode_clips(frames, np.zeros((1, 3), np.int32))
     with pytest.raises(ValueError, match="a row of 0 and 1"):
         loaded.encode_clips(frames, 2 * mask)
+    with pytest.raises(ValueError, match=r"need 5 axes ending in .*; model.prepare\(files\)\[None\] is one clip"):
+        loaded._check(np.zeros((4, 32, 32, 3), np.uint8), axes=5)  # tests check the types of encode_clips before it
     with pytest.raises(ValueError, match=r"ending in \(32, 32, 3\)"):
         loaded.encode_images(np.zeros((1, 16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match="pictures of float32: need uint8"):  # 0 to 1 or 0 to 255 is unknown
@@ -455,6 +477,12 @@ def test_mirror_images_count_when_asked(run: Path) -> None:
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         rice_jax.load(tmp_path)
+
+
+def test_weights_of_another_program_are_no_run_and_the_error_says_how_they_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "ViT.pt").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match=r"ViT.pt: found no checkpoint, .* with rice_jax.weights import"):
+        rice_jax.load(tmp_path / "ViT.pt")
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 4)])

@@ -88,7 +88,7 @@ def _explained(error: BaseException, kind: type[Exception], folder: Path) -> Exc
     text = first_line(error)
     if kind is OSError:
         number, name = system_error(error), getattr(error, "filename", None) or folder
-        done = f"after {1 + len(PAUSES[OSError])} attempts; every checkpoint is left as it was"
+        done = f"after {1 + len(PAUSES[OSError])} attempts, and every checkpoint is left as it was"
         if number is None:
             return OSError(f"{name}: could not be read ({text}), {done}; look at the disk or the file server.")
         return OSError(number, f"{os.strerror(number)}, {done}", str(name))

@@ -81,11 +81,11 @@ def check_saved(orbax: Orbax, folder: Path, leaves: dict[str, str]) -> None:
     """
     missing = [name for name in ARRAYS if not (folder / name / "manifest.ocdbt").is_file()]
     if missing:
-        raise ValueError(f"it cannot be read back: {', '.join(missing)} has no manifest.ocdbt")
+        raise ValueError(f"it cannot be read back: no manifest.ocdbt in {', '.join(missing)}")
     found = orbax.leaves(folder, ARRAYS)
     if found != leaves:
         wrong = sorted(name for name in found.keys() | leaves.keys() if found.get(name) != leaves.get(name))
-        raise ValueError(f"it cannot be read back: {len(wrong)} arrays are missing or differ, such as {wrong[0]}")
+        raise ValueError(f"it cannot be read back: arrays are missing or differ ({len(wrong)}), such as {wrong[0]}")
 
 
 # --- JSON of ours ---
@@ -180,4 +180,9 @@ def _check_same_model(folder: Path, found: dict[str, str], wanted: dict[str, str
     ]
     if faults:
         shown = "\n  ".join(faults[:20])
-        raise ValueError(f"{folder} is of another model ({len(faults)} leaves differ):\n  {shown}")
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(
+            f"{folder} is of another model than the config. If the run's config.json was changed, restore it, or "
+            f"remove it, as the checkpoint has a copy; else use the version of rice_jax that saved the checkpoint. "
+            f"What differs ({len(faults)}):\n  {shown}{more}"
+        )

@@ -133,8 +133,8 @@ class Checkpoints:
     def _none_left(self) -> ValueError:
         found = ", ".join(map(str, sorted(self._damaged)))
         return ValueError(
-            f"{self.path}: no undamaged checkpoint is left (damaged: {found}); restore one from a copy, or remove that "
-            "folder to train anew."
+            f"{self.path}: no undamaged checkpoint is left (damaged: {found}); restore one from a copy, or move that "
+            "folder away to begin anew."
         )
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -177,7 +177,12 @@ class Checkpoints:
 
     def _restore(self, step: int | None, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if step is not None:
-            return step, self._restore_step(step, items)
+            try:
+                return step, self._restore_step(step, items)
+            except DamagedError as error:
+                others = ", ".join(str(other) for other in self.steps() if other != step)
+                do = f", or take another step ({others})" if others else ""
+                raise DamagedError(f"{error}; restore it from a copy{do}.") from error
         for newest in reversed(hosts.ask_first(self.steps)):
             restored, fault = None, ""
             try:
@@ -254,8 +259,8 @@ class Checkpoints:
                 shutil.rmtree(folder)
         except (ValueError, OSError, RuntimeError, LookupError) as error:
             raise ValueError(
-                f"{self.path}: a checkpoint cannot be saved there ({first_line(error)}); give another --workdir, such "
-                "as one with a short name of letters and digits on a disk with space."
+                f"{self.path}: a checkpoint cannot be saved there ({first_line(error)}); remove the cause, or "
+                "give another --workdir, such as one with a short name of letters and digits on a disk with space."
             ) from error
 
     def _begin(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -355,7 +360,11 @@ class Checkpoints:
                 try:
                     shutil.rmtree((self._at(step)).rename(self.path / f"{step}{DELETED}"))
                 except OSError as error:
-                    warn(f"{self.path}/{step}: could not be removed ({error}); remove it yourself.")
+                    left = step if self._at(step).exists() else f"{step}{DELETED}"
+                    warn(
+                        f"{self.path}/{left}: could not be removed ({error.strerror or error}); the next save tries it "
+                        "again. If it stays, remove it yourself."
+                    )
 
     def __enter__(self) -> "Checkpoints":
         return self

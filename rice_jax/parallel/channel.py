@@ -8,6 +8,7 @@ one is killed, either of the two may end the others first.)
 
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import os
@@ -133,7 +134,7 @@ class Channel:
             raise ValueError(
                 answer
                 or f"process 0 at {info.address} does not admit this process: it ended, or its start-up check was over "
-                "before this one came (started late, or one too many?)."
+                "before this one came (started late, or one too many?); look at its own output, and start all again."
             )
         self.service = info.service.address
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -166,9 +167,13 @@ def _open_server(info: ProcessInfo, secret: bytes, who: str) -> socket.socket:
         family = socket.AF_INET6 if dual else socket.getaddrinfo(host, port)[0][0]
         return socket.create_server(("" if secret else host, port), family=family, dualstack_ipv6=dual)
     except OSError as error:
+        do = f"start process 0 on the host that {info.address} names, or name this host"
+        if error.errno == errno.EADDRINUSE:
+            do = "end what uses it (an earlier run?), or give another port"
+        elif error.errno == errno.EACCES:
+            do = "give a port of 1024 or more"
         raise ValueError(
-            f"port {port} of this host, where {who}, cannot be opened ({error.strerror}); end what uses it (an earlier "
-            "run?), or give another port."
+            f"port {port} of this host, where {who}, cannot be opened ({error.strerror}); {do}."
         ) from error
 
 

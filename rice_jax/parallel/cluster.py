@@ -24,7 +24,7 @@ class ProcessInfo:
         """Host, without brackets, and port. Raises ValueError for an address of another form."""
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"the address of process 0: found {self.address!r}, needs HOST:PORT, such as node-0:8476.")
+            raise _bad_address(self.address)
         return host.strip("[]"), int(port)
 
     @property
@@ -45,9 +45,20 @@ def find_process(arguments: argparse.Namespace) -> ProcessInfo | None:
     if info is None:
         return None
     if not 0 <= info.process < info.count:
-        raise ValueError(f"process {info.process} of {info.count}: needs a number from 0 to N - 1.")
-    _ = info.target, info.service.target
+        raise ValueError(
+            f"process {info.process} of {info.count}: needs a number from 0 to N - 1, where N is the number of "
+            "processes; start them as --process-id (or JAX_PROCESS_ID) 0, 1, 2 and so on."
+        )
+    if info.target[1] == 65535:  # jax's service needs the next one
+        raise _bad_address(info.address)
     return info if info.count > 1 else None
+
+
+def _bad_address(address: str) -> ValueError:
+    return ValueError(
+        f"the address of process 0 (--coordinator, or JAX_COORDINATOR_ADDRESS): found {address!r}, needs HOST:PORT "
+        "with a port from 1 to 65534, because PORT + 1 is used, too; give one such as node-0:8476."
+    )
 
 
 def _of_variables() -> ProcessInfo | None:
@@ -63,15 +74,20 @@ def _complete(names: tuple[str, str, str], values: tuple[Any, Any, Any]) -> Proc
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing and len(missing) < len(names):
         there = ", ".join(name for name in names if name not in missing)
-        raise ValueError(f"{', '.join(missing)}: not given, though {there} is; give all three, or none.")
-    return None if missing else ProcessInfo(values[0], _integer(values[1]), _integer(values[2]))
+        verb = "is" if len(missing) == 2 else "are"
+        raise ValueError(f"{', '.join(missing)}: not given, though {there} {verb}; give all three, or none.")
+    return None if missing else ProcessInfo(values[0], _integer(names[1], values[1]), _integer(names[2], values[2]))
 
 
-def _integer(text: Any) -> int:
+def _integer(name: str, text: Any) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"number of processes, or of this one: found {text!r}, needs an integer.") from None
+        raise ValueError(f"{name}: found {text!r}, needs an integer; correct or unset it.") from None
+
+
+def _variable(name: str, default: int = 0) -> int:
+    return _integer(name, os.environ.get(name) or default)
 
 
 def _of_slurm() -> ProcessInfo | None:
@@ -80,9 +96,9 @@ def _of_slurm() -> ProcessInfo | None:
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= e.keys():
         return None
     # Each step has its own two ports, so that two may run on one host.
-    port = 20000 + 2 * ((_integer(e["SLURM_JOB_ID"]) + _integer(e.get("SLURM_STEP_ID", 0))) % 5000)
+    port = 20000 + 2 * ((_variable("SLURM_JOB_ID") + _variable("SLURM_STEP_ID")) % 5000)
     address = f"{first_node(e['SLURM_STEP_NODELIST'])}:{port}"
-    return ProcessInfo(address, _integer(e.get("SLURM_STEP_NUM_TASKS", 1)), _integer(e["SLURM_PROCID"]))
+    return ProcessInfo(address, _variable("SLURM_STEP_NUM_TASKS", 1), _variable("SLURM_PROCID"))
 
 
 def slurm_local_devices() -> list[int] | None:
@@ -96,7 +112,7 @@ def slurm_local_devices() -> list[int] | None:
     if "SLURM_LOCALID" not in e or "JAX_LOCAL_DEVICE_IDS" in e:
         return None
     tasks = _tasks_by_node(e.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    node, local = _integer(e.get("SLURM_NODEID", 0)), _integer(e["SLURM_LOCALID"])
+    node, local = _variable("SLURM_NODEID"), _variable("SLURM_LOCALID")
     here = tasks[node] if node < len(tasks) else 1
     visible = e.get("CUDA_VISIBLE_DEVICES", e.get("ROCR_VISIBLE_DEVICES"))
     if here < 2:
@@ -104,17 +120,17 @@ def slurm_local_devices() -> list[int] | None:
     if visible is None:
         return [local]  # SLURM does not know the GPUs: one for each task, as jax's own detection has it
     seen = len([name for name in visible.split(",") if name])
-    bound = seen * here <= _integer(e.get("SLURM_GPUS_ON_NODE", 0))  # all tasks together see no GPU twice
+    bound = seen * here <= _variable("SLURM_GPUS_ON_NODE")  # all tasks together see no GPU twice
     share = seen // here
     return None if bound or not share else list(range(local * share, (local + 1) * share))
 
 
 def _tasks_by_node(text: str) -> list[int]:
     """Returns the tasks of each node: [2, 2, 1] for '2(x2),1'. Raises ValueError if it is of another form."""
-    tasks: list[int] = []
+    tasks, name = list[int](), "SLURM_STEP_TASKS_PER_NODE"
     for part in filter(None, text.split(",")):
         count, _, times = part.rstrip(")").partition("(x")
-        tasks += [_integer(count)] * _integer(times or 1)
+        tasks += [_integer(name, count)] * _integer(name, times or 1)
     return tasks
 
 
@@ -129,11 +145,11 @@ def _of_tpu_pod() -> ProcessInfo | None:
     e = os.environ
     workers = e.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
     names = [endpoint.split(":")[-1] for endpoint in workers.split(",") if endpoint]  # of NAME or NAME:ID:ADDRESS
-    slices, this_slice = _integer(e.get("MEGASCALE_NUM_SLICES") or 1), _integer(e.get("MEGASCALE_SLICE_ID") or 0)
+    slices, this_slice = _variable("MEGASCALE_NUM_SLICES", 1), _variable("MEGASCALE_SLICE_ID")
     if not names or len(names) * slices < 2:
         return None
     first = e.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).split(":")[0]
-    worker = _integer(e.get("TPU_WORKER_ID") or _metadata("agent-worker-number"))
+    worker = _integer("TPU_WORKER_ID", e.get("TPU_WORKER_ID") or _metadata("agent-worker-number"))
     return ProcessInfo(f"{first}:8476", len(names) * slices, this_slice * len(names) + worker)
 
 

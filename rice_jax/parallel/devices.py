@@ -41,8 +41,8 @@ PLATFORMS = {"cuda": NVIDIA, "gpu": NVIDIA, "rocm": AMD, "tpu": TPU}  # by their
 def find_devices(*, local: bool = False) -> list[jax.Device]:
     """Returns the devices of all processes, or those of this one if `local`.
 
-    Raises ValueError if JAX_PLATFORMS (or the older JAX_PLATFORM_NAME) asks for devices that jax does not find. Without
-    these variables jax's RuntimeError passes.
+    Raises ValueError if JAX_PLATFORMS (or the older JAX_PLATFORM_NAME) asks for devices that jax does not find, or,
+    without these variables, if a device does not start. An error of the CPU backend passes.
     """
     try:
         return jax.local_devices() if local else jax.devices()
@@ -51,9 +51,20 @@ def find_devices(*, local: bool = False) -> list[jax.Device]:
         variable, asked = "JAX_PLATFORMS", settings.jax_platforms
         if not asked:
             variable, asked = "JAX_PLATFORM_NAME", os.environ.get("JAX_PLATFORM_NAME")
-        if asked in (None, "", "cpu"):  # a CPU is never missing
+        line = _line(error)
+        if asked == "cpu" or (not asked and "'cpu'" in line):  # a CPU is never missing
             raise
+        if not asked:
+            raise ValueError(
+                f"jax cannot start the devices of this machine: {line}. Look at their driver and at what else uses "
+                "them, or set JAX_PLATFORMS=cpu to run on the CPUs."
+            ) from error
         raise ValueError(_why_missing(variable, asked, error)) from error
+
+
+def _line(error: BaseException) -> str:
+    """Returns the first line of an error's message, at most 300 characters; without a message the error's class."""
+    return (str(error).splitlines() or [""])[0][:300].rstrip(".") or type(error).__name__
 
 
 def _why_missing(variable: str, value: str, error: BaseException) -> str:
@@ -73,8 +84,7 @@ def _why_missing(variable: str, value: str, error: BaseException) -> str:
             reasons.append(f"{hiding}={os.environ[hiding]} hides every {platform.name}")
             remedies.append(f"unset {hiding}")
     if not reasons:
-        line = (str(error).splitlines() or [""])[0]
-        reasons.append(f"jax says: {line[:300] or type(error).__name__}")
+        reasons.append(f"jax says: {_line(error)}")
     here = ["CPUs", *(platform.name for platform in (NVIDIA, AMD, TPU) if platform.is_here)]
     remedies.append(f"unset {variable} to run on what jax finds, or set {variable}=cpu")
     return (

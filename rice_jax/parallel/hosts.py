@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import secrets
 import socket
@@ -58,12 +59,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-processes", type=int, metavar="N", help="the number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="the number of this process, 0 to N - 1")
     group.add_argument("--wait", type=_seconds, default=45.0, metavar="SECONDS", help="for all to start (default: 45)")
-    about = "any text; read unless RICE_JAX_SECRET is set"
+    about = "with any content; read unless RICE_JAX_SECRET is set"
     group.add_argument("--secret-file", type=parse_path, metavar="FILE", help=about)
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < 1e6:  # NaN would never be over; an operating system's timers take no more
         raise argparse.ArgumentTypeError(f"found {text}, needs seconds, more than 0 and less than a million.")
     return seconds
@@ -118,7 +122,8 @@ def join(info: ProcessInfo, facts: Callable[[Any], Facts], arguments: Any) -> Ch
     """
     global _channel
     file, known, failed = arguments.secret_file, code(), None
-    secret = (os.environ.get("RICE_JAX_SECRET") or (file.read_text() if file else "")).strip().encode()
+    given = os.fsencode(os.environ.get("RICE_JAX_SECRET", "")).strip()
+    secret = given or (file.read_bytes().strip() if file else b"")  # bytes, as of /dev/urandom, may be no text
     if file and not secret:
         raise ValueError(f"{file}: is empty, needs a secret, such as a line of random letters.")
     try:

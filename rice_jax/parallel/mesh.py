@@ -49,7 +49,8 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Any] | None = None) -> 
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(unknown) > 1 or known < 1:
         raise ValueError(
-            f"mesh (data={data}, fsdp={fsdp}): sizes are positive, and at most one may be -1 (the remaining devices)."
+            f"mesh (data={data}, fsdp={fsdp}): sizes are positive, and at most one may be -1 (the remaining devices); "
+            "set mesh.data to -1 and mesh.fsdp to 1."
         )
     if unknown and len(devices) % known == 0:
         sizes[unknown[0]] = len(devices) // known
@@ -105,7 +106,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         if axis is not None and shape[dim] % mesh.shape[axis]:
             raise ValueError(
                 f"parameter {name}: axis {dim} of shape {shape} does not divide by mesh axis "
-                f"{axis}={mesh.shape[axis]}; choose an {axis} that divides {shape[dim]}."
+                f"{axis}={mesh.shape[axis]}; set mesh.{axis} to a divisor of {shape[dim]}."
             )
     return spec
 
@@ -161,9 +162,10 @@ def check_batches(mesh: Mesh, **sizes: int) -> None:
     """Raises ValueError if a global batch does not divide by the number of devices. `sizes`: config field and size."""
     for name, size in sizes.items():
         if size % mesh.size:
+            kept = " (a run that has begun keeps its own)" if name == "batch_size" else ""
             raise ValueError(
-                f"{name} {size} does not divide by the mesh's {mesh.size} devices {dict(mesh.shape)}; "
-                f"set {name} to {max(1, round(size / mesh.size)) * mesh.size}, or take fewer devices."
+                f"{name} {size} does not divide by the mesh's {mesh.size} devices {dict(mesh.shape)}; set {name} to "
+                f"{max(1, round(size / mesh.size)) * mesh.size}{kept}, or take a number of devices that divides it."
             )
 
 

@@ -104,7 +104,10 @@ def devices(topology: Topology) -> list[Any]:
         description = topologies.get_topology_desc(platform="tpu", topology_name=one, num_slices=topology.slices)
         slice_devices: Any = description.devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--topology {topology.name}: libtpu refuses it ({str(error).splitlines()[0]}); try "
+            "another topology or another libtpu."
+        ) from error
     kinds: set[str] = {device.device_kind for device in slice_devices}
     if len(slice_devices) != topology.size or kinds != {topology.chip.kind}:
         raise ValueError(

@@ -94,7 +94,7 @@ def evaluate_split(
         scores = {"matching": matches, "sum": matches + cosines}
     if any(faults.values()):
         clip_is_read, image_is_read = (_are_read(faults, *of) for of in (("clip", clip_rows), ("image", image_rows)))
-        if not clip_is_read.any():
+        if faults["clip"] and not clip_is_read.any():
             raise ValueError(f"no clip of split {split.name} can be read; {next(iter(faults['clip'].values()))}")
         kept = [image_is_read[rows] for rows in galleries]
         scores = {name: _without(x, kept, gallery_of)[clip_is_read] for name, x in scores.items()}
@@ -150,25 +150,30 @@ def _without(scores: np.ndarray, kept: Sequence[np.ndarray], gallery_of: np.ndar
 def warn_of_unreadable(split: Split, faults: Faults) -> None:
     """Prints a warning, in process 0, that names unreadable clips and images, SHOWN of them; nothing without any."""
     clips, images = (len(faults[kind]) for kind in ("clip", "image"))
+    counted = ["1 clip cannot be read and counts as a miss"] if clips == 1 else []
+    counted += [f"{clips} clips cannot be read and count as misses"] if clips > 1 else []
+    counted += ["1 shop image cannot be read and is left out of its galleries"] if images == 1 else []
+    counted += [f"{images} shop images cannot be read and are left out of their galleries"] if images > 1 else []
     if hosts.is_first() and (texts := [text for rows in faults.values() for text in rows.values()]):
         more = f"\n  and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-        warn(
-            f"split {split.name}: {clips} clip(s) cannot be read and count as misses; {images} shop image(s) cannot be "
-            "read and are left out of their galleries:\n  " + "\n  ".join(texts[:SHOWN]) + more
-        )
+        warn(f"split {split.name}: {'; '.join(counted)}:\n  " + "\n  ".join(texts[:SHOWN]) + more)
 
 
 def _truth(split: Split, subset: Sequence[str] | None) -> dict[str, Any]:
     if not split.galleries:
-        raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test.")
+        raise ValueError(f"split {split.name} has no galleries to rank in; evaluate val or test, if the set has one.")
     truth = split.truth_by_clip
+    if not truth:
+        raise ValueError(f"split {split.name} has no query; evaluate another split.")
     if subset is None:
         return dict(truth)
+    if not subset:
+        raise ValueError("subset: found no clip id, needs at least one; give some, or no subset.")
     unknown = [clip for clip in subset if clip not in truth]
     if unknown:
         raise ValueError(
-            f"subset: {len(unknown)} clip id(s) are not in split {split.name}'s truth, e.g. {unknown[0]}; list clips "
-            f"of that split (such as {next(iter(truth), 'none: it has no clip')}), or evaluate the split they are in."
+            f"subset: found {len(unknown)} of {len(subset)} clip ids that split {split.name}'s truth lacks, such as "
+            f"{unknown[0]}; list clips of that split, such as {next(iter(truth))}, or evaluate the split they are in."
         )
     return {clip: truth[clip] for clip in subset}
 

@@ -173,9 +173,11 @@ class Model:
     def _check(self, pictures: np.ndarray, *, axes: int) -> np.ndarray:
         pictures, size = np.asarray(pictures), self.config.data.image_size
         if pictures.ndim != axes or pictures.shape[-3:] != (size, size, 3):
+            how = "model.prepare makes such pictures."
+            if axes == 5:
+                how = "model.prepare(files)[None] is one clip of these frames."
             raise ValueError(
-                f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3); model.prepare "
-                "makes such pictures."
+                f"pictures of shape {pictures.shape}: need {axes} axes ending in ({size}, {size}, 3); {how}"
             )
         if pictures.dtype != np.uint8:
             raise ValueError(
@@ -220,7 +222,7 @@ def check_decoder(model: Model) -> None:
         found = "not learned it (loss.pmd is 0" if has_decoder else "no decoder (loss.pmd and loss.pfr are 0"
         raise ValueError(
             f"matching: this model has {found} in its config); train one with a PMD loss, or rank by "
-            "embeddings alone (--score embedding)."
+            "embeddings alone (evaluate --score embedding; in Python encode_clips and encode_images)."
         )
 
 
@@ -262,14 +264,15 @@ def load(
     steps = hosts.ask_first(checkpoints.steps) if checkpoints is not None else []
     if checkpoints is None or not steps:
         raise FileNotFoundError(
-            f"{run}: no checkpoint of a training run here; train one with rice_jax.train --workdir {run}."
+            f"{run}: found no checkpoint, needs the folder of a training run that has saved one, or of imported "
+            "weights; train with rice_jax.train, or import weights of other programs with rice_jax.weights import."
         )
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     text = hosts.ask_first(lambda: checkpoints.config(step if step is not None else steps[-1]))
     if text is None:
         raise FileNotFoundError(
-            f"{run}: found no config.json, nor a config in the checkpoint; copy the run's file here."
+            f"{run}: found no config.json, nor a config in the checkpoint; copy the run's config.json here."
         )
     config = from_json(text)
     for name, value in (overrides or {}).items():

@@ -158,8 +158,10 @@ class Watch:
     def _report(self, wait: tuple[str, int, float], waited: float) -> None:
         subject, step, _ = wait
         advice = "check the disk of data.path, and data.workers"
-        if subject == "device":
+        if subject == "device" and jax.process_count() > 1:
             advice = "one process that is gone or slow makes all others wait in a collective; check every host"
+        elif subject == "device":
+            advice = "look at the device (nvidia-smi, the system's log), and end what else uses it"
         then = f"ends in {self._seconds:.0f} s" if self._ends else "keeps waiting (stall_ends=true would end it)"
         warn(
             f"process {jax.process_index()} has waited {waited:.0f} s for the {subject}, after update {step}: "

@@ -140,7 +140,10 @@ def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
                 if EVALUATION in line:
                     evaluations.append(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} line {number}: is no line of metrics ({error}); restore the file.") from error
+                raise ValueError(
+                    f"{path} line {number}: is no line of metrics ({error}); restore the file, or move it away, and "
+                    "the run goes on without the lines so far."
+                ) from error
             kept += len(line)
         file.truncate(kept)
     return evaluations

@@ -8,6 +8,7 @@ import jax
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, to_json
 from rice_jax.retrieval.model import Model
+from rice_jax.training.ledger import read_metrics
 from rice_jax.version import __version__
 
 LICENCE = "The licence is that of the weights' source and of the data they were trained on; none is granted here."
@@ -87,11 +88,17 @@ def _metrics(run: Path, model: Model) -> list[str]:
     """Returns lines: a table of this model's figures in `run`, or "None yet." alone. Raises ValueError for no JSON."""
     found = []
     for path in sorted(run.glob("evaluation-*/metrics.json")):
-        figures = json.loads(path.read_text())
-        if figures.get("model") == model.fingerprint:
+        try:
+            figures = json.loads(path.read_text())
+            is_of_model = figures.get("model") == model.fingerprint
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: is damaged ({error}); run the same rice_jax.evaluate again, or move that folder away."
+            ) from error
+        if is_of_model:
             found.append((path.parent.name, figures))
     log = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_metrics(log) if log.exists() else []
     found += [("during training", line) for line in lines if line["step"] == model.step and "loss" not in line]
     rows = [
         f"| {where} | {name} | {value:.2f} |"

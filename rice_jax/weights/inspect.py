@@ -75,7 +75,8 @@ def inspect_weights(path: Path) -> WeightsFile:
         archive = archives.read(file)
         twice = sorted(found.keys() & archive.tensors.keys())
         if twice:
-            raise ValueError(f"{file}: found {', '.join(twice)}, which another part has too; fetch all parts again.")
+            names = ", ".join(twice[:5]) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
+            raise ValueError(f"{file}: found {names}, which another part has too; fetch all parts again.")
         found |= archive.tensors
     tensors, more = unwrap(found, files[0])
     kind = _kind(files[0], tensors, archive.container)

@@ -48,6 +48,8 @@ def infer_config(weights: WeightsFile, activation: str | None = None) -> tuple[C
     except (ValueError, AttributeError, TypeError, KeyError, ZeroDivisionError) as error:
         if not weights.description:
             raise
+        if weights.kind == Kind.OFFICIAL and isinstance(error, ValueError):  # our own config, of another version
+            raise ValueError(f"{weights.path.parent / 'config.json'}: {error}") from error
         raise ValueError(
             f"{weights.path.parent}: the JSON beside {weights.path.name} describes no model that is known here "
             f"({type(error).__name__}: {error}); fetch it again."
@@ -77,8 +79,8 @@ def _config_and_faults(weights: WeightsFile, activation: str | None) -> tuple[Co
         activation = stated.activation if stated.activation in ACTIVATIONS else "quick_gelu"
     elif activation is None:
         faults.append(
-            "activation: the file does not say; give --activation quick_gelu (OpenAI's weights, and models named "
-            "-quickgelu) or --activation gelu (most others of open_clip)"
+            "activation: the file does not say; import it with --activation quick_gelu (OpenAI's weights, and models "
+            "named -quickgelu) or --activation gelu (most others of open_clip)"
         )
 
     config = _default_config(weights) if exported is None else exported

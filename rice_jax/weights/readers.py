@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from rice_jax.checkpoints.run_folder import is_run
@@ -62,7 +63,11 @@ def read_source(path: Path, *, activation: str | None = None, image_size: int | 
     if faults:
         more = [f"and {len(faults) - MAX_LISTED_FAULTS} more"] if len(faults) > MAX_LISTED_FAULTS else []
         listed = "\n  ".join(faults[:MAX_LISTED_FAULTS] + more)
-        raise ValueError(f"{weights.path} ({weights.kind}): {len(faults)} fault(s), nothing was converted:\n  {listed}")
+        number = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise ValueError(
+            f"{weights.path} ({weights.kind}): found {number}, and nothing was converted; correct the file, or what "
+            f"lies beside it, or give another:\n  {listed}"
+        )
     unused = {name: x for name, x in tensors.items() if naming.find_rule(name, weights.table)[0].path is None}
     tensors = {name: x for name, x in tensors.items() if name not in unused}
     dtypes = ", ".join(sorted({weights.tensors[name].dtype for name in tensors}))
@@ -100,8 +105,14 @@ def _read_tensors(weights: WeightsFile, faults: list[str]) -> dict[str, np.ndarr
 
 
 def read_unused(run: Path) -> dict[str, np.ndarray]:
-    """Returns official tensors, float32 by name, kept for exports; {} without a file. Raises SafetensorError if bad."""
-    return load_file(run / UNUSED) if (run / UNUSED).exists() else {}
+    """Returns official tensors, float32 by name, kept for exports; {} without a file. Raises ValueError if damaged."""
+    try:
+        return load_file(run / UNUSED) if (run / UNUSED).exists() else {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{run / UNUSED}: is damaged ({error}); restore it from a copy, or remove it: it has only tensors that no "
+            "model reads, and exports then have new ones in their place."
+        ) from error
 
 
 def resize_positions(
@@ -117,7 +128,7 @@ def resize_positions(
     if image_size is None or image_size == old:
         return params, ()
     if image_size < patch:
-        raise ValueError(f"image size {image_size}: needs at least the patch size, {patch}.")
+        raise ValueError(f"image size {image_size}: needs at least the patch size, {patch}; give a larger one.")
     positions = jnp.asarray(params["encoder"]["positional_embedding"])
     side, new_side = math.isqrt(len(positions) - 1), image_size // patch
     grid = positions[1:].reshape(side, side, -1)  # without the class token's, which does not change

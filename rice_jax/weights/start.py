@@ -78,6 +78,9 @@ def _check_fields(source: Source, config: Config, copies_blocks: bool) -> None:
     names = [name for name in ENCODER_FIELDS if theirs[name] != ours[name]]
     differ = [f"model.{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in names]
     if copies_blocks and ours.layers < 2:
-        differ.append("model.layers: 1, and the decoder starts as the encoder's last two blocks")
+        differ.append("model.layers: 1 here, needs at least 2, because the decoder starts as the last two blocks")
     if differ:
-        raise ValueError(f"init_from={config.init_from} is not the config's model:\n  " + "\n  ".join(differ))
+        raise ValueError(
+            f"init_from={config.init_from} is not the config's model; set these fields as they are there, or give "
+            "other weights:\n  " + "\n  ".join(differ)
+        )

@@ -62,7 +62,7 @@ def check_equal(written: Any, read: Any, what: str) -> None:
     if wrong:
         raise ValueError(
             f"{what} does not read back as it was written ({', '.join(sorted(wrong)[:5])}); the disk may be at fault: "
-            "nothing was kept, run the same command again."
+            "nothing was kept, run the same command again. If that fails alike, report it as a fault of rice_jax."
         )
 
 
@@ -98,7 +98,8 @@ def official_tensors(model: Model, unused: Tensors) -> Tensors:
     if foreign:
         raise ValueError(
             f"{len(foreign)} parameter(s) have no place in the official code: {', '.join(foreign[:5])}; it "
-            "knows CLIP's patch embedding and ICL's softmax only (model.stem_channels empty, loss.icl_form softmax)."
+            "knows CLIP's patch embedding and ICL's softmax only (model.stem_channels empty, loss.icl_form softmax); "
+            "take --format stablehlo."
         )
     return {name: np.asarray(x, np.float32) for name, x in (naming.invert(flat, table) | kept).items()}
 
@@ -208,8 +209,13 @@ def export_run(run: Path, output: Path, format_name: str, *, step: int | None = 
     checkpoint is damaged, `output` is not empty, the format cannot express the model, the written files read back
     differently, or torch is missing for format "pth"; KeyError for another format.
     """
+    if not run.exists():
+        raise FileNotFoundError(f"{run}: found nothing there; give a training run or an imported folder.")
     if not is_run(run):
-        raise ValueError(f"{run}: is no run and no imported folder; import it first (rice_jax.weights import).")
+        raise ValueError(
+            f"{run}: is neither a training run with checkpoints nor an imported folder; weights of other programs are "
+            "imported first (rice_jax.weights import)."
+        )
     with new_folder(output) as folder:
         model = load_on_one_device(run, step)
         FORMATS[format_name](model, read_unused(run), folder)

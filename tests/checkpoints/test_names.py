@@ -55,7 +55,7 @@ def test_a_path_that_is_too_long_is_refused_before_the_first_update(
         workdir = workdir / ("x" * 200)
         os.mkdir("x" * 200)
         os.chdir("x" * 200)
-    with pytest.raises(ValueError, match=r"a checkpoint cannot be saved there \(.*; give another --workdir"):
+    with pytest.raises(ValueError, match=r"a checkpoint cannot be saved there \(.*, or give another --workdir"):
         Checkpoints(workdir / ("y" * (4060 - len(str(workdir)))), kept=1).try_out()
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import rice_jax
 from configs import smoke
 from rice_jax import errors
 from rice_jax.checkpoints import reading, store
@@ -270,8 +271,10 @@ def test_without_an_undamaged_step_restoring_is_an_error(
     checkpoints = Checkpoints(tmp_path, kept=2)
     with pytest.raises(ValueError, match=r"no undamaged checkpoint is left \(damaged: 3, 6\); restore one from a copy"):
         checkpoints.restore(abstract)
-    with pytest.raises(ValueError, match="no undamaged checkpoint is left"):
+    with pytest.raises(ValueError, match="or move that folder away to begin anew"):
         checkpoints.latest()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    assert Checkpoints(tmp_path, kept=2).latest() is None
 
 
 def test_a_killed_first_save_counts_as_no_checkpoint_and_two_unfinished_ones_as_damage(
@@ -310,6 +313,13 @@ def test_a_step_of_a_newer_version_is_refused(two_steps: tuple[Path, step.State,
     path.write_text(json.dumps(seal(mark)))
     with pytest.raises(ValueError, match=r"checkpoints/6 has schema 3 .* use that version or a newer one"):
         Checkpoints(tmp_path, kept=1)
+
+
+def test_the_file_that_a_checkpoint_of_another_version_is_told_by_has_its_version(
+    two_steps: tuple[Path, step.State, step.State],
+) -> None:
+    about = json.loads((two_steps[0] / "checkpoints" / "6" / "meta" / "metadata").read_text())
+    assert about["version"] == rice_jax.__version__
 
 
 # --- Saves that fail --------------------------------------------------------------------------------------------------
@@ -361,7 +371,9 @@ def test_weights_beside_damaged_moments_are_restored(
     flip_data(tmp_path / "checkpoints" / "6" / "optimizer")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore_params(abstract, 6)[1]["logit_scale"] is not None
-    with pytest.raises(DamagedError, match=r"checkpoints/6 is damaged \("):
+    with pytest.raises(
+        DamagedError, match=r"checkpoints/6 is damaged \(.*; restore it from a copy, or take another .*3"
+    ):
         checkpoints.restore(abstract, 6)
 
 

@@ -124,6 +124,18 @@ def test_a_gpu_without_plugin_gets_the_command_that_installs_it(
 
 
 @pytest.mark.usefixtures("platforms_restored")
+def test_a_device_that_does_not_start_unasked_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise RuntimeError("Unable to initialize backend 'cuda': no driver.")
+
+    monkeypatch.delenv("JAX_PLATFORM_NAME", raising=False)
+    monkeypatch.setattr(jax, "devices", fail)
+    jax.config.update("jax_platforms", None)
+    with pytest.raises(ValueError, match=r"'cuda': no driver. Look at .*, or set JAX_PLATFORMS=cpu to run on the CPUs"):
+        find_devices()
+
+
+@pytest.mark.usefixtures("platforms_restored")
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_a_gpu_that_a_variable_hides_gets_its_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hidden: str

@@ -116,14 +116,17 @@ def test_a_worker_of_a_tpu_vm_slice_asks_its_metadata(monkeypatch: pytest.Monkey
 
 
 def test_flags_or_variables_that_lack_one_of_three_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="--process-id: not given, though --coordinator, --num-processes"):
+    with pytest.raises(ValueError, match="--process-id: not given, though --coordinator, --num-processes are;"):
         found(monkeypatch, {}, "--coordinator", "here:1", "--num-processes", "2")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES, JAX_PROCESS_ID: not given"):
         found(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "left:over"})
     with pytest.raises(ValueError, match="process 2 of 2: needs a number from 0"):
         found(monkeypatch, {}, "--coordinator", "here:1", "--num-processes", "2", "--process-id", "2")
-    with pytest.raises(ValueError, match="found 'here', needs HOST:PORT"):
-        found(monkeypatch, {}, "--coordinator", "here", "--num-processes", "2", "--process-id", "0")
+    for address in ("here", "here:65535"):
+        with pytest.raises(ValueError, match=f"--coordinator.*: found '{address}', needs HOST:PORT .* 1 to 65534"):
+            found(monkeypatch, {}, "--coordinator", address, "--num-processes", "2", "--process-id", "0")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: found 'two', needs an integer"):
+        found(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"})
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,8 @@ def test_a_taken_port_and_strangers_on_it() -> None:
         port = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of this host, where process 0 listens, cannot be opened"):
             Coordinator(ProcessInfo(f"localhost:{port}", 2, 0), SECRET, 1.0)
+    with pytest.raises(ValueError, match=r"start process 0 on the host that 192.0.2.1:\d+ names, or name this host"):
+        Coordinator(ProcessInfo(f"192.0.2.1:{free_port()}", 2, 0), b"", 1.0)  # an address of nobody
     info = ProcessInfo(f"localhost:{free_port()}", 1, 0)
     Coordinator(info, SECRET, 60.0)
     framed = struct.pack("!i", 32) + bytes(32)  # as our own messages are
@@ -748,6 +753,15 @@ def test_an_empty_secret_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     arguments = argparse.Namespace(secret_file=tmp_path / "secret", wait=1.0)
     with pytest.raises(ValueError, match=f"{tmp_path}/secret: is empty, needs a secret"):
         hosts.join(ProcessInfo("localhost:1", 2, 1), lambda _: {}, arguments)
+
+
+def test_a_secret_of_any_bytes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `head -c 32 /dev/urandom` makes them, which are no text."""
+    monkeypatch.delenv("RICE_JAX_SECRET", raising=False)
+    (tmp_path / "secret").write_bytes(b"\xff\xfe")
+    arguments = argparse.Namespace(secret_file=tmp_path / "secret", wait=1.0)
+    with pytest.raises(ValueError, match="process 0 of 2 does not answer"):
+        hosts.join(ProcessInfo(f"localhost:{free_port()}", 2, 1), lambda _: {}, arguments)
 
 
 @pytest.mark.slow

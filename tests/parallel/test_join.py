@@ -72,7 +72,7 @@ def test_outside_slurm_or_with_jaxs_own_variable_a_process_takes_what_that_says(
 
 
 def test_variables_of_slurm_that_hold_no_number_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="found 'many', needs an integer"):
+    with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE: found 'many', needs an integer"):
         slurm(monkeypatch, SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="many")
 
 

@@ -130,7 +130,7 @@ def test_the_advice_for_an_unreadable_clip_helps(
     capsys.readouterr()
     found = figures_of(run, copied, output, *how, "--on-error", "miss")
     text = capsys.readouterr().err
-    assert "1 clip(s) cannot be read and count as misses; 0 shop image(s)" in text and clip in text
+    assert "split test: 1 clip cannot be read and counts as a miss:\n" in text and clip in text
     assert "--on-error" not in text  # which the command has already
     assert found["queries"] == 3 and found["unreadable"] == {"clip": [clip], "image": []}
     assert (found["unreadable_clips"], found["unreadable_images"]) == (1, 0)
@@ -184,7 +184,7 @@ def test_training_goes_on_without_a_shop_image_that_cannot_be_read(
     damage(copied, "image", int(split.gallery_of(0)[0]), split="val")
     figures = train.train_and_evaluate(smoke_config(copied, num_updates=3), tmp_path / "run")
     assert figures["unreadable_images"] == 1 and figures["mean_gallery_size"] == 2
-    assert "1 shop image(s) cannot be read and are left out" in capsys.readouterr().err
+    assert "1 shop image cannot be read and is left out of" in capsys.readouterr().err
 
 
 def test_workers_report_what_they_cannot_read(run: Path, copied: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from rice_jax.training import guards
@@ -112,8 +113,18 @@ def test_a_long_wait_is_reported_once_and_a_pause_never(capfd: pytest.CaptureFix
         output = until(capfd, "test_guards.py")
         time.sleep(0.5)
     output += capfd.readouterr().err
-    assert output.count("s for the device, after") == 1 and "after update 4" in output and "collective" in output
+    assert (
+        output.count("s for the device, after") == 1 and "after update 4" in output and "look at the device" in output
+    )
     assert "test_guards.py" in output  # the stack
+
+
+def test_of_several_processes_one_that_hangs_is_the_first_suspect(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    guards.Watch(60.0, ends=True)._report(("device", 4, 0.0), 60.0)
+    assert "in a collective; check every host. The run ends in 60 s" in capfd.readouterr().err
 
 
 def test_with_zero_seconds_no_wait_is_reported(capfd: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def test_heads_and_activation_are_read_from_open_clips_config(tower: clip_files.
 
 def test_an_activation_that_no_file_states_must_be_given(tower: clip_files.Tensors, tmp_path: Path) -> None:
     save_file(clip_files.visual(tower), tmp_path / "clip.safetensors")
-    with pytest.raises(ValueError, match="activation: the file does not say; give --activation"):
+    with pytest.raises(ValueError, match="activation: the file does not say; import it with --activation"):
         call("import", tmp_path / "clip.safetensors", "--output", tmp_path / "out")
     call("import", tmp_path / "clip.safetensors", "--output", tmp_path / "out", "--activation", "gelu")
     assert rice_jax.load(tmp_path / "out").config.model.activation == "gelu"
@@ -237,7 +237,7 @@ def test_all_faults_of_a_file_are_reported_together_and_nothing_is_written(
     tensors[f"{block}.ln_2.weight"] = np.full(64, 1e300)
     torch_files.write_state_dict(tmp_path / "rice_final.pth", tensors)
     message = refused(tmp_path / "rice_final.pth", tmp_path)
-    assert "(official RICE): 7 fault(s), nothing was converted" in message
+    assert "(official RICE): found 7 faults, and nothing was converted; correct the file" in message
     for fault in (
         f"{encoder}.ln_pre.weight: missing (shape (64,))",
         f"{encoder}.extra: no rule matches: unexpected (shape (3,))",

@@ -1,6 +1,7 @@
 """Imported folders and exports: nothing is lost between them, and an error leaves no folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,11 @@ def test_an_output_that_is_not_empty_is_refused_and_not_changed(tower: clip_file
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     for command in (["import", tmp_path / "clip.pt"], ["export", tmp_path, "--format", "official"]):
-        with pytest.raises(ValueError, match=r"empty|is no run"):
+        with pytest.raises(ValueError, match=r"empty|is neither a training run"):
             call(*command, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(FileNotFoundError, match="nowhere: found nothing there"):
+        call("export", tmp_path / "nowhere", "--format", "official", "--output", tmp_path / "new")
 
 
 def test_the_command_prints_one_line_for_an_error_and_sets_the_status(tmp_path: Path) -> None:
@@ -128,6 +131,25 @@ def test_an_official_export_of_a_run_has_every_tensor_and_a_card(
     assert "none: not trained here" in (tmp_path / "start/README.md").read_text()
 
 
+def test_what_an_export_reads_beside_the_weights_is_named_if_it_is_damaged(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')  # of a training that goes on
+    (run / "evaluation-x").mkdir()
+    (run / "evaluation-x/metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation-x/metrics.json: is damaged .*move that folder away"):
+        call("export", run, "--format", "official", "--output", tmp_path / "out")
+    shutil.rmtree(run / "evaluation-x")
+    (run / "unused.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"unused.safetensors: is damaged .*, or remove it"):
+        call("export", run, "--format", "official", "--output", tmp_path / "out")
+    (run / "unused.safetensors").unlink()
+    call("export", run, "--format", "official", "--output", tmp_path / "out")
+
+
 def test_a_run_from_random_weights_gets_fresh_embeddings(tmp_path: Path) -> None:
     config = smoke_config(tmp_path)
     config.model.activation = "gelu"
@@ -192,7 +214,7 @@ def test_a_stem_cannot_be_exported(tmp_path: Path) -> None:
     net = build_model(config)
     params = empty_state(config, official.mesh_of(1, 1)).params
     model = rice_jax.Model(config, net, params, official.mesh_of(1, 1), batch_size=8)
-    with pytest.raises(ValueError, match=r"no place in the official code: encoder/stem"):
+    with pytest.raises(ValueError, match=r"no place in the official code: encoder/stem.*; take --format stablehlo"):
         official_tensors(model, {})
     with pytest.raises(ValueError, match=r"CLIP has no convolutional stem"):
         write_huggingface(model, {}, tmp_path)
