@@ -26,7 +26,15 @@ ADVICE = {
     errno.EPERM: "look at the permissions of that path",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files (sysctl fs.file-max)",
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), DISK),
+    errno.EROFS: "nothing can be written there: give a --workdir or --output on another disk",
+    errno.EFBIG: "that disk has no room for so large a file: give a --workdir or --output on another disk",
+    errno.ENAMETOOLONG: "give a --workdir or --output with a shorter name",
+    errno.ENOTDIR: "give a path below folders only, since a part of this one is a file",
+    errno.EISDIR: "give the path of a file, since this is a folder",
+    errno.ELOOP: "replace the symbolic link in that path that leads back to itself",
+    errno.EBUSY: "end the program that uses that path",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN), DISK),
+    **dict.fromkeys((errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET), DISK),
 }
 
 
