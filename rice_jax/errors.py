@@ -34,7 +34,11 @@ ADVICE = {  # and against which something else helps, and then the same command
     errno.EPERM: "look at the permissions of that path, or give another",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files (sysctl fs.file-max)",
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), DISK),
+    errno.EFBIG: "that disk has no room for so large a file: give a --workdir or --output on another disk",
+    errno.ELOOP: "replace the symbolic link in that path that leads back to itself",
+    errno.EBUSY: "end the program that uses that path",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN), DISK),
+    **dict.fromkeys((errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET), DISK),
 }
 
 

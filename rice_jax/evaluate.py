@@ -23,7 +23,6 @@ from data_pipeline.format.tfrecord import write_file
 from data_pipeline.owner import remove_abandoned
 from data_pipeline.system.paths import parse_path
 from rice_jax.checkpoints.run_folder import one_writer
-from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import PER_HOST, flatten, split_override
 from rice_jax.parallel import hosts
 from rice_jax.preflight.advice import evaluation_remedies, memory_advice
@@ -40,7 +39,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     subset = read_ids(arguments.subset) if arguments.subset else None
     config = {name: value for name, value in flatten(model.config).items() if name not in PER_HOST}
     overrides = {name: config[name] for name in arguments.overrides if name in config}
-    own_data = Checkpoints(arguments.workdir).meta(model.step).get("data") == dataset.content_hash
+    own_data = model.meta.get("data") == dataset.content_hash
     output = arguments.output or arguments.workdir / folder_name(
         arguments, subset, overrides, data=None if own_data else dataset.content_hash
     )

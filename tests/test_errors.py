@@ -85,6 +85,7 @@ with tempfile.TemporaryDirectory() as folder:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/d/x"), "directory; give a path that exists."),
         (FileExistsError(errno.EEXIST, "File exists", "/d/x"), "there is a file of that name; give another path."),
         (OSError(errno.EROFS, "Read-only file system", "/d/x"), "give a path on another file system."),
+        (OSError(errno.EHOSTDOWN, "Host is down", "/d/x"), "or at the file server"),
         (MemoryError("too little"), "too little"),
         (MemoryError(), "this machine's memory is exhausted"),
     ],

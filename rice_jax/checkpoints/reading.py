@@ -17,10 +17,14 @@ import jax
 
 T = TypeVar("T")
 
-# What TensorStore says of bytes (its INVALID_ARGUMENT has no name in Python), of a disk, and of the system's errors.
-CORRUPT = r"\b(DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION)\b|Error decoding|(?i:zstd)"
+# What TensorStore says of bytes, of a disk, and of the system's errors. INVALID_ARGUMENT and such are not among them:
+# it says so of a wrong program, too, and a step's files are compared with their list before they are restored.
+CORRUPT = (
+    r"\bDATA_LOSS\b|Error decoding|ZSTD_decompress|Zstd-compressed stream|Uncompressed chunk is|Requested byte range"
+)
 UNANSWERED = r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|NOT_FOUND)\b"
 SYSTEM_ERROR = r"OS error (\d+)"
+NAMES = r'"(?:[^"\\]|\\.)*"|\S*/\S*'  # in an error's text: quoted names and paths
 
 
 class DamagedError(ValueError):
@@ -48,7 +52,7 @@ def patiently(folder: Path, read: Callable[[], T]) -> T:
         try:
             return read()
         except Exception as error:
-            kind = meaning(error)
+            kind = meaning(error, folder)
             pauses = PAUSES.get(kind, ()) if kind else ()
             if attempt >= len(pauses):
                 if kind is None or isinstance(error, DamagedError):
@@ -58,9 +62,12 @@ def patiently(folder: Path, read: Callable[[], T]) -> T:
     raise AssertionError("itertools.count() has no end")
 
 
-def meaning(error: BaseException) -> type[Exception] | None:
-    """Returns MissingError, DamagedError, MemoryError, or OSError for an I/O error; None if the program is at fault."""
-    number, text = system_error(error), str(error)
+def meaning(error: BaseException, folder: Path | None = None) -> type[Exception] | None:
+    """Returns MissingError, DamagedError, MemoryError, or OSError for an I/O error; None if the program is at fault.
+
+    Words in the path of `folder`, the step's, and in other names say nothing.
+    """
+    number, text = system_error(error, folder), _words(error, folder)
     if isinstance(error, DamagedError):
         return MissingError if isinstance(error, MissingError) else DamagedError
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
@@ -73,12 +80,18 @@ def meaning(error: BaseException) -> type[Exception] | None:
         if not isinstance(error, jax.errors.JaxRuntimeError):
             return OSError if re.search(UNANSWERED, text) else DamagedError if re.search(CORRUPT, text) else None
     # Orbax wraps an error of TensorStore in one whose class and text say nothing.
-    return meaning(error.__cause__) if type(error) is Exception and error.__cause__ is not None else None
+    return meaning(error.__cause__, folder) if type(error) is Exception and error.__cause__ is not None else None
 
 
-def system_error(error: BaseException) -> int | None:
+def _words(error: BaseException, folder: Path | None) -> str:
+    """Returns an error's text without the path of `folder` and other names, which a user chose."""
+    text = str(error) if folder is None else str(error).replace(str(folder), "")
+    return re.sub(NAMES, "", text)
+
+
+def system_error(error: BaseException, folder: Path | None = None) -> int | None:
     """Returns the system's number (errno) of an error, which TensorStore has in its text; None if it has none."""
-    found = re.search(SYSTEM_ERROR, str(error))
+    found = re.search(SYSTEM_ERROR, _words(error, folder))
     return int(found[1]) if found else getattr(error, "errno", None)
 
 

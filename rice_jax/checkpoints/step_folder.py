@@ -1,5 +1,6 @@
 """One step's folder: checks that it is complete, and restores arrays whose digests are those that were saved."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,6 +75,23 @@ def check_files(folder: Path, saved: dict[str, str], items: Collection[str]) -> 
             raise DamagedError(f"{folder} is damaged ({path} has other bytes than were saved)")
 
 
+def newest_change(folder: Path) -> int:
+    """Returns when a folder or something in it changed last, in nanoseconds; 0 if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return max(path.lstat().st_ctime_ns for path in (folder, *folder.rglob("*")))
+    return 0
+
+
+def content_of(folder: Path) -> str:
+    """Returns the hex SHA-256 of names and bytes of all files of a step; a file that cannot be read has no bytes."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        found.update(f"{path.relative_to(folder)}\0".encode(errors="surrogateescape"))
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
 def check_saved(orbax: Orbax, folder: Path, leaves: dict[str, str]) -> None:
     """Raises ValueError unless a step that Orbax has just written can be read: all `leaves` with shape and dtype.
 
@@ -97,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode())
     except GONE as error:
         raise MissingError(f"{path} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MissingError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
         raise MissingError(f"{path} is damaged (no JSON object)")
@@ -110,7 +128,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_digests(folder: Path) -> dict[str, Any]:
-    """Returns the content of digest.json without its "sha256"; an empty dict for a complete step of schema 1.
+    """Returns the content of digest.json with what read_meta returns as "meta", which alone a step of schema 1 has.
 
     Raises DamagedError if the step is not complete, or digest.json does not fit the rest of the folder, OSError if it
     cannot be read, and a plain ValueError if a newer version saved the step.
@@ -125,7 +143,7 @@ def read_digests(folder: Path) -> dict[str, Any]:
     if DIGEST_FILE not in names:
         if "schema" in meta:
             raise UnfinishedError(f"{folder} has no {DIGEST_FILE}: its save was not finished")
-        return {}
+        return {"meta": meta}
     found = read_json(folder / DIGEST_FILE)
     if found.pop("sha256", None) != sha256_of(found):
         raise DamagedError(f"{folder / DIGEST_FILE} is damaged (other bytes than were saved)")
@@ -138,7 +156,7 @@ def read_digests(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{folder}/meta is damaged (other bytes than were saved)")
     if found["step"] != int(folder.name):
         raise DamagedError(f"{folder} contains step {found['step']}")
-    return found
+    return {**found, "meta": meta}
 
 
 # --- Arrays ---
@@ -147,9 +165,9 @@ def read_digests(folder: Path) -> dict[str, Any]:
 def restore_items(orbax: Orbax, folder: Path, saved: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     """Returns `items` ("weights", "optimizer" or both) with the step's arrays in place of ShapeDtypeStructs.
 
-    `saved` is the step's digest.json: "leaves", {path: "16 hex digits (32, 16) float32"}, and "files", as files_of. It
-    is empty for a step of schema 1, and then a warning says that its numbers could not be checked. The arrays have the
-    shardings in `items`. Raises DamagedError if files or numbers differ from those saved, a plain ValueError if the
+    `saved` is from the step's digest.json: "leaves", {path: "16 hex digits (32, 16) float32"}, and "files", as
+    files_of. A step of schema 1 has neither, and a warning says that its numbers could not be checked. The arrays have
+    the shardings in `items`. Raises DamagedError if files or numbers differ from those saved, a plain ValueError if the
     step has other leaves than `items`, or leaves of other shapes or dtypes, and else what Orbax and jax raise.
     """
     check_files(folder, saved.get("files", {}), items)
@@ -159,7 +177,11 @@ def restore_items(orbax: Orbax, folder: Path, saved: dict[str, Any], items: dict
     if not found:
         raise DamagedError(f"{folder} is damaged (its metadata name no array)")
     _check_same_model(folder, found, wanted)
-    items = orbax.restore(folder, items)
+    try:
+        items = orbax.restore(folder, items)
+    except (ValueError, RuntimeError):
+        check_files(folder, saved.get("files", {}), items)  # a file may have changed since
+        raise
     if not leaves:
         warn(f"{folder} is of a version without digests: whether its numbers are those saved cannot be checked.")
         return items

@@ -14,10 +14,11 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rice_jax.checkpoints import step_folder
 from rice_jax.checkpoints.digests import as_text, digests, shapes_and_dtypes
 from rice_jax.checkpoints.orbax import ARRAYS, Orbax
 from rice_jax.checkpoints.reading import DamagedError, UnfinishedError, first_line, patiently, system_error
+from rice_jax.checkpoints.retention import steps_to_keep
 from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, seal, sha256_of
 from rice_jax.errors import warn
@@ -41,6 +43,8 @@ from rice_jax.version import __version__
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is writing
 DAMAGED, DELETED = ".damaged", ".deleted"
+TRIAL = f"trial{DELETED}"
+REMAINS = re.compile(r"\d+\.deleted|(\d+|trial\.deleted)\.orbax-checkpoint-tmp(-.*)?")  # what a killed save leaves
 RETRY_SECONDS = 60.0
 FINAL_PAUSES = (0.0, 1.0, 5.0)  # seconds before each attempt at the last save
 
@@ -68,14 +72,15 @@ class Checkpoints:
         self.recall: dict[int, float] = {}  # recall@1 by step, which the caller fills in after each evaluation
         self._kept, self._kept_every, self._kept_best = kept, kept_every, kept_best
         self._check = check  # called before a step is committed and before anything is renamed or deleted
-        self._complete: dict[int, dict[str, Any]] = {}  # each complete step's digest.json; empty for schema 1
-        # Why each other step cannot be used, and its newest change (nanoseconds) when that was found.
-        self._damaged: dict[int, tuple[DamagedError, int]] = {}
+        self._complete: dict[int, dict[str, Any]] = {}  # read_digests of each complete step
+        # Why each other step cannot be used, its newest change (nanoseconds) when that was found, and its content_of.
+        self._damaged: dict[int, tuple[DamagedError, int, str]] = {}
+        self._stuck: set[Path] = set()  # what could not be deleted or renamed, and was warned of
         self._saving: threading.Thread | None = None
         self._failure: tuple[float, str] | None = None  # when and why the newest save failed
         self._orbax = Orbax(self.path.parent)
         for name in self._names():
-            ours = _is_step(name) or UNFINISHED in name or DAMAGED in name or name.endswith(DELETED)
+            ours = _is_step(name) or DAMAGED in name or name == TRIAL or REMAINS.fullmatch(name)
             if not ours and hosts.is_first():
                 warn(f"{self.path}/{name} is not named after a step and is skipped; move it elsewhere.")
         self._scan()
@@ -87,17 +92,24 @@ class Checkpoints:
         return patiently(self.path, lambda: sorted(os.listdir(self.path)) if os.path.lexists(self.path) else [])
 
     def _scan(self) -> None:
-        """Reads the steps that are new, or that were damaged and have changed since. Raises as __init__ does."""
-        new = [int(name) for name in self._names() if _is_step(name) and int(name) not in self._complete]
-        new = [step for step in new if step not in self._damaged or self._damaged[step][1] != _changed(self._at(step))]
+        """Reads the steps that are new, or that were damaged and have changed since. Raises as __init__ does.
+
+        If a step vanishes meanwhile, as another run deletes old ones, it lists the folder again.
+        """
+        there = [int(name) for name in self._names() if _is_step(name)]
+        self._damaged = {step: found for step, found in self._damaged.items() if step in there}
+        new = [step for step in there if step not in self._complete]
+        new = [step for step in new if step not in self._damaged or self._has_changed(step)]
         with ThreadPoolExecutor() as pool:  # those that seem damaged are waited for together
             found = list(pool.map(self._read, new))
         for step, digest_file in zip(new, found, strict=True):
             if not isinstance(digest_file, DamagedError):
                 self._complete[step] = digest_file
                 self._damaged.pop(step, None)
-            elif self._at(step).exists():
+            else:
                 self._skip(step, digest_file)
+        if not all(os.path.lexists(self._at(step)) for step in new):
+            self._scan()
 
     def _read(self, step: int) -> dict[str, Any] | DamagedError:
         try:
@@ -109,11 +121,25 @@ class Checkpoints:
         return self.path / str(step)
 
     def _skip(self, step: int, error: DamagedError) -> None:
+        """Forgets a step that is gone, and remembers, with a warning, that another one is damaged."""
         self._complete.pop(step, None)
-        self._damaged[step] = error, _changed(self._at(step))
+        self._damaged.pop(step, None)
+        folder = self._at(step)
+        if not os.path.lexists(folder):
+            return
+        self._damaged[step] = error, step_folder.newest_change(folder), step_folder.content_of(folder)
         if hosts.is_first():
             then = "" if self._kept is None else f" and becomes {step}{DAMAGED} at the next save"
             warn(f"{error}; it is skipped{then}.")
+
+    def _has_changed(self, step: int) -> bool:
+        """Returns whether a damaged step has another content than when that was found: a new time is no change."""
+        error, before, content = self._damaged[step]
+        changed = step_folder.newest_change(self._at(step))
+        same = changed == before or step_folder.content_of(self._at(step)) == content
+        if same:
+            self._damaged[step] = error, changed, content
+        return not same
 
     def steps(self) -> list[int]:
         """Returns the complete steps, oldest first; [] if there is none."""
@@ -124,24 +150,27 @@ class Checkpoints:
 
         Raises ValueError if there are steps, other than such a first save, and none of them is complete.
         """
-        faults = [error for error, _ in self._damaged.values()]
+        faults = [error for error, *_ in self._damaged.values()]
         interrupted = len(faults) == 1 and isinstance(faults[0], UnfinishedError)
         if faults and not self._complete and not interrupted:
             raise self._none_left()
         return max(self._complete, default=None)
 
     def _none_left(self) -> ValueError:
-        found = ", ".join(map(str, sorted(self._damaged)))
+        found = f"damaged: {', '.join(map(str, sorted(self._damaged)))}" if self._damaged else "all were deleted"
         return ValueError(
-            f"{self.path}: no undamaged checkpoint is left (damaged: {found}); restore one from a copy, or move that "
-            "folder away to begin anew."
+            f"{self.path}: no undamaged checkpoint is left ({found}); restore one from a copy, or move that folder "
+            "away to begin anew."
         )
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the dict the step was saved with, and step, version, schema.
 
-        Raises DamagedError if it is missing or damaged, and OSError if it cannot be read.
+        A complete step's was read with its digests, and is there even if the step was deleted since. Raises
+        DamagedError if it is missing or damaged, and OSError if it cannot be read.
         """
+        if "meta" in self._complete.get(step, {}):
+            return self._complete[step]["meta"]
         folder = self._at(step)
         return patiently(folder, lambda: step_folder.read_meta(folder))
 
@@ -158,10 +187,11 @@ class Checkpoints:
     def restore(self, abstract: State, step: int | None = None) -> tuple[int, State]:
         """Returns a step and its state in the shardings of `abstract`, whatever mesh it was saved from.
 
-        Unless given, the step is the newest undamaged one; damaged steps are skipped with a warning. Raises ValueError
-        if no undamaged step is left, or leaves are missing, unexpected, or of another shape or dtype than in `abstract`
-        (all named); its subclass DamagedError if the given step is damaged. What is no damage leads to no other step:
-        OSError if a file cannot be read in three attempts, MemoryError if memory runs out, and errors of programs.
+        Unless given, the step is the newest undamaged one; damaged steps are skipped with a warning, and those that
+        another run has deleted since without. Raises ValueError if no undamaged step is left, or leaves are missing,
+        unexpected, or of another shape or dtype than in `abstract` (all named); its subclass DamagedError if the given
+        step is damaged. What is no damage leads to no other step: OSError if a file cannot be read in three attempts,
+        MemoryError if memory runs out, and errors of programs.
         """
         step, items = self._restore(step, _split(abstract))
         return step, State(**items["weights"], **items["optimizer"])
@@ -183,7 +213,9 @@ class Checkpoints:
                 others = ", ".join(str(other) for other in self.steps() if other != step)
                 do = f", or take another step ({others})" if others else ""
                 raise DamagedError(f"{error}; restore it from a copy{do}.") from error
-        for newest in reversed(hosts.ask_first(self.steps)):
+        # All use what process 0 read, so that all compute the same digests.
+        while (found := hosts.ask_first(lambda: max(self._complete.items(), default=None))) is not None:
+            newest, self._complete[newest] = found
             restored, fault = None, ""
             try:
                 restored = self._restore_step(newest, items)
@@ -193,6 +225,7 @@ class Checkpoints:
             if restored is not None and not faults:
                 return newest, restored
             self._skip(newest, DamagedError(faults[0]))
+            self._scan()  # the run that writes there may have saved a newer step, and deleted this one
         raise self._none_left()
 
     def _restore_step(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
@@ -224,13 +257,15 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # Orbax writes from the arrays on the device: the next step could not reuse them until all is written.
             items = _copies(items)
-        digest_file = {"schema": SCHEMA, "step": step, "meta": sha256_of(meta), "leaves": shapes_and_dtypes(items)}
+        digest_file = {"schema": SCHEMA, "step": step, "meta": meta, "leaves": shapes_and_dtypes(items)}
         begin: Callable[[], object] = functools.partial(self._begin, step, items, meta)
         self._failure = None
         if jax.default_backend() != "cpu" or jax.process_count() > 1:
             # In this thread: it copies to the host what the next step reuses, and processes must do so in one order.
             try:
                 begin()
+            except LeaseLostError:
+                raise
             except (ValueError, OSError, RuntimeError) as error:
                 self._fail(step, error)
                 return
@@ -245,7 +280,7 @@ class Checkpoints:
 
     def try_out(self) -> None:
         """Saves small arrays, opens and deletes them. Raises ValueError if that fails: then no step could be saved."""
-        folder = self.path / f"trial{DELETED}"
+        folder = self.path / TRIAL
         items = {name: {"trial": np.zeros(1)} for name in ARRAYS}
         try:
             if hosts.is_first():
@@ -275,20 +310,22 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             self._check()
             remains = [str(step)]  # from here on it is ours
-            leaves = zip(as_text(np.asarray(words)), digest_file["leaves"].items(), strict=True)
-            sealed = {**digest_file, "leaves": {name: f"{text} {about}" for text, (name, about) in leaves}}
+            pairs = zip(as_text(np.asarray(words)), digest_file["leaves"].items(), strict=True)
+            leaves = {name: f"{text} {about}" for text, (name, about) in pairs}
+            sealed = {**digest_file, "meta": sha256_of(digest_file["meta"]), "leaves": leaves}
             if hosts.is_first():
                 folder = self._at(step)
-                step_folder.check_saved(self._orbax, folder, digest_file["leaves"])
-                sealed["files"] = step_folder.files_of(folder)
+                patiently(folder, lambda: step_folder.check_saved(self._orbax, folder, digest_file["leaves"]))
+                sealed["files"] = patiently(folder, lambda: step_folder.files_of(folder))
+                self._check()  # again: this run may have stood still since
                 write_file(folder / DIGEST_FILE, json.dumps(seal(sealed), indent=1).encode())
+            self._complete[step] = {**sealed, "meta": digest_file["meta"]}
+            remains = []
+            self._prune()
         except LeaseLostError:
             return  # the step stays incomplete, and the next save or line of metrics raises the error in the loop
         except Exception as error:  # nobody else would see it
             self._fail(step, error, remains)
-            return
-        self._complete[step] = sealed
-        self._prune()
 
     def _fail(self, step: int, error: Exception, remains: Sequence[str] = ()) -> None:
         """Warns that a save failed, and deletes what it left: unfinished folders, and those named in `remains`."""
@@ -298,11 +335,9 @@ class Checkpoints:
         warn(f"{self.path}: the checkpoint of step {step} was not saved ({reason}); the run goes on and tries again.")
         if hosts.is_first():
             with contextlib.suppress(LeaseLostError, OSError):
-                self._check()  # or the step of the run that has the lease now would be deleted
                 for name in os.listdir(self.path):
-                    if name in remains or name.startswith(f"{step}{UNFINISHED}"):
-                        with contextlib.suppress(OSError):  # an attempt to free space; the next save repeats it
-                            shutil.rmtree(self.path / name)
+                    if name in remains or (name.startswith(f"{step}{UNFINISHED}") and REMAINS.fullmatch(name)):
+                        self._delete(self.path / name)
 
     def failed(self) -> bool:
         """Returns whether the newest save failed more than RETRY_SECONDS ago; always False with several processes."""
@@ -340,31 +375,45 @@ class Checkpoints:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in os.listdir(self.path):
             folder = self.path / name
-            if UNFINISHED in name or name.endswith(DELETED):
-                shutil.rmtree(folder)
-            elif _is_step(name) and int(name) in self._damaged and self._damaged[int(name)][1] == _changed(folder):
+            if REMAINS.fullmatch(name):
+                self._delete(folder)
+            elif _is_step(name) and int(name) in self._damaged and not self._has_changed(int(name)):
                 target, number = self.path / (name + DAMAGED), 1
-                while target.exists():
+                while os.path.lexists(target):
                     number += 1
                     target = self.path / f"{name}{DAMAGED}-{number}"
-                folder.rename(target)
-                del self._damaged[int(name)]
+                if self._change(folder, functools.partial(folder.rename, target)):
+                    del self._damaged[int(name)]
+
+    def _change(self, path: Path, change: Callable[[], object]) -> bool:
+        """Returns whether change(), which deletes or renames `path`, succeeds. If not, it warns, once a path.
+
+        Raises LeaseLostError, and changes nothing, if another run writes there now.
+        """
+        try:
+            self._check()
+            change()
+        except OSError as error:
+            if path not in self._stuck and os.path.lexists(path):
+                self._stuck.add(path)
+                warn(f"{path}: could not be deleted or renamed ({error.strerror or error}); remove it yourself.")
+            return False
+        return True
+
+    def _delete(self, path: Path) -> None:
+        """Deletes a folder, and of a link, as to a step on another disk, the link alone."""
+        self._change(path, path.unlink if path.is_symlink() else functools.partial(shutil.rmtree, path))
 
     def _prune(self) -> None:
         """Deletes complete steps that no rule keeps, renamed first, so a kill leaves no part. Warns if it cannot."""
         recall = self.recall if self._kept_best else {}
         keep = steps_to_keep(self.steps(), newest=self._kept, every=self._kept_every, recall=recall)
         for step in sorted(self._complete.keys() - keep):
-            del self._complete[step]
             if hosts.is_first():
-                try:
-                    shutil.rmtree((self._at(step)).rename(self.path / f"{step}{DELETED}"))
-                except OSError as error:
-                    left = step if self._at(step).exists() else f"{step}{DELETED}"
-                    warn(
-                        f"{self.path}/{left}: could not be removed ({error.strerror or error}); the next save tries it "
-                        "again. If it stays, remove it yourself."
-                    )
+                target = self.path / f"{step}{DELETED}"
+                if self._change(self._at(step), functools.partial(self._at(step).rename, target)):
+                    self._delete(target)
+            del self._complete[step]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -379,29 +428,8 @@ class Checkpoints:
             )
 
 
-def steps_to_keep(steps: Sequence[int], *, newest: int | None, every: int, recall: Mapping[int, float]) -> set[int]:
-    """Returns those of `steps`, oldest first, that at least one rule keeps.
-
-    Kept are the `newest` last ones (all for None or 0), those that `every` divides (none for 0), and of those that have
-    a recall@1 in `recall` the one with the highest; of equal ones the newest.
-    """
-    keep = set(steps[-(newest or len(steps)) :])
-    keep |= {step for step in steps if every and step % every == 0}
-    evaluated = [step for step in steps if step in recall]
-    if evaluated:
-        keep.add(max(evaluated, key=lambda step: (recall[step], step)))
-    return keep
-
-
 def _is_step(name: str) -> bool:
     return name.isdecimal() and str(int(name)) == name
-
-
-def _changed(folder: Path) -> int:
-    """Returns when a folder or something in it changed last, in nanoseconds; 0 if it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return max(path.lstat().st_ctime_ns for path in (folder, *folder.rglob("*")))
-    return 0
 
 
 def _split(state: State) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Model:
         images it is image_batch_size. Methods take any number. They encode fewer in a batch of the next power of two
         for each device, and each such size is compiled once.
       step: the number of updates after which the parameters were saved.
+      meta: what the run saved with that step, such as the content hash of its data set as "data"; empty if not loaded.
       before_batch: called before each batch, in all processes alike; it may raise an error to stop.
 
     Example:
@@ -74,6 +75,7 @@ class Model:
     batch_size: int
     step: int = 0
     before_batch: Callable[[], None] | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def prepare(self, pictures: Pictures) -> UInt8[np.ndarray, "n px px 3"]:
         """Returns pictures, in order, as evaluation sees them: decoded, resized and cropped to px = data.image_size.
@@ -294,4 +296,4 @@ def load(
         raise MemoryError(f"{error}; {advice}") from error
     # The run may have had another mesh.
     batch_size = -(-(batch_size or config.eval_batch_size) // mesh.size) * mesh.size
-    return Model(config, net, params, mesh, batch_size=batch_size, step=step)
+    return Model(config, net, params, mesh, batch_size=batch_size, step=step, meta=checkpoints.meta(step))

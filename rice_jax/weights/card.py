@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 
-from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import Config, to_json
 from rice_jax.retrieval.model import Model
 from rice_jax.training.ledger import read_metrics
@@ -56,13 +55,12 @@ def differences_from_official(config: Config) -> list[str]:
 def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -> str:
     """Returns the README.md of an export: sizes, how to open it, origin, warnings, metrics, licence and config.
 
-    Raises ValueError if the checkpoint's meta data, the figures of an evaluation or the log are damaged, or a newer
-    version saved a step of the run; KeyError if HOW_TO_OPEN lacks `format_name`.
+    Raises ValueError if the figures of an evaluation or the log are damaged; KeyError if HOW_TO_OPEN lacks
+    `format_name`.
     """
-    meta = Checkpoints(run).meta(model.step)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     origin = model.config.init_from or "random weights"
-    if source := meta.get("source"):
+    if source := model.meta.get("source"):
         origin = f"{source['name']} ({source['kind']}): {'; '.join(source['notes'])}"
     paragraphs = [
         f"# RICE, {format_name}",
@@ -71,7 +69,7 @@ def model_card(model: Model, run: Path, format_name: str, warnings: list[str]) -
         f"```python\n{HOW_TO_OPEN[format_name]}\n```",
         "| | |\n|---|---|\n"
         f"| parameters (fingerprint) | `{model.fingerprint}` |\n"
-        f"| data (content hash of its manifest) | `{meta.get('data', 'none: not trained here')}` |\n"
+        f"| data (content hash of its manifest) | `{model.meta.get('data', 'none: not trained here')}` |\n"
         f"| started from | {origin} |",
         *(f"**Note.** {warning}" for warning in warnings),
         "## Metrics",

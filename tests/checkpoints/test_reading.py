@@ -282,9 +282,20 @@ def test_a_damaged_digest_file_alone_does_not_begin_the_run_again(workdir: Path,
         Checkpoints(workdir, kept=2).latest()
 
 
-def test_every_word_of_tensorstore_for_bad_bytes_is_damage() -> None:
-    for word in ("DATA_LOSS", "INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION"):
-        assert reading.meaning(ValueError(f"{word}: Error reading")) is DamagedError
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DATA_LOSS: Error reading",
+        "Error opening driver: Error decoding manifest: Truncated Zstd-compressed stream; at byte 9",
+        "FAILED_PRECONDITION: Error reading: ZSTD_decompressStream() failed: Unknown frame descriptor; at byte 0",
+        "OUT_OF_RANGE: Error reading: Requested byte range [0, 10) is not valid for value of size 0",
+    ],
+)
+def test_what_tensorstore_says_of_bad_bytes_is_damage(text: str) -> None:
+    assert reading.meaning(ValueError(text)) is DamagedError
+
+
+def test_an_error_without_such_words_is_no_damage() -> None:
     assert reading.meaning(ValueError("no status at all")) is None
     assert reading.meaning(MissingError("x")) is MissingError
 
