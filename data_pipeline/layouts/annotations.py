@@ -5,6 +5,7 @@ docs/official.md 8.3 to 8.8 describe them. They come from a download, so they ar
 
 import ast
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -162,11 +163,11 @@ def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[t
     content is its first MAX_LINE_BYTES. end None: to the file's end. Raises BadInputError if the file begins like
     UTF-16, OSError on reading.
     """
-    with path.open(encoding="latin-1", newline="") as file:  # in Latin 1 each byte is a character
+    with path.open("rb") as file:
         if not begin:
-            _refuse_wide(file.buffer.read(4), path)
-        start = file.buffer.seek(max(begin - 1, 0))  # of the next line
-        lines = _raw_lines(file)
+            _refuse_wide(file.read(4), path)
+        start = file.seek(max(begin - 1, 0))  # of the next line
+        lines = _raw_lines(io.TextIOWrapper(file, "latin-1", newline=""))  # in Latin 1 each byte is a character
         if begin:
             start += next(lines, (b"", 0))[1]  # the end of a line that starts before `begin`
         for number, (line, length) in enumerate(lines, 1):

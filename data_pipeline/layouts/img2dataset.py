@@ -241,8 +241,8 @@ def _members(download: Download, number: int) -> Members:
     except BadInputError as err:
         members.faults.append(err)
     if differing:
-        for key, is_picture in differing:
-            (members.pictures if is_picture else members.sidecars).pop(key)
+        for doubtful, is_picture in differing:
+            del (members.pictures if is_picture else members.sidecars)[doubtful]
         more = f" and {len(differing) - 1} more such pairs" if len(differing) > 1 else ""
         detail = (
             f"found {next(iter(differing.values()))}{more}, which differ, needs one picture and one sidecar a key; "
