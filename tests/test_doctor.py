@@ -458,7 +458,7 @@ def test_faults_of_an_own_folder_are_reported_together(tmp_path: Path) -> None:
     (source / "products.csv").write_text("product,title\nnobody,x\n0,Lime\n")
     (source / "clips/1/take 0/10.jpg").write_bytes(b"")
     (source / "shop/2.jpg").unlink()
-    (source / "clips/0/.hidden").mkdir()
+    (source / "clips/0/take 9 ").mkdir()
     status, report = inspect(source)
     assert status == 1
     assert kinds(report) == {

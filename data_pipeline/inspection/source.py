@@ -239,9 +239,9 @@ def _pictures_below(root: Path) -> Iterator[str]:
     links = [path for path in sorted(root.iterdir()) if path.is_symlink()]
     outside = [path for path in links if not path.resolve().is_relative_to(root.resolve())]
     for folder, inner, files in itertools.chain(os.walk(root), *map(os.walk, outside)):
-        inner[:] = sorted(name for name in inner if not is_leftover(name))
+        inner[:] = sorted(name for name in inner if not is_leftover(name, True))
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not is_leftover(name):
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not is_leftover(name, False):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 

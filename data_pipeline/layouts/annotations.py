@@ -5,11 +5,12 @@ docs/official.md 8.3 to 8.8 describe them. They come from a download, so they ar
 
 import ast
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.schema import Box
@@ -23,6 +24,7 @@ MAX_ID_BYTES = 200  # LPR4M's clip ids have 64
 TYPES = ("scale", "duration", "number")  # the texts from column 4, as TrainingRow's fields
 LPR750K_TEXTS = ("image_path", "image_title", "category", "category_name", "product", "speech", *TYPES)
 LPR4M_TEXTS = ("image_title", "category", "category_name", "speech", *TYPES)
+MARKS = re.compile(rb"(\A|[\r\n])(?:%b)+" % codecs.BOM_UTF8)
 LIST_OF_STRINGS = re.compile(  # possessive (+): matching a hostile cell takes time linear in its length
     r"""\[\s*+(?:STRING\s*+(?:,\s*+STRING\s*+)*+,?+\s*+)?+\]""".replace(
         "STRING", r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -158,33 +160,39 @@ def livestream_of(clip_id: str) -> str:
 def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Yields (number, offset, content without line end) of the lines that start in bytes [begin, end) of a file.
 
-    Numbers count from 1 at the first of these lines. A blank line has the content b"", and a byte order mark is left
-    out. Of a line longer than MAX_LINE_BYTES the content is its first MAX_LINE_BYTES. end None: to the file's end.
-    Raises BadInputError if the file begins like UTF-16 or has an old Mac's line ends, OSError on reading.
+    A line ends in LF, CR LF or CR, also within one file. Numbers count from 1 at the first of these lines. A blank line
+    has the content b"", and byte order marks at a line's start are left out. Of a line longer than MAX_LINE_BYTES the
+    content is its first MAX_LINE_BYTES. end None: to the file's end. Raises BadInputError if the file begins like
+    UTF-16, OSError on reading.
     """
     with path.open("rb") as file:
+        if not begin:
+            _refuse_wide(file.read(4), path)
+        start = file.seek(max(begin - 1, 0))  # of the next line
+        lines = _raw_lines(io.TextIOWrapper(file, "latin-1", newline=""))  # in Latin 1 each byte is a character
         if begin:
-            file.seek(begin - 1)
-            _skip_line(file)  # the end of a line that starts before `begin`
-        else:
-            head = file.read(MAX_LINE_BYTES)
-            file.seek(_bom_length(head, path))
-            if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
-                detail = "found lines that end in CR alone, as on old Macs, needs LF or CR LF; convert them: "
-                raise BadInputError("old line ends", rf"{detail}tr '\r' '\n' < FILE > NEW.", _name_in_source(path))
-        number, offset = 0, file.tell()
-        start = offset if begin else 0  # of the next line; a byte order mark belongs to the first
-        while (end is None or start < end) and (line := file.readline(MAX_LINE_BYTES)):
-            number += 1
-            yield number, offset, line.rstrip(b"\r\n") if line.strip() else b""
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(file)
-            offset = start = file.tell()
+            start += next(lines, (b"", 0))[1]  # the end of a line that starts before `begin`
+        for number, (line, length) in enumerate(lines, 1):
+            if end is not None and start >= end:
+                return
+            content = without_marks(line)
+            yield number, start + len(line) - len(content), content.rstrip(b"\r\n") if content.strip() else b""
+            start += length
 
 
-def _skip_line(file: BinaryIO) -> None:
-    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
+def _raw_lines(file: TextIO) -> Iterator[tuple[bytes, int]]:
+    """Yields the first MAX_LINE_BYTES of each line, with its end, and its length in bytes."""
+    while part := file.readline(MAX_LINE_BYTES):
+        line, length = part, len(part)
+        while len(part) == MAX_LINE_BYTES and not part.endswith(("\r", "\n")):
+            part = file.readline(MAX_LINE_BYTES)
+            length += len(part)
+        yield line.encode("latin-1"), length
+
+
+def without_marks(data: bytes) -> bytes:
+    """Returns a text in UTF-8 without byte order marks at its lines' starts: files that are joined keep theirs."""
+    return MARKS.sub(rb"\1", data) if codecs.BOM_UTF8 in data else data
 
 
 def wide_encoding(head: bytes) -> str:
@@ -198,12 +206,11 @@ def wide_encoding(head: bytes) -> str:
     return next((name for name, pattern in orders.items() if re.match(pattern, head)), "")
 
 
-def _bom_length(head: bytes, path: Path) -> int:
-    """Returns the length, 3 or 0, of UTF-8's byte order mark in a list's first bytes. BadInputError: wide_encoding."""
+def _refuse_wide(head: bytes, path: Path) -> None:
+    """Returns None, or raises BadInputError if a list's first bytes have a `wide_encoding`."""
     if wide := wide_encoding(head):
         detail = f"found {wide}, needs UTF-8; convert it: iconv -f {wide} -t UTF-8 FILE > NEW."
         raise BadInputError("not UTF-8", detail, _name_in_source(path))
-    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
 def read_row(source: Path, location: RowLocation) -> TrainingRow:
@@ -251,8 +258,8 @@ def load_json_object(path: Path, faults: list[Fault]) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         detail = f"found over {MAX_JSON_BYTES:,} bytes, needs less; restore the file."
         raise BadInputError("oversized file", detail, file)
-    data = path.read_bytes()
-    data = data[_bom_length(data, path) :]
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    _refuse_wide(data, path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as err:

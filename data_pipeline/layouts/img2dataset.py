@@ -158,7 +158,7 @@ class Members:
 
     pictures: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # digits, suffix, offset, size
     sidecars: dict[int, tuple[str, int, int]] = field(default_factory=dict)  # file name, offset, size
-    fault: BadInputError | None = None  # what the archive has after the damage is missing
+    faults: list[BadInputError] = field(default_factory=list)  # those members are missing
 
 
 def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Path) -> ShardScan:
@@ -172,7 +172,7 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
     scan = ShardScan(np.zeros(0, np.uint64), np.zeros(0, PLACE))
     members = _members(download, number)
     entries, scan.has_table, errors = _read_entries(download, number, members)
-    errors += [members.fault] if members.fault else []
+    errors += members.faults
     rows: list[tuple] = []
     bad: list[BadEntry] = []
     lost: list[int] = []
@@ -189,7 +189,7 @@ def scan_shard(layout: Layout, download: Download, number: int, hashes_file: Pat
         digits, suffix, offset, length = picture or (0, 0, 0, 0)
         rows.append((name, key, offset, length, number, *size, digits, suffix, STORED if picture else FAILED))
     errors += _bad_entries(bad)
-    if lost and not members.fault:
+    if lost and not members.faults:
         detail = f"found no picture of {counted(len(lost), 'download')} that succeeded (first key {lost[0]}), needs "
         errors.append(BadInputError("missing pictures", f"{detail}KEY.jpg or another suffix; {SHARD_AGAIN}."))
     scan.faults = [error.at(f"{download.folder}/{download.shards[number]}") for error in errors]
@@ -212,24 +212,51 @@ def _bad_entries(bad: Sequence[BadEntry]) -> list[BadInputError]:
 
 
 def _members(download: Download, number: int) -> Members:
-    """Returns a shard's members, by base name. Raises OSError for a tar or folder that cannot be opened."""
+    """Returns a shard's members, by base name. Raises OSError for a tar or folder that cannot be read.
+
+    Of a path that a tar has twice, the last counts. Several paths with other content, of one key, are a fault.
+    """
     members = Members()
     shard = download.source / download.folder / download.shards[number]
+    known: dict[tuple[int, bool], tuple[str, int, int]] = {}  # the last path, offset and size by key and kind
+    differing: dict[tuple[int, bool], str] = {}
     try:
         for path, offset, size in (
-            _tar_members(shard) if download.tars else ((name, 0, 0) for name in os.listdir(shard))
+            _tar_members(shard) if download.tars else ((name, 0, 0) for name in sorted(os.listdir(shard)))
         ):
             name = os.path.basename(path)
             key, suffix = os.path.splitext(name)
-            if not re.fullmatch(r"\d{1,18}", key, re.ASCII):
+            is_picture = suffix.lower() in SUFFIXES
+            if not re.fullmatch(r"\d{1,18}", key, re.ASCII) or not (is_picture or suffix == ".json"):
                 continue
-            if suffix == ".json":
-                members.sidecars[int(key)] = name, offset, size
-            elif suffix.lower() in SUFFIXES:
+            item, member = (int(key), is_picture), (path, offset, size)
+            before = known.setdefault(item, member)
+            if before[0] != path and _read_member(download, number, *before) != _read_member(download, number, *member):
+                differing.setdefault(item, f"{before[0]} and {path}")
+            known[item] = member
+            if is_picture:
                 members.pictures[int(key)] = len(key), SUFFIX_LIST.index(suffix.lower()), offset, size
+            else:
+                members.sidecars[int(key)] = name, offset, size
     except BadInputError as err:
-        members.fault = err
+        members.faults.append(err)
+    if differing:
+        for doubtful, is_picture in differing:
+            del (members.pictures if is_picture else members.sidecars)[doubtful]
+        more = f" and {len(differing) - 1} more such pairs" if len(differing) > 1 else ""
+        detail = (
+            f"found {next(iter(differing.values()))}{more}, which differ, needs one picture and one sidecar a key; "
+        )
+        members.faults.append(BadInputError("key twice", f"{detail}take the others out of the shard."))
     return members
+
+
+def _read_member(download: Download, number: int, path: str, offset: int, size: int, limit: int | None = None) -> bytes:
+    """Returns a member's bytes, at most `limit`, None for all. Raises OSError if they cannot be read."""
+    shard = f"{download.source / download.folder / download.shards[number]}"
+    with open(f"{shard}.tar" if download.tars else f"{shard}/{path}", "rb") as file:
+        file.seek(offset)
+        return file.read(min(size, limit or size) if download.tars else limit)
 
 
 def _tar_members(shard: Path) -> Iterator[tuple[str, int, int]]:
@@ -335,13 +362,9 @@ def _entry_or_bad(file: str, row: Any) -> Entry | BadEntry:
 
 def _read_sidecars(download: Download, number: int, members: Members) -> Iterator[Entry | BadEntry]:
     """Yields the entry of each download in a shard that has a sidecar; failed ones have none."""
-    folder, shard = download.source / download.folder, download.shards[number]
     for key, (name, offset, size) in members.sidecars.items():
-        path = folder / (f"{shard}.tar" if download.tars else f"{shard}/{name}")
         try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(min(size, MAX_SIDECAR_BYTES) if download.tars else MAX_SIDECAR_BYTES)
+            data = _read_member(download, number, name, offset, size, MAX_SIDECAR_BYTES)
             if not data:
                 raise ValueError("found 0 bytes")
             yield _entry(json.loads(data) | {"key": key})

@@ -26,9 +26,9 @@ import google_crc32c
 from data_pipeline.faults import BadInputError, Fault, WrongUseError, counted
 from data_pipeline.format.manifest import SPLITS
 from data_pipeline.format.schema import Picture, ShopImage
-from data_pipeline.layouts.annotations import checked_id, wide_encoding
+from data_pipeline.layouts.annotations import checked_id, wide_encoding, without_marks
 from data_pipeline.layouts.listing import ClipEntry, ClipListing, ClipSource, FoundFrame, Layout, Listing, RunTasks
-from data_pipeline.layouts.names import has_control_characters, is_leftover
+from data_pipeline.layouts.names import has_control_characters, is_known_leftover, is_leftover
 from data_pipeline.layouts.pictures import SUFFIXES, PictureReader
 
 PICTURE_SUFFIXES = tuple(SUFFIXES)
@@ -36,7 +36,6 @@ HEIC = (".heic", ".heif")
 KEYS = {"products.csv": ("product",), "clips.csv": ("product", "clip")}  # columns with the id of a row's subject
 VALUES = {"products.csv": {"title", "livestream"}, "clips.csv": {"split"}}  # other columns, at least one is needed
 LIVESTREAM = "shop"  # of products without one in the table
-SHOWN = 20  # files in a warning
 FILMS = (
     ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".3gp", ".wmv", ".flv",
 )  # fmt: skip
@@ -68,7 +67,7 @@ class ClipFolder:
     path: str
     product: str
     frames: tuple[str, ...]
-    others: tuple[str, ...]  # names of its entries that are no pictures
+    others: tuple[str, ...]  # names of its entries that are no pictures, and paths of those `passed_over`
     split: str = "train"
 
 
@@ -91,6 +90,7 @@ class OwnFolder(Layout):
         self.reader = PictureReader(source)
         self.picture_sizes: dict[str, int] = {}  # bytes by path
         self.picture_times: dict[str, int] = {}  # of the last change, in ns, by path
+        self.passed_over: list[str] = []  # paths of hidden and temporary entries
         self.left_out: list[str] = []  # paths of entries that are not the picture or folder needed in their place
         self.titles: dict[str, str] = {}  # by product
         self.livestreams: dict[str, str] = {}  # by product
@@ -107,7 +107,7 @@ class OwnFolder(Layout):
     # --- names --------------------------------------------------------------------------------------------------------
 
     def _entries(self, folder: str) -> list[FolderEntry]:
-        """Returns a folder's entries in natural order, without leftovers and hidden files.
+        """Returns a folder's entries in natural order, without leftovers; those to mention become `passed_over`.
 
         Names that cannot be a part of an id, and names twice, become faults. A frame's name is part of none.
         """
@@ -115,19 +115,19 @@ class OwnFolder(Layout):
         of_clip = folder.count("/") == 2
         with os.scandir(self.source / folder) as found:
             for each in sorted(found, key=lambda each: each.name):
-                if is_leftover(each.name):
+                if is_leftover(each.name, each.is_dir()):
+                    if not is_known_leftover(each.name):
+                        self.passed_over.append(f"{folder}/{each.name}")
                     continue
                 name = unicodedata.normalize("NFC", each.name)
                 size, time = -1, 0  # of a folder or a broken link; reading that will be a fault
                 if each.is_file():
                     size, time = each.stat().st_size, each.stat().st_mtime_ns
                 entry = FolderEntry(name, f"{folder}/{each.name}", each.is_dir(), size, time)
-                if name.startswith(".") and not (entry.is_folder or entry.is_picture):
-                    continue
                 stem = "" if of_clip else entry.stem
-                if name.startswith(".") or has_control_characters(stem) or stem != stem.strip():
-                    detail = f"found the name {name!r}, needs no control character, no dot in front, no space at "
-                    detail += "either end; rename it."
+                if has_control_characters(stem) or stem != stem.strip():
+                    detail = f"found the name {name!r}, needs no control character and no space at either end; "
+                    detail += "rename it."
                     self.faults.append(Fault("bad name", _printable(entry.path), detail))
                 elif name in entries:
                     detail = f"found the name {name!r} twice, written differently in Unicode; rename one."
@@ -153,12 +153,14 @@ class OwnFolder(Layout):
                     checked_id(clip_id, "clip")
                 except BadInputError as err:
                     self.faults.append(err.at(entry.path))
+                hidden = len(self.passed_over)
                 content = self._entries(entry.path)
                 frames = tuple(picture.path for picture in self._pictures(content))
-                others = tuple(each.name for each in content if not each.is_picture)
+                others = tuple(each.name for each in content if not each.is_picture) + tuple(self.passed_over[hidden:])
                 clips[clip_id] = ClipFolder(clip_id, entry.path, product.name, frames, others)
             if len(clips) == before:
-                files = [path for path in self.left_out if path.startswith(f"{product.path}/")]
+                unread = (*self.left_out, *self.passed_over)
+                files = [path for path in unread if path.startswith(f"{product.path}/")]
                 detail = f"found no folder of a clip{_but(files)}, needs clips/<product>/<clip>/ with pictures; "
                 detail += f"give each clip a folder, or remove the product's.{_films_advice(files)}"
                 self.faults.append(Fault("product without clips", _printable(product.path), detail))
@@ -298,18 +300,20 @@ class OwnFolder(Layout):
         return {clip.id: (clip.product,) for clip in self.clips.values() if clip.split == "test"}
 
     def locate(self, listings: Sequence[Listing], run: RunTasks, work: Path) -> list[str]:
-        """Returns remarks on equal shop images and entries left out; prints them as warnings to stderr. [] for none."""
+        """Returns remarks on equal shop images and entries that are not read, [] for none; warns of them on stderr."""
         same = "found the same picture for several products, needs one that tells them apart; replace one."
         remarks = [f"{' and '.join(paths)}: {same}" for paths in self._same_pictures(listings)]
         if self.left_out:
-            more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
-            shown = ", ".join(map(_printable, self.left_out[:SHOWN]))
             what = f"left out, since no clip, frame ({', '.join(suffix[1:] for suffix in SUFFIXES)}) or shop image"
-            remarks.append(f"{what}: {shown}{more}{_films_advice(self.left_out)}")
+            remarks.append(f"{what}: {_shown(self.left_out, 20)}{_films_advice(self.left_out)}")
         if heic := [path for path in self.left_out if path.lower().endswith(HEIC)]:
             suffix = os.path.splitext(heic[0])[1]  # of a phone often in capitals, which the shell tells apart
             what = f"left out {counted(len(heic), 'HEIC picture')}, since HEIC is not read; make JPEGs in each folder"
             remarks.append(f"{what}: `magick mogrify -format jpg *{suffix}`")
+        if self.passed_over:
+            detail = f"{_shown(self.passed_over, 3)}; rename what is yours."
+            count = counted(len(self.passed_over), "file or folder", "files and folders")
+            remarks.append(f"passed over {count}, hidden or temporary: {detail}")
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
         return remarks
@@ -363,7 +367,7 @@ def natural(name: str) -> tuple[list[str | int], str]:
 
 def list_pictures(folder: Path) -> list[Path]:
     """Returns the pictures of a clip's folder, or of shop/, as a conversion takes them: natural order, no leftovers."""
-    paths = [path for path in folder.iterdir() if not (path.name.startswith(".") or is_leftover(path.name))]
+    paths = [path for path in folder.iterdir() if not is_leftover(path.name, path.is_dir())]
     pictures = [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
     return sorted(pictures, key=lambda path: natural(path.stem))
 
@@ -380,8 +384,9 @@ def read_table(data: bytes, file: str, faults: list[Fault]) -> Iterator[tuple[in
         detail = f'found {wide}, needs UTF-8; save it again as "CSV UTF-8".'
         faults.append(Fault("not UTF-8", file, detail, 1))
         return
+    data = without_marks(data)  # spreadsheets put one in front
     try:
-        text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
+        text = data.decode("utf-8")
     except UnicodeDecodeError as err:
         detail = f'found byte {data[err.start]:#04x}, needs UTF-8; save it again as "CSV UTF-8".'
         faults.append(Fault("not UTF-8", file, detail, data.count(b"\n", 0, err.start) + 1))
@@ -414,6 +419,12 @@ def _two_images(images: Sequence[str]) -> BadInputError:
     return BadInputError(
         "several shop images", f"found {' and '.join(images)}, needs one shop image a product; keep one of them."
     )
+
+
+def _shown(paths: Sequence[str], most: int) -> str:
+    """Returns the first `most` paths, joined, and the number of the others."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(map(_printable, paths[:most])) + more
 
 
 def _but(names: Sequence[str]) -> str:

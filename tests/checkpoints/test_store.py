@@ -18,9 +18,9 @@ from configs import smoke
 from rice_jax import errors
 from rice_jax.checkpoints import reading, store
 from rice_jax.checkpoints.reading import DamagedError, MissingError
+from rice_jax.checkpoints.retention import steps_to_keep
 from rice_jax.checkpoints.run_folder import write_config
 from rice_jax.checkpoints.step_folder import SCHEMA, seal
-from rice_jax.checkpoints.retention import steps_to_keep
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import to_json
 from rice_jax.models.rice import Rice, build_model

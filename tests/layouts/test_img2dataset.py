@@ -106,6 +106,73 @@ def test_tars_that_were_packed_again_give_the_same_records(
     assert files_of(tmp_path / "records") == expected
 
 
+def and_a_copy(
+    folder: str, change: Callable[[bytes], bytes], first: bool, suffix: str
+) -> Callable[[tarfile.TarFile, tarfile.TarInfo, bytes], None]:
+    """Returns a change that puts members into images/, and before or after each of a suffix its changed copy."""
+
+    def add(tar: tarfile.TarFile, member: tarfile.TarInfo, data: bytes) -> None:
+        name, copied = member.name, change(data)
+        copies = [(f"{folder}/{name}", copied)] * name.endswith(suffix)
+        original = [(f"images/{name}", data)]
+        for member.name, content in [*copies, *original] if first else [*original, *copies]:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+    return add
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("folder", ["thumbnails", "backup/old", "."])
+def test_pictures_of_one_key_in_two_folders_are_a_fault_and_never_stored(
+    folder: str, first: bool, tmp_path: Path
+) -> None:
+    source = make_lpr4m(tmp_path / "source", tars=True)
+    repack(source, and_a_copy(folder, lambda data: data[:50], first, "103.jpg"))
+    assert run(source, tmp_path / "records", "--splits=train") == 1
+    (fault,) = faults_of(tmp_path / "records")
+    names = ["images/0000103.jpg", f"{folder}/0000103.jpg".removeprefix("./")]
+    names = " and ".join(reversed(names) if first else names)
+    assert fault.startswith(f"training_frame/00001: found {names}, which differ, needs one picture and one sidecar")
+    assert run(source, tmp_path / "records", "--splits=train", "--on-error=skip") == 0
+    train = open_dataset(tmp_path / "records").split("train")
+    stored = sum(int(train.columns["original_frames"][row]) for row in range(train.num_clips))
+    assert stored == sum(clip.length for clip in TRAIN) - 1
+    repack(source, lambda tar, member, data: member.name.startswith("images/") and renamed(str)(tar, member, data))
+    assert run(source, tmp_path / "mended", "--splits=train") == 0  # as the message says
+
+
+def test_all_keys_that_two_folders_have_are_one_fault(tmp_path: Path) -> None:
+    source = make_lpr4m(tmp_path / "source", tars=True, tables=False)
+    repack(source, and_a_copy("old", lambda data: data + b" ", False, ""))
+    assert run(source, tmp_path / "records", "--splits=train") == 1
+    faults = [fault for fault in faults_of(tmp_path / "records") if "which differ" in fault]
+    assert len(faults) == len(list(source.glob("training_*/*.tar"))) and "and 15 more such pairs" in faults[0]
+
+
+@pytest.mark.parametrize("folder", ["backup", "images"])
+def test_equal_members_and_a_path_that_was_added_again_are_read(
+    folder: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A tar's later member replaces that of the same path."""
+    source = make_lpr4m(tmp_path / "source", tars=True, tables=False)
+    change = (lambda data: data) if folder == "backup" else lambda data: data[:50]
+    repack(source, and_a_copy(folder, change, True, ""))
+    assert run(source, tmp_path / "records") == 0
+    assert files_of(tmp_path / "records") == expected
+
+
+def test_two_pictures_of_one_key_in_a_folder_are_a_fault(tmp_path: Path) -> None:
+    source = make_lpr4m(tmp_path / "source")
+    picture = source / "training_frame/00001/0000103.jpg"
+    shutil.copy(picture, picture.with_suffix(".jpeg"))
+    assert run(source, tmp_path / "equal", "--splits=train") == 0
+    picture.with_suffix(".png").write_bytes(b"another")
+    assert run(source, tmp_path / "records", "--splits=train") == 1
+    (fault,) = faults_of(tmp_path / "records")
+    assert fault.startswith("training_frame/00001: found 0000103.jpg and 0000103.png, which differ, needs one picture")
+
+
 BAD_SIDECARS = {
     "empty": b"", "cut short": b'{"url": "http://x', "a list": b"[]", "a number": b"3", "null": b"null",
     "no status": b'{"url": "http://x/y.jpg"}', "no url": b'{"status": "success"}',

@@ -31,9 +31,10 @@ def empty_lines(lines: list[bytes]) -> None:
         lines[row:row] = [b""] * (row + 1)
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r", b"\r\n"])
 @pytest.mark.parametrize("part_bytes", [1 << 24, 1, 64, 700, 1500])
 def test_a_fault_names_its_line_in_every_part_of_a_list(
-    part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part_bytes: int, line_end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(survey, "PART_BYTES", part_bytes)
     source = make_lpr750k(tmp_path / "source")
@@ -41,6 +42,7 @@ def test_a_fault_names_its_line_in_every_part_of_a_list(
         edit_cell(source / LIST, row, 1, f"[no list of row {row}]")
     edit_lines(source / LIST, empty_lines)
     lines = (source / LIST).read_bytes().split(b"\n")
+    (source / LIST).write_bytes(line_end.join(lines[:-1]) + b"\n")
     expected = {number for number, line in enumerate(lines, 1) if b"no list of row" in line}
     found = [fault for fault in faults_of(source, tmp_path / "records") if "needs a list of" in fault]
     assert len(found) == 3

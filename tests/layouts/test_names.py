@@ -10,20 +10,26 @@ import pytest
 from data_pipeline import doctor
 from data_pipeline.convert import main
 from data_pipeline.format.reader import open_dataset
-from data_pipeline.layouts.names import is_leftover
+from data_pipeline.layouts.names import is_known_leftover, is_leftover
 from data_pipeline.layouts.own_folder import OwnFolder
 from tests.lpr_layouts import FRAMES, SHOP_IMAGES
 
 LEFTOVER_FOLDERS = (
     "__MACOSX", ".ipynb_checkpoints", "@eaDir", "#recycle", ".git", ".svn", "lost+found", ".Trash-1000", ".Trashes",
     ".thumbnails", ".AppleDouble", ".@__thumb", "$RECYCLE.BIN", "System Volume Information", ".Spotlight-V100",
-    ".fseventsd", "__pycache__", ".stversions", ".dropbox.cache", ".snapshot", "@Recycle", ".cache",
+    ".fseventsd", "__pycache__", ".stversions", ".dropbox.cache", ".snapshot", "@Recycle", ".cache", "@tmp",
 )  # fmt: skip
 LEFTOVER_FILES = (
-    "._IMG_1.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs0000000001", "IMG_1.sync-conflict-20261130-120000.jpg",
-    "IMG_1.jpg.part", "IMG_1.jpg.crdownload", "IMG_1.jpg.tmp", "~$IMG_1.jpg", "IMG_1.jpg~", ".~lock.IMG_1.jpg#",
-    ".fuse_hidden0001", "IMG (Ann's conflicted copy 2026-11-30).jpg", ".trashed-1700000000-IMG_1.jpg", "Icon\r",
-    ".nomedia",
+    "._IMG_1.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs0000000001", "~$IMG_1.jpg", ".~lock.IMG_1.jpg#",
+    ".fuse_hidden0001", ".trashed-1700000000-IMG_1.jpg", "Icon\r", ".nomedia", "SYNOPHOTO_THUMB_XL.jpg",
+)  # fmt: skip
+MENTIONED_FOLDERS = (
+    ".huggingface", ".dtrash", ".zfs", ".wdmc", ".bridgecache", ".Rproj.user", ".A", "CaptureOne", "RECYCLER",
+    "node_modules", "found.000",
+)  # fmt: skip
+MENTIONED_FILES = (
+    "IMG_1.sync-conflict-20261130-120000.jpg", "IMG_1.jpg.part", "IMG_1.jpg.crdownload", "IMG_1.jpg.tmp", "IMG_1.jpg~",
+    "IMG (Ann's conflicted copy 2026-11-30).jpg", ".#a.jpg", ".hidden.jpg", ".xvpics", "list.csv.bak",
 )  # fmt: skip
 FRAME_NAMES = (
     "Screenshot 2026-11-30 at 3.14.00\u202fPM.jpg", "\u200fعربي.jpg", "👩\u200d🔬.jpg", "soft\u00adhyphen.jpg",
@@ -75,15 +81,71 @@ def test_what_machines_leave_changes_nothing_and_is_not_mentioned(
     doctor.main([str(source), f"--output={tmp_path / 'doctor'}", "--workers=1"])
     report = json.loads((tmp_path / "doctor" / "report.json").read_text())
     named = [fault["file"] for fault in report["faults"]]
-    assert not [name for name in named if any(is_leftover(part) for part in Path(name).parts)]
+    assert not [name for name in named if any(is_known_leftover(part) for part in Path(name).parts)]
+    assert not [remark for remark in report["remarks"] if "named by no list" in remark or "passed over" in remark]
+
+
+def test_what_is_hidden_or_temporary_is_passed_over_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_shop(tmp_path / "source")
+    assert run(source, tmp_path / "before") == 0
+    places = [source / "clips", source / "clips/A", source / "clips/A/one", source / "shop"]
+    for place in places:
+        for name in MENTIONED_FOLDERS:
+            copy(5, place / name / "IMG_1.jpg")
+        for name in MENTIONED_FILES:
+            copy(6, place / name)
+    capsys.readouterr()
+    assert run(source, tmp_path / "after") == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    count = len(places) * len(MENTIONED_FOLDERS + MENTIONED_FILES)
+    assert warning == (
+        f"warning: passed over {count} hidden or temporary files and folders: clips/.#a.jpg, clips/.A, "
+        f"clips/.Rproj.user and {count - 3} more; rename what is yours."
+    )
+    before, after = files_of(tmp_path / "before"), files_of(tmp_path / "after")
+    assert json.loads(after.pop("report.json"))["remarks"] == [warning.removeprefix("warning: ")]
+    assert before.pop("report.json") and after == before
+    (source / "clips/A/.A").rename(source / "clips/A/A")  # as the advice says
+    assert run(source, tmp_path / "renamed") == 0
+    assert "A/A" in open_dataset(tmp_path / "renamed").split("train").clip_ids
+
+    doctor.main([str(source), f"--output={tmp_path / 'doctor'}", "--workers=1"])
+    report = json.loads((tmp_path / "doctor" / "report.json").read_text())
     assert not [remark for remark in report["remarks"] if "named by no list" in remark]
+    assert len([remark for remark in report["remarks"] if "passed over" in remark]) == 1
+
+
+def test_a_product_may_be_called_like_a_temporary_file(tmp_path: Path) -> None:
+    products = ("Thermos.part", "Salt~", "x.bak", "dove.temp", "Sale (conflicted copy)", "my.tmp")
+    source = make_shop(tmp_path / "source", products)
+    assert run(source, tmp_path / "records") in (0, 1)  # 1: "Sale (conflicted copy).jpg" is a file
+    layout = OwnFolder(source, None, 10)
+    assert {clip.product for clip in layout.clips.values()} == set(products)
+    assert layout.shop.keys() == set(products) - {"Sale (conflicted copy)"}
+    assert layout.passed_over == ["shop/Sale (conflicted copy).jpg"]
+
+
+def test_hidden_pictures_are_named_where_a_clip_has_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_shop(tmp_path / "source")
+    (source / "clips/A/one/1.jpg").rename(source / "clips/A/one/.1.jpg")
+    for clip in ("one", "two"):
+        (source / "clips/B" / clip).rename(source / "clips/B" / f".{clip}")
+    assert run(source, tmp_path / "records") == 1
+    assert "clips/B: found no folder of a clip (but clips/B/.one, clips/B/.two), needs" in capsys.readouterr().err
+    shutil.rmtree(source / "clips/B")
+    assert run(source, tmp_path / "records") == 1
+    assert "(clip A/one): found no picture (but clips/A/one/.1.jpg), needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "name", ["Cola", "IMG_1.jpg", "v1.5", "50% off", "part", "tmp", "Download", ".hidden.jpg", "CVS"]
+    "name", ["Cola", "IMG_1.jpg", "v1.5", "50% off", "part", "tmp", "Download", "CVS", "@home", "#1 dad"]
 )
 def test_a_users_names_are_no_leftovers(name: str) -> None:
-    assert not is_leftover(name)
+    assert not is_leftover(name, True) and not is_leftover(name, False)
 
 
 def test_a_frame_may_be_called_anything(tmp_path: Path) -> None:
