@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import convert
 from data_pipeline.format import schema, tfrecord
+from data_pipeline.format.manifest import content_hash
 from data_pipeline.format.reader import Texts, open_dataset
 from data_pipeline.format.tfrecord import OVERHEAD, frame_record, index_path, new_shard, unframe_record
 from tests.lpr_layouts import GALLERIES, IMAGE_IDS, LIVES, TEST, TRAIN, make_lpr750k
@@ -297,3 +299,20 @@ def _flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
+
+
+def test_offsets_that_go_back_are_refused_without_a_check_of_checksums_too(converted: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(converted, tmp_path / "records"))
+    index = next(copied.glob("train-clips-*.idx"))
+    offsets = np.frombuffer(index.read_bytes(), "<u8").copy()
+    offsets[[1, 2]] = offsets[[2, 1]]
+    index.write_bytes(offsets.tobytes())
+    with pytest.raises(ValueError, match=re.escape(index.name)):
+        open_dataset(copied, verify=False).split("train").clip(0)
+
+
+def test_the_content_hash_has_schema_files_and_counts() -> None:
+    manifest = {"schema_version": 1, "files": {"a": [1, 2]}, "splits": {"train": {"frames": 3}}, "identity": {}}
+    changes = ({}, {"schema_version": 2}, {"files": {"a": [1, 3]}}, {"splits": {"train": {"frames": 4}}})
+    assert len({content_hash(manifest | change) for change in changes}) == 4
+    assert content_hash(manifest | {"identity": {"layout": "folder"}}) == content_hash(manifest)

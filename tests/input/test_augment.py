@@ -131,3 +131,14 @@ def test_turning_an_option_on_leaves_the_crop_alone():
         plain = augment(pixels, FrameOptions(image_size=24, resize=32, flip=False), drawn)
         jittered = augment(pixels, FrameOptions(image_size=24, resize=32, flip=False, colour_jitter=1e-9), drawn)
         np.testing.assert_array_equal(plain, jittered)
+
+
+def test_words_differ_by_seed_epoch_example_and_picture_and_keep_their_uses() -> None:
+    given = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    drawn = [tuple(augment_words(*words).tolist()) for words in given]
+    assert len(set(drawn)) == len(given)
+    # A run that goes on must read the word that it would have read: no version may change these.
+    uses = (
+        "CROP_Y CROP_X FLIP AREA ASPECT BRIGHTNESS CONTRAST SATURATION RED GREEN BLUE ERASE ERASE_Y ERASE_X ERASE_SIDE"
+    )
+    assert [getattr(augment_module, use) for use in uses.split()] == list(range(augment_module.PICTURE_WORDS))

@@ -216,3 +216,14 @@ def test_spreading_knows_the_clips_left_out() -> None:
     keep = np.arange(0, 210, 3)
     plan = spread_plan(keep=keep)
     assert set(plan.batch(0).tolist()) <= set(keep.tolist())
+
+
+def test_each_product_of_a_spread_epoch_begins_at_a_place_of_its_own() -> None:
+    """Two products of equal size alternate, and which is first stays the same for the whole epoch."""
+    plan = Plan(20, batch_size=2, seed=0, product=np.arange(20, dtype=np.int32) % 2)
+    firsts = []
+    for epoch in range(8):
+        order = np.concatenate([plan.batch(10 * epoch + step) for step in range(10)]) % 2
+        assert len(set(order[::2].tolist())) == 1 and set(order[:2].tolist()) == {0, 1}
+        firsts.append(int(order[0]))
+    assert len(set(firsts)) == 2

@@ -101,7 +101,7 @@ def test_what_is_hidden_or_temporary_is_passed_over_and_said_once(
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     count = len(places) * len(MENTIONED_FOLDERS + MENTIONED_FILES)
     assert warning == (
-        f"warning: passed over {count} hidden or temporary files and folders: clips/.#a.jpg, clips/.A, "
+        f"warning: passed over {count} files and folders, hidden or temporary: clips/.#a.jpg, clips/.A, "
         f"clips/.Rproj.user and {count - 3} more; rename what is yours."
     )
     before, after = files_of(tmp_path / "before"), files_of(tmp_path / "after")

@@ -19,7 +19,7 @@ DOWNLOADS = ("tests/layouts/test_img2dataset.py", "tests/layouts/test_lpr4m.py")
 RESUMED = ("tests/conversion/test_resume.py",)
 CONVERTED = ("tests/test_convert.py", "-k", "not killed and not stopped")
 READ, ORDER = ("tests/format/test_reader.py",), ("tests/input/test_plan.py",)
-BATCH, AUGMENTED = ("tests/input/test_batches.py",), ("tests/input/test_augment.py",)
+BATCH, AUGMENTED = ("tests/input/test_batches.py",), ("tests/input/test_augment.py", "tests/input/test_random_words.py")
 KINDS, DECODED = ("tests/input/test_kinds.py",), ("tests/input/test_decode.py",)
 PATHS = ("tests/layouts/test_lpr750k.py",)
 
@@ -27,7 +27,7 @@ MISTAKES: tuple[Mistake, ...] = (
     # -- conversion
     mistake(
         "boxes scaled with x and y exchanged",
-        ("tests/layouts/test_lpr4m.py",),
+        DOWNLOADS,
         (SHARDS, "x, y = (stored / original for", "y, x = (stored / original for"),
     ),
     mistake(
@@ -56,7 +56,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     mistake(
         "temporary files of a killed writer left",
-        ("tests/system/test_lease.py", "tests/test_convert.py", "-k", "temporary or abandoned or killed"),
+        ("tests/test_owner.py",),
         (OWNER, "            if not runs:\n", "            if False:\n"),
     ),
     mistake(

@@ -83,7 +83,9 @@ if __name__ == "__main__":
 def test_a_worker_ends_with_a_killed_parent_though_a_sibling_holds_its_sentinel(tmp_path: Path) -> None:
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         worker, sibling = map(int, parent.stdout.readline().split())
         begin = time.monotonic()
