@@ -54,6 +54,8 @@ def pickled(value: Any, storages: list[np.ndarray]) -> bytes:
         return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89" + ORDERED_DICT + b"tR"
     if isinstance(value, Mapping):
         return b"}(" + b"".join(text(k) + pickled(v, storages) for k, v in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(pickled(each, storages) for each in value) + b"e"
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[value]
     return text(value) if isinstance(value, str) else number(value)

@@ -4,6 +4,9 @@ A lease is a small file in the folder. It names its holder and has a random toke
 every RENEW_SECONDS. Whether a holder on the same machine still runs is known at once, from its process. Of a holder
 elsewhere only the counter is seen, by one's own clock: if it changes, the holder runs; if it stands still for
 DEAD_SECONDS, the lease is taken over. A holder that was stopped for so long finds, by `check`, that it lost the lease.
+
+A lease also names its folder, by device and inode. One that names another was copied together with its folder, so it
+says nothing of a run here; but as some network file systems give a folder other inodes later, it is watched, too.
 """
 
 import contextlib
@@ -71,15 +74,15 @@ class FileSlot:
         return self._swap(version, data, keep=True)
 
     def delete(self, version: str) -> bool:
-        return self._swap(version, _encode(this_process(), "", 0, ""), keep=False)
+        return self._swap(version, _encode(this_process(), "", 0, "", self._path.parent), keep=False)
 
     def _swap(self, version: str | None, data: bytes, *, keep: bool) -> bool:
         claim = self._path.with_name(f"{self._path.name}.{version or 'new'}")
         if self._version() != version or not self._create(claim, data):
             return False
         try:
-            if self._version() != version:
-                return False
+            if self._version() != version:  # perhaps because another renamed the file of this one
+                return keep and _content(self._path) == data
             if not keep:
                 self._path.unlink(missing_ok=True)
                 return True
@@ -111,7 +114,7 @@ class FileSlot:
         if self._obstacle is None or other != self._obstacle[0]:
             self._obstacle = other, time.monotonic()
         holder = Holder.parse(other)
-        runs = holder.owner.runs() if holder else None
+        runs = holder.runs_in(self._path.parent) if holder else None
         if runs is False or (runs is None and time.monotonic() - self._obstacle[1] >= self._dead_seconds):
             self._obstacle, removed = None, temporary_name(claim)
             with contextlib.suppress(FileNotFoundError):
@@ -127,10 +130,18 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _encode(owner: Owner, token: str, counter: int, since: str) -> bytes:
-    return (
-        json.dumps({"token": token, **dataclasses.asdict(owner), "since": since, "counter": counter}).encode() + b"\n"
-    )
+def _identity(folder: Path) -> str:
+    """Returns what tells a folder of this machine from its copies, also after it was renamed; "" if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return ""
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def _encode(owner: Owner, token: str, counter: int, since: str, folder: Path) -> bytes:
+    about = {"token": token, **dataclasses.asdict(owner), "since": since, "folder": _identity(folder)}
+    return json.dumps(about | {"counter": counter}).encode() + b"\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +151,7 @@ class Holder:
     owner: Owner
     token: str
     since: str  # by the holder's clock, for messages only
+    folder: str = ""  # as of _identity on the holder's machine; "": not known
 
     @classmethod
     def parse(cls, data: bytes) -> "Holder | None":
@@ -147,13 +159,19 @@ class Holder:
         try:
             found = json.loads(data)
             texts = {name: found[name] for name in ("host", "boot", "namespace", "start", "token", "since")}
-            pid = found["pid"]
+            pid, folder = found["pid"], str(found.get("folder", ""))
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if not all(isinstance(text, str) for text in texts.values()) or type(pid) is not int or pid < 1:
             return None
         token, since = texts.pop("token"), texts.pop("since")
-        return cls(Owner(pid=pid, **texts), token, since)
+        return cls(Owner(pid=pid, **texts), token, since, folder)
+
+    def runs_in(self, folder: Path) -> bool | None:
+        """Returns whether the holder runs and its lease is of this folder. None: unknown; only the counter tells."""
+        runs = self.owner.runs()
+        is_copied = self.folder not in ("", _identity(folder))
+        return None if runs and is_copied else runs
 
     def __str__(self) -> str:
         shown = {name: repr(text)[1:-1][:100] for name, text in (("host", self.owner.host), ("since", self.since))}
@@ -224,7 +242,7 @@ class Lease:
                 continue
             data, version = found
             holder = Holder.parse(data)
-            runs = holder.owner.runs() if holder else None
+            runs = holder.runs_in(self._folder) if holder else None
             if holder and (runs or (watched not in (None, data) and runs is None)):
                 raise HeldError(
                     f"{self._folder}: found another run that writes to it ({holder}), needs no other; wait for its "
@@ -235,7 +253,7 @@ class Lease:
                     named = f"the lease of {holder}" if holder else "a damaged lease"
                     print(
                         f"{self._folder}: found {named}, which is watched for at most {self._dead_seconds:.0f} s, to "
-                        "learn whether that run is still at work.", file=sys.stderr, flush=True,
+                        "learn whether that run is still at work there.", file=sys.stderr, flush=True,
                     )  # fmt: skip
                 watched, since = data, time.monotonic()
             if runs is False or time.monotonic() - since >= self._dead_seconds:
@@ -247,7 +265,8 @@ class Lease:
 
     def _write(self, version: str | None) -> bool:
         self._counter += 1
-        return self._slot.write(_encode(this_process(), self._token, self._counter, self._since), version)
+        data = _encode(this_process(), self._token, self._counter, self._since, self._folder)
+        return self._slot.write(data, version)
 
     def _own(self) -> str | None:
         """Returns the version of the lease that is there if it is this run's, else None."""

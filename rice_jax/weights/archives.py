@@ -2,11 +2,13 @@
 
 safetensors files are read by the package of that name. A zip archive of `torch.save` or `torch.jit.save` holds the
 bytes of each storage as an uncompressed entry, and a pickle that describes the tensors. `_checked` goes through the
-opcodes of the pickle; `_Unpickler` then builds its objects, and knows only the functions and classes listed there.
+opcodes of the pickle; `_Unpickler` then builds its objects, and knows only the functions and classes listed here.
+It imports and makes none of them: each has a stand-in. A name that is not listed is refused, with the whole file.
 """
 
 import functools
 import io
+import math
 import mmap
 import pickle
 import pickletools
@@ -30,20 +32,22 @@ STORAGES = {
     "CharStorage": "int8", "ByteStorage": "uint8", "ShortStorage": "int16", "IntStorage": "int32",
     "LongStorage": "int64", "BoolStorage": "bool",
 }  # fmt: skip
-WRAPPERS = {  # functions that only give their first argument a type
-    "torch.Size",
-    "torch._utils._rebuild_parameter",
-    "torch.jit._pickle.restore_type_tag",
-    *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
-}
-OPCODES = {  # all that torch.save and torch.jit.save write for tensors, numbers, strings and containers
+OPCODES = {  # all that torch.save and torch.jit.save write for tensors, numbers, texts, bytes and containers
     "PROTO", "FRAME", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "MARK", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
     "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET",
-    "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+    "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD", "SHORT_BINBYTES", "BINBYTES",
+    "BYTEARRAY8", "EMPTY_SET", "ADDITEMS", "FROZENSET",
 }  # fmt: skip
-# What may be a key. Larger integers (LONG1) could all have the same hash, and building their dict take quadratic time.
-KEYS = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "NEWTRUE", "NEWFALSE")
+# The cost of hashing what may be a key; a tuple costs as much as its parts. Those that cost something are rare as keys.
+# Larger integers (LONG1), say, could all have the same hash, and building their dict take quadratic time.
+COSTS = dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "NEWTRUE", "NEWFALSE"), 0)
+COSTS |= dict.fromkeys(("NONE", "BINFLOAT", "LONG1", "SHORT_BINBYTES", "BINBYTES", "GLOBAL", "STACK_GLOBAL"), 1)
+MAX_COST, MAX_COSTLY_KEYS = 20, 1000
+# Opcodes that hash, and which of the objects that they take.
+HASHED = {
+    "SETITEM": slice(1, None, 2), "SETITEMS": slice(1, None, 2), "ADDITEMS": slice(1, None), "FROZENSET": slice(None)
+}  # fmt: skip
 MAX_NESTING = 50  # modules within modules are a tenth of that
 MAX_NAME = 1000  # characters; a pickle can use one long key in many names, which would fill the memory
 MAX_AXES = 8
@@ -194,17 +198,26 @@ class _TorchArchive:
         return np.lib.stride_tricks.as_strided(numbers, shape, bytes_apart, writeable=False)
 
 
+class _Part(NamedTuple):
+    """What `_checked` knows of an object."""
+
+    nesting: int  # 1 more than the largest of its parts; 0 for numbers and texts
+    cost: float  # of hashing it; infinite: not a key
+
+
+SIMPLE = {name: _Part(0, cost) for name, cost in COSTS.items()}
+
+
 def _checked(content: bytes) -> bytes:
     """Returns a pickle that is safe for pickle.Unpickler: the same one, with the lengths of its frames set to 0.
 
     pickle.Unpickler alone allocates a memo up to the largest index, and hashing nested tuples can overflow the stack of
-    the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a number for each
-    object: 0 if the object may be a key, otherwise 1 more than the largest number of its parts.
+    the interpreter or take for ever. This function keeps a stack like pickle.Unpickler's, with a _Part for each object.
     Raises _PickleError for opcodes, memo indexes, dict keys or nesting that no checkpoint needs, and ValueError or
     IndexError for bytes that are no pickle.
     """
     unframed = bytearray(content)
-    stack, marks, memo = list[int](), list[int](), list[int]()
+    stack, marks, memo, costly = list[_Part](), list[int](), list[_Part](), 0
     argument: Any
     position: Any  # an int, as the pickle is bytes
     for opcode, argument, position in pickletools.genops(content):
@@ -227,24 +240,94 @@ def _checked(content: bytes) -> bytes:
             start = marks.pop() - taken.index(pickletools.markobject) if marked else len(stack) - len(taken)
             parts = stack[start:]
             del stack[start:]
-            if name in ("SETITEM", "SETITEMS") and any(parts[1::2]):
-                raise _PickleError("has a key that is neither a string nor a small integer; save model.state_dict().")
-            nesting = 1 + max(parts, default=0)
+            hashed = [part.cost for part in parts[HASHED[name]] if part.cost] if name in HASHED else []
+            costly += len(hashed)
+            if max(hashed, default=0) > MAX_COST or costly > MAX_COSTLY_KEYS:
+                many = f"more than {MAX_COSTLY_KEYS} keys that are" if costly > MAX_COSTLY_KEYS else "a key that is"
+                raise _PickleError(f"has {many} neither a string nor a small integer; save model.state_dict().")
+            nesting = 1 + max((part.nesting for part in parts), default=0)
             if nesting > MAX_NESTING:
                 raise _PickleError(f"nests objects more than {MAX_NESTING} deep; save model.state_dict().")
-            if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+            if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
                 stack.append(parts[0])  # the container or object that these were added to
+            elif "TUPLE" in name:
+                stack.append(_Part(nesting, 1 + sum(1 + part.cost for part in parts)))
+            elif name == "REDUCE":  # a stand-in, or one of the arguments
+                stack.append(_Part(nesting, parts[1].cost))
             else:
-                stack += [0 if name in KEYS else nesting] * len(opcode.stack_after)
+                stack += [SIMPLE.get(name) or _Part(nesting, math.inf)] * len(opcode.stack_after)
     return bytes(unframed)
 
 
-class _OrderedDict(dict[Any, Any]):
-    def __init__(self) -> None:
-        """Makes an empty dict, without pairs: SETITEMS adds them, and `_checked` looks at its keys."""
+class _Inert:
+    """Takes the place of an object without tensors: it takes whatever the pickle gives it, and keeps nothing."""
+
+    __slots__ = ()
+
+    def __init__(self, *_: object) -> None:
+        """Drops the arguments."""
 
     def __setstate__(self, state: object) -> None:
-        """Drops torch's _metadata."""
+        """Drops what BUILD gives."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Drops what SETITEMS gives."""
+
+    def append(self, item: object) -> None:
+        """Drops what APPEND gives."""
+
+    def extend(self, items: object) -> None:
+        """Drops what APPENDS gives."""
+
+
+class _Dict(dict[Any, Any]):
+    """Takes the place of a dict of a class of its own."""
+
+    def __init__(self, *_: object) -> None:
+        """Makes an empty dict, without pairs: SETITEMS adds them, and the keys of its pairs have been looked at."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drops attributes, such as torch's _metadata."""
+
+
+def _names(module: str, names: str) -> set[str]:
+    return {f"{module}.{name}" for name in names.split()}
+
+
+_BUILTINS = "set frozenset list tuple int float str bool bytes bytearray slice range complex object type"
+_NUMPY_TYPES = "bool bool_ " + " ".join(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NUMPY_TYPES += " float16 float32 float64 longdouble complex64 complex128 str_ bytes_ dtype ndarray"
+_TORCH_TYPES = "float16 half bfloat16 float32 float float64 double uint8 int8 int16 short int32 int int64 long bool"
+_TORCH_TYPES += " uint16 uint32 uint64 complex32 complex64 complex128 float8_e4m3fn float8_e5m2 device"
+_PATHS = "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath"
+_OMEGACONF_NODES = "AnyNode StringNode IntegerNode FloatNode BooleanNode BytesNode PathNode EnumNode"
+
+INERT = {  # settings, counters, paths and numbers, which training programs save beside the tensors
+    *_names("builtins", _BUILTINS), *_names("__builtin__", f"{_BUILTINS} unicode long xrange"),
+    *_names("argparse", "Namespace"), *_names("types", "SimpleNamespace"), *_names("typing", "Any"),
+    *_names("collections", "Counter deque"), *_names("pathlib", _PATHS), *_names("pathlib._local", _PATHS),
+    *_names("datetime", "datetime date time timedelta timezone"), *_names("decimal", "Decimal"),
+    *_names("fractions", "Fraction"), *_names("uuid", "UUID SafeUUID"),
+    *_names("numpy", _NUMPY_TYPES), *_names("torch", _TORCH_TYPES),
+    *_names("numpy.core.multiarray", "scalar _reconstruct"), *_names("numpy._core.multiarray", "scalar _reconstruct"),
+    *_names("numpy.core.numeric", "_frombuffer"), *_names("numpy._core.numeric", "_frombuffer"),
+    *_names("omegaconf.dictconfig", "DictConfig"), *_names("omegaconf.listconfig", "ListConfig"),
+    *_names("omegaconf.base", "Metadata ContainerMetadata"), *_names("omegaconf.nodes", _OMEGACONF_NODES),
+    *_names("ml_collections.config_dict.config_dict", "ConfigDict FrozenConfigDict FieldReference"),
+}  # fmt: skip
+DICTS = {  # classes that are dicts: their items may be tensors
+    *_names("collections", "OrderedDict defaultdict"), *_names("builtins", "dict"), *_names("__builtin__", "dict"),
+    *_names("easydict", "EasyDict"), *_names("addict.addict", "Dict"), *_names("yacs.config", "CfgNode"),
+    *_names("munch", "Munch"), *_names("pytorch_lightning.utilities.parsing", "AttributeDict"),
+    *_names("lightning_fabric.utilities.data", "AttributeDict"),
+    *_names("lightning.fabric.utilities.data", "AttributeDict"),
+}  # fmt: skip
+STAND_INS: dict[str, type] = dict.fromkeys(INERT, _Inert) | dict.fromkeys(DICTS, _Dict)
+FIRST_ARGUMENT = {  # functions that only give their first argument a type; of the last one it is a text with the bytes
+    "torch.Size", "torch._utils._rebuild_parameter", "torch.jit._pickle.restore_type_tag",
+    *_names("torch.jit._pickle", "build_intlist build_doublelist build_boollist build_tensorlist"),
+    "_codecs.encode",
+}  # fmt: skip
 
 
 class _Object:
@@ -268,11 +351,11 @@ class _Unpickler(pickle.Unpickler):
         if self.script and module.split(".")[0] == "__torch__":
             return _Object
         found = f"{module}.{name}"
-        if found == "collections.OrderedDict":
-            return _OrderedDict
+        if found in STAND_INS:
+            return STAND_INS[found]
         if found == "torch._utils._rebuild_tensor_v2":
             return lambda *arguments: self.archive.tensor(*arguments)
-        if found in WRAPPERS:
+        if found in FIRST_ARGUMENT:
             return lambda value, *_: value
         raise _PickleError(
             f"needs {found}, which is no part of a tensor: refused, and nothing was run. Ask the author of the file to "
@@ -287,10 +370,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _named(root: Any) -> dict[str, StoredTensor]:
-    """Returns nested dicts' tensors by dotted name. Raises _PickleError: no dict, cycles, double or too long names."""
-    if not isinstance(root, dict | _Object):
-        raise _PickleError(f"holds a {type(root).__name__}, needs a dict of tensors; save model.state_dict().")
-    tensors, seen = dict[str, StoredTensor](), set[int]()
+    """Returns the tensors in nested dicts and lists by dotted name.
+
+    What occurs again is passed over: it is the same model under a second name. Raises _PickleError for a root that is
+    neither a dict nor has tensors, cycles, and double or too long names.
+    """
+    tensors, seen, around = dict[str, StoredTensor](), set[int](), set[int]()
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, StoredTensor):
@@ -300,16 +385,25 @@ def _named(root: Any) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise _PickleError(f"has two tensors named {name}; save model.state_dict().")
             tensors[name] = value
-        inside = value.attributes if isinstance(value, _Object) else value
-        if not isinstance(inside, dict) or not inside:
             return
+        inside = value.attributes if isinstance(value, _Object) else value
+        if not isinstance(inside, dict | list | tuple) or not inside:
+            return
+        if id(inside) in around:
+            raise _PickleError(f"has {'.'.join(path) or 'its root'} within itself; fetch the file again.")
         if id(inside) in seen:
-            raise _PickleError(f"has {'.'.join(path) or 'its root'} twice or within itself; fetch the file again.")
+            return
         if len(path) > MAX_NESTING:
             raise _PickleError(f"nests dicts more than {MAX_NESTING} deep; save model.state_dict().")
         seen.add(id(inside))
-        for key, below in inside.items():
-            visit(below, (*path, str(key)))
+        around.add(id(inside))
+        for place, key in enumerate(inside):
+            below = inside[key] if isinstance(inside, dict) else key
+            has_name = isinstance(inside, dict) and isinstance(key, str | int | float | None)
+            visit(below, (*path, str(key if has_name else place)))
+        around.remove(id(inside))
 
     visit(root, ())
+    if tensors.keys() <= {""} and not isinstance(root, dict | _Object):
+        raise _PickleError(f"holds a {type(root).__name__}, needs a dict of tensors; save model.state_dict().")
     return tensors

@@ -83,7 +83,12 @@ def inspect_weights(path: Path) -> WeightsFile:
     if kind in PROJECTIONS and PROJECTIONS[kind][0] not in tensors:
         name, advice = PROJECTIONS[kind]
         raise ValueError(f"{files[0]}: found a vision tower without its projection {name}; {advice}.")
-    return WeightsFile(files[0], kind, tensors, _table(kind, tensors), _description(files[0], kind), notes + more)
+    table = _table(kind, tensors)
+    counters = [name for name, tensor in tensors.items() if tensor.shape == () and not naming.is_known(name, table)]
+    if counters:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
+        more += (f"{', '.join(counters[:3])}{', ...' * (len(counters) > 3)}: single numbers of no known use, left out",)
+    return WeightsFile(files[0], kind, tensors, table, _description(files[0], kind), notes + more)
 
 
 def _kind(file: Path, tensors: Mapping[str, Any], container: str) -> Kind:

@@ -167,6 +167,11 @@ def find_rule(name: str, table: Table = OFFICIAL) -> tuple[Rule, re.Match[str]]:
     return matches[0]
 
 
+def is_known(name: str, table: Table) -> bool:
+    """Returns whether a rule of the table is for the tensor's name."""
+    return any(re.fullmatch(rule.pattern, name) for rule in table)
+
+
 def convert(tensors: Mapping[str, np.ndarray], table: Table = OFFICIAL) -> dict[str, Any]:
     """Returns another program's tensors as our parameters: nested dicts of NumPy arrays, without the unused tensors.
 

@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-WRAPPERS = {  # parts of names that DDP, torch.compile, FSDP, activation checkpoints and DeepSpeed add anywhere
-    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
+WRAPPERS = {  # parts of names that DDP, torch.compile, FSDP, FairScale, activation checkpoints, DeepSpeed add anywhere
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module",
+    "inner",
 }  # fmt: skip
 TOWERS = (  # the norm's name, the names of the towers that have it, and the one that is meant if it is another
     (re.compile(r"((?:.*\.)?)ln_pre\.(?:weight|bias)"), ("visual.", "image_encoder.model."), "visual."),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,3 +360,34 @@ def test_what_a_process_at_work_has_in_the_middle_of_a_swap_is_left_alone(tmp_pa
     slot = FileSlot(tmp_path / LEASE, dead_seconds=0.0)
     assert not slot.write(b"one", None) and not slot.write(b"one", None)
     assert names_in(tmp_path) == [f"{LEASE}.new"]
+
+
+@pytest.mark.parametrize("name", [LEASE, f"{LEASE}.new"])
+def test_a_copy_of_a_folder_whose_run_is_at_work_can_be_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, copy, renamed = tmp_path / "run", tmp_path / "copy", tmp_path / "renamed"
+    run.mkdir()
+    with holding(run) as held:
+        shutil.copytree(run, copy)
+        (copy / LEASE).rename(copy / name)  # the other name: it was copied in the middle of a renewal
+        begin = time.monotonic()
+        with Lease(copy, renew_seconds=0.1, dead_seconds=0.5) as lease:
+            lease.check()
+        assert time.monotonic() - begin >= 0.5  # it was watched: inodes alone are no proof on every file system
+        assert ("is watched" in capsys.readouterr().err) == (name == LEASE) and names_in(copy) == []
+        run.rename(renamed)
+        with pytest.raises(HeldError, match="found another run"), Lease(renamed, dead_seconds=0.5):
+            pass
+        renamed.rename(run)
+        held.ends()
+        assert held.says() == "still held"
+
+
+def test_a_folder_with_a_new_inode_is_not_taken_from_a_run_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holding(tmp_path):
+        monkeypatch.setattr("data_pipeline.system.lease._identity", lambda folder: "7:9")
+        with pytest.raises(HeldError, match="found another run"), Lease(tmp_path, renew_seconds=0.1, dead_seconds=10):
+            pass

@@ -148,7 +148,7 @@ def test_a_storage_larger_than_its_entry_is_refused(tmp_path: Path) -> None:
 
 def test_a_dict_within_itself_is_refused(tmp_path: Path) -> None:
     torch_files.write_archive(tmp_path / "file", b"\x80\x02}q\x00" + text("a") + b"h\x00s.", [])
-    with pytest.raises(ValueError, match="twice or within itself"):
+    with pytest.raises(ValueError, match="a within itself"):
         archives.read(tmp_path / "file")
 
 
@@ -318,7 +318,6 @@ STATE = b"".join(text(str(k)) + b"N" for k in range(300))
 SAME_LIST = b"".join(text(str(k)) + b"ctorch.jit._pickle\nbuild_intlist\nh\x00\x85R" for k in range(1000))
 SAME_STATE = b"".join(text(str(k)) + b"c__torch__\nX\n)\x81h\x00b" for k in range(1000))
 
-
 LARGE = {
     "memo index": b"r\xff\xff\xff\x0f",
     "one list in many calls": text("x") + b"(" + b"N" * 5000 + b"tq\x00" + SAME_LIST,
@@ -345,9 +344,8 @@ def test_a_pickle_takes_memory_of_its_own_size(name: str, tmp_path: Path) -> Non
     "opcodes",
     [
         b"(ios\nsystem\n", b"(cos\nsystem\no", b"\x82\x01", b"\x83\x01\x01", b"\x84\x01\x01\x01\x01", b")})\x92",
-        b"\x8b\x01\x00\x00\x00\x01", b"I1\n", b"L1L\n", b"F1\n", b"S'a'\n", b"Va\n", b"U\x01a", b"B\x01\x00\x00\x00a",
-        b"C\x01a", b"\x8d\x01" + bytes(7) + b"a", b"\x8e\x01" + bytes(7) + b"a", b"\x96\x01" + bytes(7) + b"a",
-        b"\x97", b"N2", b"N0", b"(1", b"(l", b"(d", b"\x8f", b"(\x91", b"Pa\n", b"Np0\n", b"g0\n",
+        b"\x8b\x01\x00\x00\x00\x01", b"I1\n", b"L1L\n", b"F1\n", b"S'a'\n", b"Va\n", b"U\x01a", b"Pa\n", b"Np0\n",
+        b"\x8d\x01\0\0\0\0\0\0\0a", b"\x8e\x01\0\0\0\0\0\0\0a", b"\x97", b"N2", b"N0", b"(1", b"(l", b"(d", b"g0\n",
     ],
 )  # fmt: skip
 def test_opcodes_that_torch_never_writes_are_refused(opcodes: bytes, tmp_path: Path) -> None:
@@ -362,6 +360,8 @@ TARGETS = {
     "a class": b"ccollections\nOrderedDict\n",
     "a class of TorchScript": b"c__torch__\nX\n",
     "an ordered dict": ORDERED_DICT,
+    "settings": b"cargparse\nNamespace\n)\x81",
+    "a class of settings": b"cargparse\nNamespace\n",
     "a tensor": VECTOR,
     "a storage": storage(text("0"), b"K\x04"),
 }

@@ -51,6 +51,13 @@ WRAPPED: dict[str, Names] = {
         "_fsdp_wrapped_module." + name.replace("resblocks.", "resblocks._fsdp_wrapped_module."): x
         for name, x in clip_files.visual(t).items()
     },
+    "FairScale": lambda t: {
+        name.replace("resblocks.0.", "resblocks.0._fpw_module."): x for name, x in clip_files.visual(t).items()
+    },
+    "a wrapper of one's own": lambda t: {
+        name.replace("resblocks.0.", "resblocks.0.inner."): x for name, x in clip_files.visual(t).items()
+    },
+    "a list": lambda t: {"models": [clip_files.visual(t), {"lr": 1}]},
     "Lightning": lambda t: {
         "state_dict": prefixed("model.clip.", clip_files.visual(t)) | {"loss.scale": t["proj"]}, "global_step": 9
     },
@@ -81,6 +88,20 @@ def test_an_official_model_below_any_name_is_found(golden: Tensors, tmp_path: Pa
     torch_files.write_state_dict(tmp_path / "iter9.ckpt", {"best_model": prefixed("module.", golden), "iteration": 9})
     source = read_source(tmp_path / "iter9.ckpt")
     assert source.kind == Kind.OFFICIAL and source.params.keys() >= {"encoder", "decoder", "reconstruction"}
+
+
+@pytest.mark.parametrize("around", [{}, {"epoch": 3}])
+def test_a_counter_beside_an_averaged_model_is_left_out_and_said(
+    around: dict[str, Any], tower: Tensors, tmp_path: Path
+) -> None:
+    averaged = {"n_averaged": np.array(7)} | prefixed("module.", clip_files.visual(tower))
+    torch_files.write_state_dict(tmp_path / "swa.pt", around | {"model": averaged} if around else averaged)
+    notes = check_same_encoder(tmp_path / "swa.pt", tower, Kind.OPEN_CLIP)
+    assert "n_averaged: single numbers of no known use, left out" in notes
+    averaged["visual.gate"] = np.zeros(3, np.float32)
+    torch_files.write_state_dict(tmp_path / "swa.pt", averaged)
+    with pytest.raises(ValueError, match=r"visual\.gate"):  # more than one number may be a part of the model
+        read_source(tmp_path / "swa.pt", activation="quick_gelu")
 
 
 def test_several_models_in_a_file_are_refused_by_their_names(tower: Tensors, tmp_path: Path) -> None:
