@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode())
     except GONE as error:
         raise MissingError(f"{path} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MissingError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
         raise MissingError(f"{path} is damaged (no JSON object)")
