@@ -292,6 +292,14 @@ def from_json(text: str) -> Config:
         raise ValueError(f"the run's config is no JSON of a config ({error}); {advice}") from error
     if isinstance(ends := given.get("stall_ends"), bool):  # before there was "auto"
         given["stall_ends"] = str(ends).lower()
+    first_of = {name.rpartition(".")[0]: name for name in reversed(FIELDS)}  # the first field of each section
+    sections = {name: given.pop(name) for name in first_of if name in given}
+    if wrong := [
+        f"{name} is {x!r}, needs an object with fields such as {first_of[name]}"
+        for name, x in sections.items()
+        if x != {}
+    ]:
+        raise ValueError(f"the run's config: {'; '.join(wrong)}; {advice}")
     if unknown := sorted(given.keys() - FIELDS.keys()):
         raise ValueError(f"the run's config has fields of another version: {', '.join(unknown)}; use that version.")
     if faults := _wrong(given, Field.has_type) or _wrong(given, Field.allows):

@@ -42,10 +42,19 @@ from rice_jax.retrieval.evaluation import evaluate_split, find_queries, one_line
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
-from rice_jax.training.step import State, abstract_state, check_switches, guarded, init_state, make_train_step
+from rice_jax.training.step import (
+    State,
+    abstract_state,
+    check_switches,
+    guarded,
+    init_state,
+    make_train_step,
+    own_switches,
+)
 from rice_jax.weights.start import initialise
 
 
+@own_switches()
 def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, int | float]:
     """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one, and evaluates.
 

@@ -18,6 +18,7 @@ from rice_jax.retrieval.matching import score_galleries
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.retrieval.ranking import NEVER, Ranking, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
+from rice_jax.training.step import own_switches
 
 KS = (1, 3, 5, 10)
 SCORES = ("embedding", "matching", "raw-matching")  # evaluate ranks by the first, and by the others beside it
@@ -36,6 +37,7 @@ class Result:
     faults: Faults  # clips and shop images that could not be read, by row, and why
 
 
+@own_switches()
 def evaluate_split(
     model: Model,
     split: Split,
@@ -124,7 +126,9 @@ def evaluate_split(
     return Result(figures, clip_rows, with_rows(ranking), others, faults)
 
 
-def find_queries(config: Config, split: Split, subset: Sequence[str] | None = None) -> tuple[dict[str, Any], np.ndarray]:
+def find_queries(
+    config: Config, split: Split, subset: Sequence[str] | None = None
+) -> tuple[dict[str, Any], np.ndarray]:
     """Returns an evaluation's truth, {clip id: ids of shop images}, and the rows of its clips in the split, int64.
 
     Raises ValueError if the split has no galleries, lacks an id of `subset`, or lacks frames that config.data asks for.
