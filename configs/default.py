@@ -6,6 +6,7 @@ The defaults are the official code's. A number in brackets, as [15], is a row of
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
@@ -236,12 +237,14 @@ class Field(NamedTuple):
     change: Change
 
     def has_type(self, value: Any) -> bool:
-        """Returns whether the value has the field's type; whole numbers are numbers too, true and false are not."""
+        """Returns whether the value has the field's type. Whole numbers are numbers; infinity and bools are not."""
         if isinstance(value, tuple) != isinstance(self.default, tuple):
             return False
         kinds = (int, float) if self.item is float else self.item
         items = value if isinstance(value, tuple) else (value,)
-        return all(isinstance(item, kinds) and isinstance(item, bool) == (self.item is bool) for item in items)
+        if not all(isinstance(item, kinds) and isinstance(item, bool) == (self.item is bool) for item in items):
+            return False
+        return self.item is not float or all(abs(item) <= sys.float_info.max for item in items)  # no 10**400
 
     def allows(self, value: Any) -> bool:
         """Returns whether the value, which must have the field's type, is within the limit and among the choices."""

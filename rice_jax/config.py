@@ -12,14 +12,14 @@ import inspect
 import json
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
 from configs import default
-from configs.default import FIELDS
+from configs.default import FIELDS, Field
 from data_pipeline.system.paths import expand
 from rice_jax.version import __version__
 
@@ -127,17 +127,22 @@ def adopt(config: Any) -> Config:
         f"{name} is no field of a config" + (f" (the nearest is {near})" * bool(near)) for name, near in unknown.items()
     ]
     faults += [f"{name} is missing" for name in FIELDS if name not in given]
-    faults += [
-        f"{name} is {given[name]!r}, needs {x.values}"
-        for name, x in FIELDS.items()
-        if name in given and not x.has_type(given[name])
-    ]
+    faults += _wrong(given, Field.has_type)
     if faults:
         raise ValueError(f"config: {'; '.join(faults)}; see docs/config.md.")
     own = default.get_config()
     for name, value in given.items():
         set_field(own, name, expand(value) if name in PATHS and value else value)
     return own
+
+
+def _wrong(given: dict[str, Any], is_right: Callable[[Field, Any], bool]) -> list[str]:
+    """Returns a text for each field, {dotted name: value}, whose value is not right, with what it needs."""
+    return [
+        f"{name} is {value!r}, needs {FIELDS[name].values}"
+        for name, value in given.items()
+        if name in FIELDS and not is_right(FIELDS[name], value)
+    ]
 
 
 def override(config: Config, dotted: str, text: str) -> None:
@@ -192,9 +197,7 @@ def validate(config: Config | dict[str, Any]) -> Config:
     If there are none, it raises ValueError for all values that misfit each other.
     """
     config = adopt(config)
-    f = flatten(config)
-    faults = [f"{name} is {f[name]!r}, needs {x.values}" for name, x in FIELDS.items() if not x.allows(f[name])]
-    if faults := faults or _misfits(config):
+    if faults := _wrong(flatten(config), Field.allows) or _misfits(config):
         raise ValueError("config: " + "; ".join(faults) + ".")
     return config
 
@@ -284,38 +287,36 @@ def to_json(config: Config | dict[str, Any]) -> str:
 def from_json(text: str) -> Config:
     """Returns the locked config of a to_json text, with defaults for new fields; lists become tuples.
 
-    Raises ValueError if it is no JSON object, or has unknown fields or a value of another type.
+    Raises ValueError if it is no JSON object, has unknown fields, or a value that FIELDS does not allow.
     """
-
-    def tuples(section: dict[str, Any]) -> dict[str, Any]:  # JSON has lists only
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-
-    config = default.get_config()
+    advice = "restore config.json, or remove it: the checkpoints have a copy."
     try:
-        saved = json.loads(text.removeprefix("\ufeff"), object_hook=tuples)  # an editor of Windows may put it there
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"the run's config is no JSON ({error}); restore config.json, or remove it: the checkpoints have a copy."
-        ) from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"the run's config is a {type(saved).__name__}, needs a JSON object; restore config.json.")
-    if isinstance(ends := saved.get("stall_ends"), bool):  # before there was "auto"
-        saved["stall_ends"] = str(ends).lower()
-    unknown = sorted(flatten(saved).keys() - flatten(config).keys())
-    if unknown:
+        saved = json.loads(text.removeprefix("\ufeff"))  # an editor of Windows may put it there
+        if not isinstance(saved, dict):
+            raise ValueError(f"found a {type(saved).__name__}, needs an object")
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in flatten(saved).items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the run's config is no JSON of a config ({error}); {advice}") from error
+    if isinstance(ends := given.get("stall_ends"), bool):  # before there was "auto"
+        given["stall_ends"] = str(ends).lower()
+    first_of = {name.rpartition(".")[0]: name for name in reversed(FIELDS)}  # the first field of each section
+    sections = {name: given.pop(name) for name in first_of if name in given}
+    if wrong := [
+        f"{name} is {x!r}, needs an object with fields such as {first_of[name]}"
+        for name, x in sections.items()
+        if x != {}
+    ]:
+        raise ValueError(f"the run's config: {'; '.join(wrong)}; {advice}")
+    if unknown := sorted(given.keys() - FIELDS.keys()):
         raise ValueError(
             f"the run's config has fields of another version: {', '.join(unknown)}. This is rice_jax {__version__}; "
             "use that of the run, which is in its checkpoints/STEP/meta/metadata, or correct config.json."
         )
-    try:
-        config.update(saved)
-    except TypeError as error:
-        wrong = [
-            f"{name} is {value!r}, needs {FIELDS[name].values}"
-            for name, value in flatten(saved).items()
-            if name in FIELDS and not FIELDS[name].has_type(value)
-        ]
-        raise ValueError(f"the run's config: {'; '.join(wrong) or error}; correct config.json.") from error
+    if faults := _wrong(given, Field.has_type) or _wrong(given, Field.allows):
+        raise ValueError(f"the run's config: {'; '.join(faults)}; {advice}")
+    config = default.get_config()
+    for name, value in given.items():
+        set_field(config, name, value)
     return config
 
 

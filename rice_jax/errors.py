@@ -17,6 +17,8 @@ from data_pipeline.system.processes import WorkerDiedError
 from data_pipeline.system.signals import ended_by_signals
 from data_pipeline.system.streams import end_quietly, lasting_output
 
+# What jax and the libraries of a device say of exhausted memory, in whichever line of their text.
+EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out[ _]?of[ _]?memory|ALLOC_FAILED", re.IGNORECASE)
 AGAIN = "run the same command again to go on"
 DISK = "look at the disk, or at the file server and the connection to it"
 OTHER_PATH = {  # what to do about errors that only another path helps against

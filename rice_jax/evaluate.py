@@ -29,9 +29,11 @@ from rice_jax.preflight.advice import evaluation_remedies, memory_advice
 from rice_jax.retrieval import evaluation
 from rice_jax.retrieval.embeddings import EmbeddingStore
 from rice_jax.retrieval.model import load
+from rice_jax.training.step import own_switches
 from rice_jax.version import __version__
 
 
+@own_switches()
 def evaluate(arguments: argparse.Namespace) -> None:
     model = load(arguments.workdir, step=arguments.step, overrides=arguments.overrides)
     dataset = open_dataset(arguments.data)

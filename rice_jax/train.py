@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from data_pipeline.format.reader import Dataset, Split, open_dataset
 from data_pipeline.input.batches import Batches, train_batches
 from data_pipeline.input.plan import Plan
+from data_pipeline.input.stored_frames import missing_frames
 from data_pipeline.system.paths import local_path, parse_path
 from rice_jax.checkpoints.run_folder import is_run, one_writer, read_config, write_config
 from rice_jax.checkpoints.store import Checkpoints
 from rice_jax.config import FREE, Config, differences, fit_to_data, from_json, parse_arguments, to_json, validate
+from rice_jax.errors import warn
 from rice_jax.models.rice import Rice, build_model
 from rice_jax.parallel import hosts
 from rice_jax.parallel.devices import find_devices
@@ -35,14 +38,23 @@ from rice_jax.parallel.mesh import (
     to_global,
 )
 from rice_jax.preflight.advice import evaluation_remedies, memory_advice, remedies, resume_remedies
-from rice_jax.retrieval.evaluation import evaluate_split, one_line, warn_of_unreadable
+from rice_jax.retrieval.evaluation import evaluate_split, find_queries, one_line, warn_of_unreadable
 from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.training import guards, ledger
 from rice_jax.training.logs import Log, Progress
-from rice_jax.training.step import State, abstract_state, check_switches, guarded, init_state, make_train_step
+from rice_jax.training.step import (
+    State,
+    abstract_state,
+    check_switches,
+    guarded,
+    init_state,
+    make_train_step,
+    own_switches,
+)
 from rice_jax.weights.start import initialise
 
 
+@own_switches()
 def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, int | float]:
     """Trains to config.num_updates, from the newest checkpoint in `workdir` if there is one, and evaluates.
 
@@ -225,9 +237,13 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
     log = Log(workdir, step=start, check=check)
     if held_out is not None:
         checkpoints.recall = log.recalls(held_out.name)
+        if start < config.num_updates or not log.has_evaluation(start, held_out.name):
+            find_queries(config, held_out)  # before hours of updates that could not be evaluated
+    check_frames(config, train, np.arange(clips) if keep is None else keep, begun=bool(start))
     batches = train_batches(
         train, plan, process_rows(config.batch_size, mesh), frame_options(config.data, train=True), start_step=start,
         threads=config.data.threads, workers=config.data.workers, cache_bytes=config.data.cache_bytes,
+        check_frames=False,
     )  # fmt: skip
     for note in notes:
         log.say(note)
@@ -243,6 +259,21 @@ def set_up(config: Config, workdir: Path, held: contextlib.ExitStack) -> tuple[R
         f"from update {start} to {config.num_updates}"
     )
     return Run(config, model, mesh, train, held_out, plan, abstract, checkpoints, meta, log, batches), start, state
+
+
+def check_frames(config: Config, train: Split, rows: np.ndarray, *, begun: bool) -> None:
+    """Raises ValueError, or warns of a run that has begun, if the clips `rows` lack stored frames for config.data."""
+    missing = missing_frames(train, rows, frame_options(config.data, train=True), train=True, prefix="data.")
+    if missing is None:
+        return
+    if not begun:
+        raise ValueError("; ".join(missing) + ".")
+    how = "evenly spaced" if config.data.frame_sampling == "uniform" else "random"
+    if hosts.is_first():
+        warn(
+            f"{missing[0]}; this run goes on as it began: it shows {how} ones of the stored frames, and all of them "
+            "where data.num_frames is as many or more."
+        )
 
 
 def remedies_of(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> Iterable[dict[str, Any]]:

@@ -20,13 +20,12 @@ import numpy as np
 from absl import flags
 from numpy.typing import NDArray
 
-from data_pipeline.faults import counted
 from data_pipeline.format.manifest import CONVERT_AGAIN
 from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import FAULT_BYTES, PADDING, Arrays, ClipLoader, Kind, PictureCache
 from data_pipeline.input.options import FrameOptions
 from data_pipeline.input.plan import Plan
-from data_pipeline.input.sampling import sample_frames
+from data_pipeline.input.stored_frames import missing_frames
 from data_pipeline.system.processes import WorkerDiedError, death_of_worker, end_with_parent
 
 Rows = Sequence[int] | NDArray[np.integer]
@@ -224,6 +223,7 @@ def train_batches(
     workers: int = 0,
     prefetch_batches: int = 2,
     cache_bytes: int = 0,
+    check_frames: bool = True,
 ) -> Batches:
     """Returns an endless iterator of training batches, from global batch `start_step` on.
 
@@ -238,6 +238,7 @@ def train_batches(
       prefetch_batches: batches prepared ahead, at least 1.
       cache_bytes: memory, shared evenly by the workers, for decoded and resized pictures, so that later epochs do not
         decode them again; the pixels are the same. Useful only for a set that fits.
+      check_frames: False takes the stored frames, also where the clips themselves would give others.
 
     Returns:
       Batches, which yield dicts of arrays:
@@ -248,10 +249,10 @@ def train_batches(
         index: int32 [b], the clip's row in the split.
 
     Raises:
-      ValueError: no position, or one outside 0 to G - 1; a clip of the plan without shop image, or whose stored frames
-        are not all of the source's and lack what num_frames and frame_sampling ask for; threads, workers or
-        prefetch_batches out of range. From next(): a record or picture that cannot be read (the message names it), a
-        negative start_step, or closed batches.
+      ValueError: no position, or one outside 0 to G - 1; a clip of the plan without shop image, or, with check_frames,
+        whose stored frames are not all of the source's and lack what num_frames and frame_sampling ask for; threads,
+        workers or prefetch_batches out of range. From next(): a record or picture that cannot be read (the message
+        names it), a negative start_step, or closed batches.
       RuntimeError: from next(), a worker process died.
 
     Example:
@@ -267,11 +268,12 @@ def train_batches(
     outside = np.any((batch_positions < 0) | (batch_positions >= plan.batch_size))
     if batch_positions.ndim != 1 or not len(batch_positions) or outside:
         raise ValueError(f"positions: found {batch_positions.tolist()}, needs positions of 0 to {plan.batch_size - 1}.")
-    used = slice(None) if plan.keep is None else plan.keep
-    _check_stored_frames(split, np.arange(split.num_clips)[used], options, train=True)
+    used = np.arange(split.num_clips) if plan.keep is None else np.asarray(plan.keep)
+    if check_frames and (missing := missing_frames(split, used, options, train=True)):
+        raise ValueError("; ".join(missing) + ".")
     without_image = np.flatnonzero(np.asarray(split.columns["image"])[used] < 0)
     if len(without_image):
-        row = int(np.arange(split.num_clips)[used][without_image[0]])
+        row = int(used[without_image[0]])
         raise ValueError(
             f"split {split.name} clip {split.clip_ids[row]}: found no shop image ({len(without_image)} such clips), "
             f"needs one to train on; {CONVERT_AGAIN}, or list them in skip_clips (the data doctor names them)."
@@ -330,7 +332,8 @@ def clip_batches(
         assert shown == split.num_clips
     """
     padded = _padded(rows, split.num_clips, split.name, batch_size)
-    _check_stored_frames(split, padded[padded != PADDING], options, train=False)
+    if missing := missing_frames(split, padded[padded != PADDING], options, train=False):
+        raise ValueError("; ".join(missing) + ".")
     return _evaluation_batches("clip", split, padded, options, seed, threads, workers, keep_going)
 
 
@@ -400,41 +403,3 @@ def _padded(rows: Rows, num_rows: int, split_name: str, batch_size: int) -> NDAr
         raise ValueError(f"batch_size: found {batch_size}, needs at least 1.")
     padded = np.concatenate([wanted, np.full(-len(wanted) % batch_size, PADDING)])
     return padded.astype(np.int32).reshape(-1, batch_size)
-
-
-def _check_stored_frames(split: Split, rows: NDArray[np.int64], options: FrameOptions, *, train: bool) -> None:
-    """Raises ValueError if the stored frames of a clip in `rows` give other frames than the clip itself would.
-
-    "random_of_stored" asks for other frames, so there it is raised only if the stored ones leave nothing to draw.
-    """
-    stored, original = (np.asarray(split.columns[name], np.int64)[rows] for name in ("frames", "original_frames"))
-    short = np.flatnonzero(stored < original)
-    _, first = np.unique(stored[short] << 32 | original[short], return_index=True)  # of millions of clips few differ
-    for each in short[np.sort(first)].tolist():
-        found, of = int(stored[each]), int(original[each])
-        if fault := _frames_fault(found, of, options, train=train):
-            clip = split.clip_ids[int(rows[each])]
-            frames = counted(found, "stored frame")
-            raise ValueError(f"split {split.name} clip {clip}: found {frames} of {of}, {fault}.")
-
-
-def _frames_fault(stored: int, original: int, options: FrameOptions, *, train: bool) -> str:
-    """Returns what frames that are `stored` of `original` frames cannot give and what to do; "" if they suffice."""
-    slots, sampling = options.num_frames, options.frame_sampling if train else "uniform"
-    wanted = f"num_frames = {slots}" + ("" if train else " (of a config: data.eval_num_frames)")
-    again = "convert again with --frames all into another folder"
-    if stored < slots:
-        return f"needs {wanted}; {again}" + (f", or set {stored}" if sampling == "uniform" else "")
-    if sampling == "random":
-        return f'needs all for frame_sampling "random"; {again}, or set "random_of_stored" to draw from these'
-    if sampling == "random_of_stored":
-        return "" if stored > slots else f"needs more than {wanted} to draw from; {again}"
-    positions = sample_frames(original, stored)
-    agree = [
-        n
-        for n in range(1, stored + 1)
-        if np.array_equal(positions[sample_frames(stored, n)], sample_frames(original, n))
-    ]
-    if slots in agree:
-        return ""
-    return f"needs all evenly spaced ones for {wanted}; {again}, or set one of {', '.join(map(str, agree))}"

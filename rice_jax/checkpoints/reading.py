@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import jax
 
+from rice_jax.errors import EXHAUSTED
+
 T = TypeVar("T")
 
 # What TensorStore says of bytes, of a disk, and of the system's errors. INVALID_ARGUMENT and such are not among them:
@@ -75,7 +77,7 @@ def meaning(error: BaseException, folder: Path | None = None) -> type[Exception]
     if isinstance(error, OSError) or number is not None:
         return OSError
     if isinstance(error, (ValueError, RuntimeError)):  # TensorStore's and jax's
-        if "RESOURCE_EXHAUSTED" in text:
+        if EXHAUSTED.search(text):
             return MemoryError
         if not isinstance(error, jax.errors.JaxRuntimeError):
             return OSError if re.search(UNANSWERED, text) else DamagedError if re.search(CORRUPT, text) else None

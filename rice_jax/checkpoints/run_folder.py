@@ -35,11 +35,19 @@ def write_config(workdir: Path, text: str) -> None:
 
 
 def read_config(workdir: Path) -> str | None:
-    """Returns the text of config.json; None if there is no such file. Raises OSError if it cannot be read."""
+    """Returns the text of config.json; None if there is no such file.
+
+    Raises ValueError if it is not UTF-8, OSError if it cannot be read.
+    """
+    path = workdir / "config.json"
     try:
-        return (workdir / "config.json").read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8; restore it, or remove it: the checkpoints have a copy."
+        ) from error
 
 
 def is_run(folder: Path) -> bool:

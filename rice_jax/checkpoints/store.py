@@ -38,7 +38,7 @@ from rice_jax.checkpoints.run_folder import read_config
 from rice_jax.checkpoints.step_folder import DIGEST_FILE, SCHEMA, seal, sha256_of
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
-from rice_jax.training.step import State
+from rice_jax.training.step import State, own_switches
 from rice_jax.version import __version__
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is writing
@@ -302,6 +302,7 @@ class Checkpoints:
         self._clear()
         self._orbax.save(self._at(step), items, meta)
 
+    @own_switches()
     def _commit(self, step: int, digest_file: dict[str, Any], words: jax.Array, begin: Callable[[], object]) -> None:
         """Calls `begin` in a thread, waits for Orbax, opens the step, writes digest.json, prunes. Errors only warn."""
         remains: list[str] = []

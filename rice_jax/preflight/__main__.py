@@ -25,8 +25,10 @@ from rice_jax.preflight import topologies
 from rice_jax.preflight.advice import first_remedy, largest_batch
 from rice_jax.preflight.assessment import assess, assess_in_subprocess, use_cpu_backend
 from rice_jax.preflight.report import as_flags, describe
+from rice_jax.training.step import own_switches
 
 
+@own_switches()
 def main(arguments: argparse.Namespace, make_loss: Callable[..., Any] = global_batch.make_loss) -> None:
     """Prints the report, writes the one of --json, and raises SystemExit: 0 it fits, 1 it does not, 2 a ValueError.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from rice_jax.config import FREE, Config, flatten, set_field
+from rice_jax.errors import EXHAUSTED
 from rice_jax.preflight.report import Report, as_flags, one_line
 
 Assess = Callable[[Config], Report]
@@ -79,11 +80,12 @@ def memory_advice(changes: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[N
     except OutOfMemoryError:
         raise
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        lines = str(error).splitlines() or [type(error).__name__]
+        said = [line.strip() for line in lines if EXHAUSTED.search(line)]
         if isinstance(error, MemoryError):
-            cause, what = text, "the memory"
-        elif "RESOURCE_EXHAUSTED" in text:
-            cause, what = f"the memory of a device is too small ({text[:200]})", "the device"
+            cause, what = lines[0][:300], "the memory"
+        elif said:
+            cause, what = f"the memory of a device is too small ({said[0][:200]})", "the device"
         else:
             raise
         found = list(changes())

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rice_jax.config import Config, validate
+from rice_jax.errors import EXHAUSTED
 from rice_jax.losses import global_batch
 from rice_jax.models.rice import build_model
 from rice_jax.parallel.mesh import batch_sharding, check_batches, make_mesh
@@ -163,7 +164,7 @@ def _compile(lowered: Any, topology: Topology) -> tuple[Any, str | None]:
     try:
         return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not EXHAUSTED.search(str(error)):
             raise
         return None, str(error)
     finally:

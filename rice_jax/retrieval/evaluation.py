@@ -9,13 +9,16 @@ import numpy as np
 from data_pipeline.format.reader import Split
 from data_pipeline.input.clips import Kind
 from data_pipeline.input.random_words import GALLERY_STREAM, random_words
+from data_pipeline.input.stored_frames import missing_frames
+from rice_jax.config import Config
 from rice_jax.errors import warn
 from rice_jax.parallel import hosts
 from rice_jax.retrieval.embeddings import EmbeddingStore, Faults, embed
 from rice_jax.retrieval.matching import score_galleries
-from rice_jax.retrieval.model import Model
+from rice_jax.retrieval.model import Model, frame_options
 from rice_jax.retrieval.ranking import NEVER, Ranking, rank_matrix, rank_queries
 from rice_jax.retrieval.recall import chance_recall, mean_gallery_size, recall_at, wilson_interval
+from rice_jax.training.step import own_switches
 
 KS = (1, 3, 5, 10)
 SCORES = ("embedding", "matching", "raw-matching")  # evaluate ranks by the first, and by the others beside it
@@ -34,6 +37,7 @@ class Result:
     faults: Faults  # clips and shop images that could not be read, by row, and why
 
 
+@own_switches()
 def evaluate_split(
     model: Model,
     split: Split,
@@ -63,13 +67,12 @@ def evaluate_split(
     and leaves such an image out of its galleries; then the figures have unreadable_clips and unreadable_images.
 
     Embeddings are kept in `store` if it is given. Raises ValueError for an unknown score, a split without galleries, an
-    id in `subset` that the truth list lacks, no query or none that can be read, and matching by a model that was not
-    trained to match.
+    id in `subset` that the truth list lacks, clips whose stored frames lack some of the evenly spaced ones, no query or
+    none that can be read, and matching by a model that was not trained to match.
     """
     if score not in SCORES:
         raise ValueError(f"score: found {score!r}, needs one of {', '.join(SCORES)}.")
-    truth = _truth(split, subset)
-    clip_rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
+    truth, clip_rows = find_queries(model.config, split, subset)
     names = [split.gallery_name(row) for row in clip_rows.tolist()]
     used = sorted(set(names))
     all_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(split.galleries[name] for name in used)]))
@@ -121,6 +124,21 @@ def evaluate_split(
 
     others = {name: with_rows(other) for name, other in others.items()}
     return Result(figures, clip_rows, with_rows(ranking), others, faults)
+
+
+def find_queries(
+    config: Config, split: Split, subset: Sequence[str] | None = None
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns an evaluation's truth, {clip id: ids of shop images}, and the rows of its clips in the split, int64.
+
+    Raises ValueError if the split has no galleries, lacks an id of `subset`, or lacks frames that config.data asks for.
+    """
+    truth = _truth(split, subset)
+    rows = np.array([row for row, clip in enumerate(split.clip_ids) if clip in truth], np.int64)
+    options = frame_options(config.data, train=False)
+    if missing := missing_frames(split, rows, options, train=False, prefix="data.eval_"):
+        raise ValueError("; ".join(missing) + ".")
+    return truth, rows
 
 
 def _sample(

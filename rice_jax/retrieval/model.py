@@ -25,7 +25,7 @@ from rice_jax.parallel.mesh import P, make_mesh, on_host, path_name, process_row
 from rice_jax.retrieval import inference
 from rice_jax.retrieval.galleries import GalleryScorer, power_of_two
 from rice_jax.retrieval.pictures import Pictures, prepare
-from rice_jax.training.step import abstract_state
+from rice_jax.training.step import abstract_state, own_switches
 
 
 def frame_options(data: DataConfig, *, train: bool) -> FrameOptions:
@@ -92,6 +92,7 @@ class Model:
         """
         return prepare(pictures, frame_options(self.config.data, train=False))
 
+    @own_switches()
     def encode_clips(
         self, frames: Shaped[np.ndarray, "n N px px 3"], mask: Shaped[np.ndarray, "n N"] | None = None
     ) -> Float[np.ndarray, "n E"]:
@@ -108,6 +109,7 @@ class Model:
         encode = functools.partial(self.run, inference.encode_clips)
         return self._in_batches(encode, frames, mask, limit=self.batch_size)[0]
 
+    @own_switches()
     def encode_images(self, images: Shaped[np.ndarray, "n px px 3"]) -> Float[np.ndarray, "n E"]:
         """Returns the embeddings of shop images: float32, unit length.
 
@@ -118,6 +120,7 @@ class Model:
         encode = functools.partial(self.run, inference.encode_images)
         return self._in_batches(encode, images, limit=self.image_batch_size)[0]
 
+    @own_switches()
     def match(
         self,
         frames: Shaped[np.ndarray, "n N px px 3"],
@@ -228,6 +231,7 @@ def check_decoder(model: Model) -> None:
         )
 
 
+@own_switches()
 def load(
     run: str | Path,
     *,

@@ -18,7 +18,7 @@ from rice_jax.training.ledger import batch_digest
 from rice_jax.training.optimizer import make_optimizer, schedule
 
 Metrics = dict[str, Array]
-LOOKING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")  # jax's switches that copy values to the host
+LOOKING = ("jax_debug_nans", "jax_debug_infs")  # jax's switches that copy values to the host
 
 
 class State(NamedTuple):
@@ -137,7 +137,21 @@ def guarded() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def own_switches() -> Iterator[None]:
+    """Context, or decorator, in which switches of jax that are meant for other code change nothing.
+
+    They are the guards of copies between host and device, and those of promotion to another rank or dtype.
+    """
+    with jax.transfer_guard("allow"), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def check_switches() -> None:
     """Raises ValueError if a switch of jax is on with which no model trains."""
+    if jax.config.read("jax_disable_jit"):
+        raise ValueError(
+            "JAX_DISABLE_JIT: an update of even a small model runs for minutes without compiling; unset it."
+        )
     if jax.config.read("jax_enable_x64"):
         raise ValueError("JAX_ENABLE_X64: training computes in float32 or bfloat16 (model.dtype); unset it.")

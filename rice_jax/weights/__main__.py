@@ -16,6 +16,7 @@ from rice_jax.checkpoints.run_folder import is_run
 from rice_jax.errors import run, warn
 from rice_jax.models.vit import ACTIVATIONS
 from rice_jax.parallel.devices import find_devices
+from rice_jax.training.step import own_switches
 from rice_jax.weights import naming
 from rice_jax.weights.card import describe_model
 from rice_jax.weights.inspect import Kind, inspect_weights
@@ -24,6 +25,7 @@ from rice_jax.weights.readers import load_on_one_device
 from rice_jax.weights.writers import FORMATS, export_run, import_weights
 
 
+@own_switches()
 def main(arguments: argparse.Namespace) -> None:
     {"import": _import, "export": _export, "show": _show}[arguments.command](arguments)
 
