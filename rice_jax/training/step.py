@@ -149,9 +149,10 @@ def own_switches() -> Iterator[None]:
 
 def check_switches() -> None:
     """Raises ValueError if a switch of jax is on with which no model trains."""
-    if jax.config.read("jax_disable_jit"):
-        raise ValueError(
-            "JAX_DISABLE_JIT: an update of even a small model runs for minutes without compiling; unset it."
-        )
-    if jax.config.read("jax_enable_x64"):
-        raise ValueError("JAX_ENABLE_X64: training computes in float32 or bfloat16 (model.dtype); unset it.")
+    reasons = {
+        "jax_disable_jit": "updates need compiling, since one of a small model runs for minutes without it",
+        "jax_enable_x64": "training computes in float32 or bfloat16 (model.dtype)",
+    }
+    for name, reason in reasons.items():
+        if getattr(jax.config, name):
+            raise ValueError(f"{name.upper()}: {reason}; unset it.")
