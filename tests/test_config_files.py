@@ -99,9 +99,9 @@ def test_whatever_is_adopted_is_opened_again() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ('{"batch_size": "64"}', "batch_size is '64', needs a whole number of at least 0; correct config.json"),
-        ('{"data": {"flip": 3}}', "data.flip is 3, needs true or false; correct config.json"),
-        ("[]", "is a list, needs a JSON object; restore config.json"),
+        ('{"batch_size": "64"}', "batch_size is '64', needs a whole number of at least 0; restore config.json"),
+        ('{"data": {"flip": 3}}', "data.flip is 3, needs true or false; restore config.json"),
+        ("[]", r"found a list, needs an object\); restore config.json"),
         ('{"notes": 1}', "fields of another version: notes. This is rice_jax .*/meta/metadata, or correct config.json"),
     ],
 )

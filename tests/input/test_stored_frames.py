@@ -61,11 +61,11 @@ def test_evenly_spaced_frames_are_the_clips_or_refused(slots: int) -> None:
             assert split.positions[row][shown[shown >= 0]].tolist() == of_clip.tolist()
         clip_batches(split, range(NUM_CLIPS), dataclasses.replace(PLAIN, num_frames=slots), 4).close()
         return
-    found = rf"found 10 stored frames of 1[1-3], needs all evenly spaced ones for num_frames = {slots}"
-    again = "; .*--frames all into another folder, or set one of 1, 2, 4, 10"
+    found = rf"found 10 stored frames of 1[1-3], which lack some of the num_frames = {slots} evenly spaced ones"
+    again = "; .*--frames all into another folder, or set .*num_frames to one of \\[1, 2, 4, 10\\]"
     with pytest.raises(ValueError, match=found + again):
         train(split, num_frames=slots)
-    with pytest.raises(ValueError, match=rf"{found} \(of a config: data.eval_num_frames\){again}"):
+    with pytest.raises(ValueError, match=found + again):
         clip_batches(split, range(NUM_CLIPS), dataclasses.replace(PLAIN, num_frames=slots), 4)
 
 
