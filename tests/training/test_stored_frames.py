@@ -87,7 +87,7 @@ def test_an_evaluation_that_lacks_frames_is_refused_before_the_first_update(
     text = refusal(config, tmp_path / "run")
     assert "data.eval_num_frames = 3 evenly spaced" in text
     assert "or set data.eval_num_frames to one of [1, 2, 4, 10]." in text
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     config.data.eval_num_frames = 4
     train.train_and_evaluate(config, tmp_path / "run")
     command = ["--workdir", str(tmp_path / "run"), "--data", str(sampled), "--split", "val"]
