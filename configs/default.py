@@ -237,7 +237,7 @@ class Field(NamedTuple):
     change: Change
 
     def has_type(self, value: Any) -> bool:
-        """Returns whether the value has the field's type. Whole numbers are numbers; infinity and bools are not."""
+        """Returns whether the value has the field's type; a whole number is a number too, infinity is none."""
         if isinstance(value, tuple) != isinstance(self.default, tuple):
             return False
         kinds = (int, float) if self.item is float else self.item

@@ -31,11 +31,10 @@ def draw_update(split: Split, plan: Plan, config: Config, update: int, *, exampl
     """Returns an RGB picture of an update's first `examples` pairs, one a line. Raises ValueError if unreadable."""
     rows = np.arange(min(examples, plan.batch_size))
     options = frame_options(config.data, train=True)
-    batches = train_batches(
-        split, plan, rows, options, start_step=update - 1, threads=config.data.threads,
-        check_frames=False,  # as the run took them
-    )  # fmt: skip
-    with batches:
+    threads = config.data.threads
+    with train_batches(
+        split, plan, rows, options, start_step=update - 1, threads=threads, check_frames=False
+    ) as batches:  # the frames that the run took
         batch = next(batches)
     slots = batch["frames"].shape[1]
     font = ImageFont.load_default(11)

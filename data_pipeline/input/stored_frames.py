@@ -32,7 +32,9 @@ def missing_frames(
     found, of = lacking[0]
     name = f"{prefix}num_frames"
     needs = {
-        "uniform": f"which lack some of the {name} = {slots} evenly spaced ones",
+        "uniform": f"needs {name} = {slots}"
+        if found < slots
+        else f"which lack some of the {name} = {slots} evenly spaced ones",
         "random": 'needs all for frame_sampling "random"',
         "random_of_stored": f"needs more than {name} = {slots} to draw from",
     }[sampling]

@@ -19,6 +19,10 @@ from rice_jax.training.optimizer import make_optimizer, schedule
 
 Metrics = dict[str, Array]
 LOOKING = ("jax_debug_nans", "jax_debug_infs")  # jax's switches that copy values to the host
+REFUSED = {  # and those with which no model trains
+    "jax_disable_jit": "an update of a small model takes many minutes without compiling",
+    "jax_enable_x64": "training computes in float32 or bfloat16 (model.dtype)",
+}
 
 
 class State(NamedTuple):
@@ -149,10 +153,6 @@ def own_switches() -> Iterator[None]:
 
 def check_switches() -> None:
     """Raises ValueError if a switch of jax is on with which no model trains."""
-    reasons = {
-        "jax_disable_jit": "updates need compiling, since one of a small model runs for minutes without it",
-        "jax_enable_x64": "training computes in float32 or bfloat16 (model.dtype)",
-    }
-    for name, reason in reasons.items():
+    for name, reason in REFUSED.items():
         if getattr(jax.config, name):
             raise ValueError(f"{name.upper()}: {reason}; unset it.")

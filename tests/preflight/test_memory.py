@@ -9,6 +9,7 @@ import pytest
 
 from configs import default
 from rice_jax import errors, evaluate, train
+from rice_jax.checkpoints.reading import meaning
 from rice_jax.config import FREE
 from rice_jax.preflight.advice import evaluation_remedies, memory_advice, remedies, resume_remedies, with_changes
 from tests.test_train import lines_of, smoke_config
@@ -119,3 +120,26 @@ def test_an_evaluation_with_one_clip_a_device_has_nothing_left_to_set() -> None:
     config = with_changes(default.get_config(), {"eval_batch_size": 64})
     assert evaluation_remedies(config, 8) == [{"eval_batch_size": size} for size in (32, 16, 8)]
     assert evaluation_remedies(config, 64) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: no room", "INTERNAL: Failed to launch\nRESOURCE_EXHAUSTED: no room",
+        "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: no room", "UNKNOWN: a\nb\nOut of memory while trying to allocate 5 bytes.",
+        "INTERNAL: hipErrorOutOfMemory", "INTERNAL: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)  # fmt: skip
+def test_exhausted_memory_is_recognised_in_any_line_and_its_line_is_shown(text: str) -> None:
+    line = text.splitlines()[-1]
+    with pytest.raises(MemoryError) as found, memory_advice(lambda: [{"model.remat": "dots"}]):
+        raise jax.errors.JaxRuntimeError(text)
+    assert f"the memory of a device is too small ({line})" in str(found.value) and "--config.model.remat=dots" in str(
+        found.value
+    )
+    assert meaning(RuntimeError(text)) is MemoryError
+
+
+def test_another_error_of_a_device_passes() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="illegal address"), memory_advice(list):
+        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal address")

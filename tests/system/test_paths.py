@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 ADDRESSES = [
     "gs://bucket/run", "s3://bucket/run", "hf://owner/set", "file:///tmp/run", "hdfs://host:8020/run", "GS://bucket",
     "gs:/bucket/run", "https://host/run", "dbfs:/mnt/run", "filecache::s3://bucket/run", "abfss://box@host/run",
+    "s3:bucket/key", "S3:bucket", "gs:bucket", "hdfs:x", "file:runs", "me@host:/data", "my_host:/data",
 ]  # fmt: skip
 COMMANDS = {  # one option of each path that a command takes; others are there so that parsing gets so far
     "rice_jax.train": ["--config smoke --workdir", "--config smoke --workdir w --secret-file", "--workdir w --config"],
@@ -39,10 +40,19 @@ def test_an_address_is_no_path(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["runs/a", "/data/shop: 2026", "C:/runs", "./gs:/x", "a:b", "a~", "x/~/y", "Läden [1]"]
+    "path", ["runs/a", "/data/shop: 2026", "C:/runs", "./gs:/x", "./s3:x", "a:b", "s3", "a~", "x/~/y", "Läden [1]", "."]
 )
 def test_other_paths_stay_as_they_are(path: str) -> None:
     assert paths.expand(path) == path
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_an_empty_path_is_not_the_current_folder(empty: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"a path is empty, as that of a shell variable .*; give the path"):
+        paths.local_path(empty)
+    with pytest.raises(SystemExit) as ended:
+        train.parse(["--config", "smoke", f"--workdir={empty}"])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: a path is empty")
 
 
 def test_a_tilde_is_the_home_folder_and_an_unknown_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
