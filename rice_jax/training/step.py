@@ -20,7 +20,7 @@ from rice_jax.training.optimizer import make_optimizer, schedule
 Metrics = dict[str, Array]
 LOOKING = ("jax_debug_nans", "jax_debug_infs")  # jax's switches that copy values to the host
 REFUSED = {  # and those with which no model trains
-    "jax_disable_jit": "an update of a small model takes many minutes without compiling",
+    "jax_disable_jit": "updates need compiling, as one of a small model takes over three minutes without",
     "jax_enable_x64": "training computes in float32 or bfloat16 (model.dtype)",
 }
 
