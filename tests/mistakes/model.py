@@ -19,7 +19,7 @@ RANKING = ("tests/retrieval/test_ranking.py", "-k", "official or ties or denomin
 
 
 QUICK = '"quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),'
-RAW = "10 * unit(pooled) @ unit(self.match)"
+RAW = 'jnp.matmul(10 * unit(pooled), unit(self.match), precision="highest")'
 RESIDUAL = "-step * u - decay * (theta - step * u)"
 REBUILT = "jax.lax.stop_gradient(clip_tokens), 0)"
 UNCORRECTED = "correction * m / (jnp.sqrt(v) + eps)"
@@ -177,7 +177,7 @@ MISTAKES = (
         FORWARD,
         (DECODER, "jax.nn.relu(self.dense(self.pooler_norm(x)))", "self.dense(self.pooler_norm(x))"),
     ),
-    mistake("factor 10 left out", FORWARD, (DECODER, RAW, RAW.removeprefix("10 * "))),
+    mistake("factor 10 left out", FORWARD, (DECODER, RAW, RAW.replace("10 * ", ""))),
     mistake("raw linear head instead of 10 cos", FORWARD, (DECODER, RAW, "pooled @ self.match")),
     mistake(
         "binary instead of 4-way cross entropy",
