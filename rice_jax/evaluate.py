@@ -32,6 +32,8 @@ from rice_jax.retrieval.model import load
 from rice_jax.training.step import own_switches
 from rice_jax.version import __version__
 
+MAX_NAME = 240  # bytes of a folder's name; most file systems take 255
+
 
 @own_switches()
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -94,14 +96,24 @@ def folder_name(
     """
     parts = ["evaluation", arguments.split]
     if subset is not None:
-        parts.append(f"{arguments.subset.stem[:80]}-{_digest(subset)[:8]}")
+        parts.append(f"{_cut(_plain(arguments.subset.stem), 80)}-{_digest(subset)[:8]}")
     if arguments.score != "embedding":
         parts.append(arguments.score)
     if arguments.on_error != "fail":
         parts.append(arguments.on_error)
     given = {"step": arguments.step, "data": data and data[:8]} | dict(sorted(overrides.items()))
     parts += [f"{name}={str(value).lower()}" for name, value in given.items() if value is not None]
-    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
+    name = _plain("-".join(parts))
+    return name if len(name.encode()) <= MAX_NAME else f"{_cut(name, MAX_NAME - 9)}-{_digest(name)[:8]}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.=,+-]", "_", text)
+
+
+def _cut(text: str, size: int) -> str:
+    """Returns the start of a text, at most `size` bytes of UTF-8, without a part of a character."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 def _digest(value: Any) -> str:

@@ -157,3 +157,14 @@ def test_a_picture_of_another_kind_is_refused_before_it_is_drawn(capsys: pytest.
     with pytest.raises(SystemExit) as end:
         show.parse(["--evaluation", "a", "--data", "b", "--output", "queries.xyz"])
     assert end.value.code == 2 and "needs a name that ends in .png, .jpg, .jpeg, .webp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["水" * 80, "a" * 200, "é" * 100])
+@pytest.mark.parametrize("more", [{}, {f"data.option_{k}": "水" * 9 for k in range(9)}])
+def test_the_folder_of_results_has_a_name_that_any_file_system_takes(
+    name: str, more: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["--workdir", "run", "--data", "data", "--subset", f"{name}.txt"]
+    folder = lambda changed: evaluate.folder_name(evaluate.parse(words), ["one"], more | changed, data=None)
+    (tmp_path / folder({})).mkdir()
+    assert len(folder({}).encode()) <= 240 and folder({}) == folder({}) != folder({"z": "1"})

@@ -24,6 +24,7 @@ from data_pipeline.input.metadata import (
     Metadata,
     damaged_chunk,
     essential,
+    is_avif,
     jpeg_metadata,
     metadata_of,
     name_format,
@@ -114,10 +115,34 @@ def read_picture(
         decoded = DecodedPicture(pixels, "JPEG", mode, metadata)
     else:
         decoded = _decode_by_pillow(data, to_srgb, max_pixels)
-    if apply_exif and decoded.metadata.orientation != UPRIGHT:
-        turned = Image.fromarray(decoded.pixels).transpose(TURNS[decoded.metadata.orientation])
-        return dataclasses.replace(decoded, pixels=np.asarray(turned))
-    return decoded
+    return _turned(decoded) if apply_exif else decoded
+
+
+def read_opened(picture: Image.Image, *, apply_exif: bool = False, to_srgb: bool = False) -> DecodedPicture:
+    """Returns a picture that Pillow has opened or made, as `read_picture` its file. Raises PictureError if damaged."""
+    try:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise _oversized(MAX_PIXELS)
+        picture.load()
+        decoded = _convert(picture, b"", to_srgb)
+    except PictureError:
+        raise
+    except UNREADABLE as err:
+        raise PictureError("truncated picture", f"cannot be decoded ({err}), needs a whole picture") from err
+    return _turned(decoded) if apply_exif else decoded
+
+
+def _turned(decoded: DecodedPicture) -> DecodedPicture:
+    if decoded.metadata.orientation == UPRIGHT:
+        return decoded
+    turned = Image.fromarray(decoded.pixels).transpose(TURNS[decoded.metadata.orientation])
+    return dataclasses.replace(decoded, pixels=np.asarray(turned))
+
+
+def _oversized(max_pixels: int) -> PictureError:
+    return PictureError(
+        "oversized picture", f"declares more than {max_pixels} pixels, which no frame or shop image has"
+    )
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, *, strict: bool) -> tuple[Pixels | None, str]:
@@ -167,9 +192,11 @@ def _decode_by_pillow(data: bytes, to_srgb: bool, max_pixels: int) -> DecodedPic
                 raise
             return _convert(_load(bare, max_pixels), data, to_srgb)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
-        detail = f"declares more than {max_pixels} pixels, which no frame or shop image has"
-        raise PictureError("oversized picture", detail) from err
+        raise _oversized(max_pixels) from err
     except Image.UnidentifiedImageError as err:
+        if is_avif(data) and "AVIF" in FORMATS:
+            detail = "cannot be decoded (an AVIF picture that is damaged or cut short), needs a whole picture"
+            raise PictureError("truncated picture", detail) from err
         needs = f"needs {', '.join(FORMATS)}"
         if found := name_format(data):
             raise PictureError("unknown format", f"is {found}, {needs}") from err
@@ -187,7 +214,7 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _convert(picture: Image.Image, data: bytes, to_srgb: bool) -> DecodedPicture:
-    """Returns a loaded picture as RGB; `data` are the bytes of its file."""
+    """Returns a loaded picture as RGB; `data` are the bytes of its file, b"" if they are not known."""
     is_jpeg = data.startswith(JPEG)
     metadata = jpeg_metadata(data) if is_jpeg else metadata_of(picture)
     rgb, transparent = picture, False
@@ -220,7 +247,7 @@ def _with_alpha(picture: Image.Image, data: bytes) -> tuple[Image.Image, bool]:
         if bits != 8:  # the file has the colour in its own bits, and Pillow the pixels in 8
             scaled = [each >> 8 if bits == 16 else each * 255 // (2**bits - 1) for each in np.atleast_1d(colour)]
             picture.info["transparency"] = tuple(map(int, scaled)) if picture.mode == "RGB" else int(scaled[0])
-        rgba = picture.convert("RGBA")
+        rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
     return rgba, rgba.getchannel("A").getextrema() != (255, 255)
 
 
@@ -252,12 +279,15 @@ def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
     return converted or picture
 
 
-def load_picture(data: bytes, options: FrameOptions, *, train: bool) -> Pixels:
+def load_picture(given: bytes | Image.Image, options: FrameOptions, *, train: bool) -> Pixels:
     """Returns the picture decoded and resized, or, if `train` takes crops at random scale, only shrunk.
 
-    Raises PictureError, a ValueError, if it cannot be decoded.
+    It is given as the bytes of its file or as one of Pillow. Raises PictureError, a ValueError, if it is damaged.
     """
-    pixels = decode(data, apply_exif=options.apply_exif, to_srgb=options.to_srgb)
+    if isinstance(given, Image.Image):
+        pixels = read_opened(given, apply_exif=options.apply_exif, to_srgb=options.to_srgb).pixels
+    else:
+        pixels = decode(given, apply_exif=options.apply_exif, to_srgb=options.to_srgb)
     return shrink(pixels, options) if train and options.crops_at_random_scale else resize(pixels, options)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes of these files
+TRANSPARENT_BYTES = {b"\0": 2, b"\2": 6}  # of one level, or three, in a PNG's tRNS, by the byte of its kind of colours
 ORIENTATION, SHORT, LONG = 0x0112, 3, 4  # EXIF's tag, and the types that it may have
 UPRIGHT = 1
 TURNS = {  # what turns the pixels of other orientations upright
@@ -165,8 +166,12 @@ def essential(data: bytes) -> bytes:
         metadata = {*range(APP1, APP15 + 1), COMMENT} - {APP14}  # APP0 and APP14 say how colours are stored
         parts = [(begin, end) for marker, begin, end in jpeg_segments(data) if marker in metadata]
     elif data.startswith(PNG):
-        needed = lambda kind, right: is_critical(kind) or (right and kind in (b"tRNS", b"eXIf"))
-        parts = [(begin, end) for kind, begin, end, right in png_chunks(data) if not needed(kind, right)]
+        least = {b"tRNS": 12 + TRANSPARENT_BYTES.get(data[25:26], 1), b"eXIf": 12}  # a shorter one says nothing
+        parts = [
+            (begin, end)
+            for kind, begin, end, right in png_chunks(data)
+            if not is_critical(kind) and not (right and kind in least and end - begin >= least[kind])
+        ]
     else:
         entries = [(order, data[at : at + 12]) for order, at in _tiff_entries(data)]
         kept = [each for order, each in entries if struct.unpack(f"{order}H", each[:2])[0] in PIXEL_TAGS]
@@ -182,13 +187,16 @@ def essential(data: bytes) -> bytes:
 # --- formats that are not read ----------------------------------------------------------------------------------------
 
 
+def is_avif(data: bytes) -> bool:
+    return data[4:12] in (b"ftypavif", b"ftypavis")
+
+
 def name_format(data: bytes) -> str:
     """Returns in words the format of a picture or film that the decoders refuse, as "a HEIC picture"; "" if unknown."""
     if data[4:8] == b"ftyp":
-        brand = data[8:12]
-        if brand in (b"avif", b"avis"):
+        if is_avif(data):
             return "an AVIF picture, which this Pillow is built without"
-        return "a HEIC picture" if brand in HEIC_BRANDS else "a film"
+        return "a HEIC picture" if data[8:12] in HEIC_BRANDS else "a film"
     for marker, begin, _ in jpeg_segments(data) if data.startswith(JPEG) else ():
         bits = data[begin + 4 : begin + 5]
         if marker in FRAMES and bits and bits != b"\x08":

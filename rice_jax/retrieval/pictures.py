@@ -1,6 +1,5 @@
 """Pictures that a user gives to a model, made as evaluation sees them: files, bytes, Pillow's pictures, arrays."""
 
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data_pipeline.input.decode import UNREADABLE, centre_crop, load_picture
+from data_pipeline.input.decode import centre_crop, load_picture
 from data_pipeline.input.options import FrameOptions
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ NEEDED = (
     'a path, bytes, a file opened with "rb", a picture of Pillow, or an array of uint8 levels 0 to 255: [height, '
     "width] of grey, [height, width, 3] of RGB or [height, width, 4] of RGBA"
 )
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def prepare(pictures: Pictures, options: FrameOptions) -> UInt8[np.ndarray, "n px px 3"]:
@@ -34,7 +32,7 @@ def prepare(pictures: Pictures, options: FrameOptions) -> UInt8[np.ndarray, "n p
     for ordinal, picture in enumerate(given):
         name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"picture {ordinal}"
         try:
-            prepared.append(centre_crop(load_picture(_encoded(picture), options, train=False), options))
+            prepared.append(centre_crop(load_picture(_given(picture), options, train=False), options))
         except ValueError as error:
             raise ValueError(f"{name}: {error}.") from error
         except TypeError as error:
@@ -42,18 +40,17 @@ def prepare(pictures: Pictures, options: FrameOptions) -> UInt8[np.ndarray, "n p
     return np.array(prepared, np.uint8).reshape(-1, options.image_size, options.image_size, 3)
 
 
-def _encoded(picture: Any) -> bytes:
-    """Returns the bytes of a picture's file, so that one function decides for all what a picture's pixels are.
+def _given(picture: Any) -> bytes | Image.Image:
+    """Returns the bytes of a picture's file, or a picture of Pillow.
 
-    Raises OSError if a file cannot be read, ValueError for a damaged picture of Pillow, and TypeError, which says what
-    was found, for anything that is no picture.
+    Raises OSError if a file cannot be read, and TypeError, which says what was found, for anything that is no picture.
     """
     if isinstance(picture, str | os.PathLike):
         return Path(picture).read_bytes()
     if isinstance(picture, bytes | bytearray | memoryview):
         return bytes(picture)
     if isinstance(picture, Image.Image):
-        return _as_file(picture)
+        return picture
     if hasattr(picture, "read"):
         if hasattr(picture, "seek") and picture.seekable():
             picture.seek(0)  # as Pillow does: a picture that was just written to a BytesIO ends where it stands
@@ -66,23 +63,4 @@ def _encoded(picture: Any) -> bytes:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size or array.shape[2:] not in ((), (3,), (4,)):
         raise TypeError(f"an array of {array.dtype} {list(array.shape)}")
-    return _as_file(Image.fromarray(np.ascontiguousarray(array)))
-
-
-def _as_file(picture: Image.Image) -> bytes:
-    """Returns a picture as the bytes of a file, with its colour profile and, of its EXIF, the orientation alone.
-
-    The file is an uncompressed PNG, or a PPM, which is faster, if that holds all of the picture. Raises ValueError if
-    the pixels cannot be read.
-    """
-    file, exif, tag = io.BytesIO(), Image.Exif(), ExifTags.Base.Orientation
-    try:
-        orientation = picture.getexif().get(tag)
-        exif[tag] = orientation if orientation in range(1, 9) else 1
-        picture = picture if picture.mode in PNG_MODES else picture.convert("RGB")
-        is_plain = picture.mode in ("L", "RGB") and exif[tag] == 1
-        is_plain = is_plain and not picture.info.keys() & {"transparency", "icc_profile"}
-        picture.save(file, "PPM" if is_plain else "PNG", compress_level=0, exif=exif)
-    except UNREADABLE as error:
-        raise ValueError(f"cannot be decoded ({error}), needs a whole picture") from error
-    return file.getvalue()
+    return Image.fromarray(np.ascontiguousarray(array))

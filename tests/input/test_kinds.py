@@ -264,6 +264,24 @@ def test_a_colour_of_few_bits_is_transparent():
     assert decode(data)[0, :, 0].tolist() == [0, 85, 255, 255]
 
 
+@pytest.mark.parametrize(("colours", "bits", "row"), [(2, 8, b"\0\1\2\3"), (0, 16, b"\0\1\2"), (0, 8, b"\0\1")])
+@pytest.mark.parametrize("content", [b"", b"\0"])
+def test_a_transparent_colour_that_is_cut_short_is_passed_over(colours, bits, row, content):
+    header = struct.pack(">IIBBBBB", 1, 1, bits, colours, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", content), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
+    decoded = read_picture(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts), strict=True)
+    assert decoded.pixels[0, 0].tolist() == ([1, 2, 3] if colours else [1, 1, 1]) and not decoded.is_transparent
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF")
+def test_a_cut_avif_is_not_said_to_need_another_pillow():
+    data = encoded(picture(64, 64), "AVIF")
+    for share in (0.1, 0.2, 0.6):
+        with pytest.raises(PictureError, match=r"cannot be decoded .*needs a whole picture") as error:
+            read_picture(data[: int(len(data) * share)])
+        assert error.value.reason == "truncated picture"
+
+
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 
